@@ -1,0 +1,147 @@
+"""The pictures: accuracy matrices, and average accuracy as experiences come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from experiments.metrics import Matrix, seen_accuracy
+from experiments.tables import interval
+
+GROUP = ["benchmark", "dataset", "scenario"]
+CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
+DPI = 150
+# Okabe and Ito's colours, told apart by the colour-blind; one per method in every picture.
+COLOURS = {"naive": "#D55E00", "avalanche-ewc": "#0072B2", "ewc": "#009E73", "joint": "#000000"}
+LABELS = {
+    "naive": "Naive",
+    "avalanche-ewc": "Avalanche's EWC",
+    "ewc": "EWC, per sample",
+    "joint": "Joint (upper bound)",
+}
+
+
+def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draws both pictures of every benchmark and scenario in the tables.
+
+    Args:
+        accuracy: Rows of `accuracy.csv`.
+        runs: Rows of `runs.csv`; only complete runs are drawn.
+        folder: Where the PNG files go; made if it isn't there.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = runs.loc[runs["status"] == "ok", ["run_id", "config_hash"]]
+    rows = accuracy.merge(done, on="run_id")
+    files = []
+    for key, group in rows.groupby(GROUP, sort=False):
+        name, title = "-".join(map(str, key)), f"{key[0]} {key[1]}, {key[2]}-incremental"
+        for kind, draw in (("matrix", _draw_matrices), ("accuracy", _draw_curves)):
+            figure = draw(group, title)
+            files.append(folder / f"{kind}-{name}.png")
+            figure.savefig(files[-1], dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+    return files
+
+
+def _cells(group: pd.DataFrame) -> dict[str, tuple[str, np.ndarray]]:
+    """Per cell of the grid its label, its method and its matrices over seeds [n, T + 1, T]."""
+    cells = {}
+    several = group.groupby("method")["config_hash"].nunique()
+    order = sorted(
+        group.groupby(CELL_OF_GROUP, dropna=False), key=lambda kv: list(LABELS).index(kv[0][0])
+    )
+    for (method, fisher_type, ewc_lambda, _), cell in order:
+        label = LABELS[method]
+        if pd.notna(ewc_lambda):
+            label += f", λ = {ewc_lambda:g}"
+        if several[method] > 1 and pd.notna(fisher_type):
+            label += f", {fisher_type}"
+        cells[label] = (method, np.stack([_matrix(run) for _, run in cell.groupby("run_id")]))
+    return cells
+
+
+def _matrix(run: pd.DataFrame) -> Matrix:
+    n = int(run["eval_exp"].max()) + 1
+    matrix = np.full((n + 1, n), np.nan)
+    matrix[run["train_exp"] + 1, run["eval_exp"]] = run["accuracy"]
+    return matrix
+
+
+def _draw_matrices(group: pd.DataFrame, title: str) -> plt.Figure:
+    cells = _cells(group)
+    columns = min(len(cells), 4)
+    rows = -(-len(cells) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(3.0 * columns + 0.8, 3.3 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    image = None
+    for i, (axis, (label, (_, matrices))) in enumerate(zip(axes.flat, cells.items(), strict=False)):
+        mean = matrices.mean(axis=0)
+        image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis")
+        for (row, column), value in np.ndenumerate(mean):
+            if np.isfinite(value):
+                colour = "white" if value < 0.6 else "black"
+                axis.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
+                )
+        n = mean.shape[1]
+        axis.set_title(f"{label}\nn = {len(matrices)}", fontsize=9)
+        axis.set_xticks(range(n), [str(j + 1) for j in range(n)])
+        axis.set_yticks(range(n + 1), ["none", *(str(j + 1) for j in range(n))])
+        axis.set_xlabel("tested on experience")
+        if i % columns == 0:
+            axis.set_ylabel("trained through experience")
+    assert image is not None
+    figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy (mean over seeds)")
+    figure.suptitle(title)
+    return figure
+
+
+def _draw_curves(group: pd.DataFrame, title: str) -> plt.Figure:
+    cells = _cells(group)
+    per_method = pd.Series([method for method, _ in cells.values()]).value_counts()
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    drawn: dict[str, int] = {}
+    for label, (method, matrices) in cells.items():
+        shade = 1.0 - 0.7 * drawn.get(method, 0) / per_method[method]
+        drawn[method] = drawn.get(method, 0) + 1
+        _draw_curve(axis, label, COLOURS[method], shade, matrices)
+    axis.set_xlabel("experiences trained on")
+    axis.set_ylabel("average accuracy on those seen")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(f"{title}\nmean over seeds, band: 95 % interval", fontsize=10)
+    return figure
+
+
+def _draw_curve(axis: Axes, label: str, colour: str, alpha: float, matrices: np.ndarray) -> None:
+    curves = np.stack([seen_accuracy(matrix) for matrix in matrices])  # [n, T]
+    n_experiences = curves.shape[1]
+    label = f"{label} (n = {len(curves)})"
+    if np.isnan(curves[:, :-1]).all():  # trained on everything at once: a level, not a curve
+        axis.axhline(curves[:, -1].mean(), color=colour, linestyle="--", label=label)
+        return
+    bands = [interval(curves[:, i]) for i in range(n_experiences)]
+    x = np.arange(1, n_experiences + 1)
+    axis.plot(x, [b["mean"] for b in bands], color=colour, alpha=alpha, marker="o", label=label)
+    if len(curves) > 1:
+        low, high = ([b[k] for b in bands] for k in ("ci_low", "ci_high"))
+        axis.fill_between(x, low, high, color=colour, alpha=0.15 * alpha, linewidth=0)

@@ -1,0 +1,149 @@
+"""What a job leaves behind when its runs are done: tables, plots, and words on the terminal."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from experiments import tables
+from experiments.data import DataSource
+from experiments.parity import parity_table
+from experiments.plots import LABELS, plot_all
+from experiments.settings import PENALISED, RunSettings
+from experiments.store import Store
+
+SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
+PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pandas", "scipy")
+
+
+def write_report(
+    store: Store, cells: Sequence[RunSettings], source: DataSource, console: Console
+) -> None:
+    """Writes every table and plot of the folder, and prints the summary and the comparison.
+
+    Args:
+        store: The folder's results.
+        cells: What the job consisted of.
+        source: Where the images came from.
+        console: Where to print.
+    """
+    accuracy, runs = store.rebuild()
+    summary = tables.summarise(runs)
+    tables.write(summary, store.folder, tables.SUMMARY)
+    write_environment(store.folder, source)
+    files = plot_all(accuracy, runs, store.folder / "plots")
+    mine = {cell.config_hash for cell in cells}
+    print_summary(summary[summary["config_hash"].isin(mine)], console)
+    if {cell.method for cell in cells} >= set(PENALISED):
+        console.print("Comparing with Avalanche's built-in EWC ...")
+        parity = parity_table(runs, cells, source)
+        tables.write(parity, store.folder, tables.PARITY)
+        print_parity(parity, console)
+    print_troubles(runs[runs["config_hash"].isin(mine)], console)
+    console.print(
+        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)",
+        highlight=False,
+    )
+
+
+def write_environment(folder: Path, source: DataSource) -> None:
+    """Writes what the numbers were computed with to `environment.json`."""
+    environment = {
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m experiments", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": _git("status", "--porcelain", "--", "ewc_plugin", "experiments")
+        != "",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads_per_run": 1,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "dataset": source.name,
+        "dataset_checksum_md5": source.checksum,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def print_summary(summary: pd.DataFrame, console: Console) -> None:
+    """Prints mean and 95 % interval of the main metrics, a table per benchmark."""
+    for key, group in summary.groupby(["benchmark", "dataset", "scenario"], sort=False):
+        table = Table(title=f"{key[0]} {key[1]}, {key[2]}-incremental: mean ± 95 % interval")
+        for column in ("method", "Fisher", "λ", *SHOWN, "n"):
+            table.add_column(
+                column.replace("_", " "), justify="left" if column == "method" else "right"
+            )
+        cells = group.groupby("config_hash", sort=False)
+        for _, cell in sorted(cells, key=lambda kv: list(LABELS).index(kv[1]["method"].iloc[0])):
+            first = cell.iloc[0]
+            by_metric = cell.set_index("metric")
+            table.add_row(
+                LABELS[first["method"]],
+                first["fisher_type"] if pd.notna(first["fisher_type"]) else "",
+                f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
+                *(format_interval(by_metric, metric) for metric in SHOWN),
+                str(int(by_metric["n"].get("average_accuracy", 0))),
+            )
+        console.print(table)
+
+
+def format_interval(by_metric: pd.DataFrame, metric: str) -> str:
+    """`0.9412 ± 0.0031`; the mean alone for one seed, a dash where the metric is undefined."""
+    if metric not in by_metric.index:
+        return "-"
+    row = by_metric.loc[metric]
+    half = row["ci_high"] - row["mean"]
+    return f"{row['mean']:.4f}" + (f" ± {half:.4f}" if pd.notna(half) else "")
+
+
+def print_parity(parity: pd.DataFrame, console: Console) -> None:
+    """Prints one line per comparison with the built-in."""
+    for row in parity.itertuples():
+        interval = ""
+        if pd.notna(row.ci_low):
+            interval = f" [{row.ci_low:+.4f}, {row.ci_high:+.4f}], n = {row.n}"
+        console.print(
+            f"  {row.benchmark} {row.scenario}: {row.check}: {row.quantity}: "
+            f"{row.difference:+.3g}{interval}: {row.verdict}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def print_troubles(runs: pd.DataFrame, console: Console) -> None:
+    """Prints the runs that did not end well, with their reasons."""
+    for row in runs[runs["status"] != "ok"].itertuples():
+        console.print(f"  {row.run_id} {row.status}: {row.reason}", style="red", markup=False)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

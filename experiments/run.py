@@ -1,0 +1,257 @@
+"""One run: settings in, rows out. Nothing else is read or written."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
+from avalanche.training.supervised import JointTraining, Naive
+from torch import nn
+
+from ewc_plugin import DiagonalEWCPlugin
+from experiments.data import DataSource
+from experiments.fast_data import FastData
+from experiments.metrics import METRICS, continual_metrics
+from experiments.models import make_model
+from experiments.settings import RunSettings
+from experiments.streams import Stream, make_stream
+
+EVAL_BATCH = 1000
+UNTRAINED = -1  # `train_exp` of the model before any training
+EVAL_METRIC = re.compile(r"(Top1_Acc|Loss)_Exp/eval_phase/test_stream/.*Exp(\d+)$")
+MIB = 2**20
+
+Observer = Callable[[int, float], None]  # (experiences done, mean accuracy on those)
+
+
+class DivergedRunError(ArithmeticError):
+    """The loss or a weight is no longer finite."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run leaves behind, as plain data.
+
+    Attributes:
+        record: The run's row of `runs.csv`.
+        rows: Its rows of `accuracy.csv`.
+    """
+
+    record: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(
+    settings: RunSettings, source: DataSource, observe: Observer = lambda done, accuracy: None
+) -> RunResult:
+    """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
+
+    Args:
+        settings: What to run.
+        source: Where the images are.
+        observe: Called after each experience, for a progress display.
+
+    Returns:
+        The rows; those that were complete if the run diverged or failed.
+    """
+    trial = Trial(settings, source)
+    status, reason = "ok", ""
+    try:
+        trial.run(observe)
+    except ArithmeticError as error:
+        status, reason = "diverged", str(error)
+    except Exception as error:  # a failed run is a row, so that a sweep goes on
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+    return RunResult(trial.record(status, reason), trial.rows)
+
+
+class Trial:
+    """A run while it runs; `model` is the network that it trains."""
+
+    def __init__(self, settings: RunSettings, source: DataSource) -> None:
+        self.settings = settings
+        self.source = source
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
+        self.peak_rss = 0
+        self.method_plugins: Sequence[Any] = ()
+        self.model: nn.Module = nn.Identity()
+
+    def run(self, observe: Observer) -> None:
+        """Trains on each experience in turn, evaluating on all of them before and after each."""
+        settings = self.settings
+        stream = _stream(settings, self.source)
+        RNGManager.set_random_seeds(settings.seed)
+        strategy, watch = self._strategy(stream)
+        self._evaluate(strategy, stream, UNTRAINED)
+        joint = settings.method == "joint"
+        experiences = list(stream.benchmark.train_stream)
+        for done, experience in enumerate([experiences] if joint else experiences, start=1):
+            self._train(strategy, watch, experience)
+            last = settings.n_experiences - 1 if joint else done - 1
+            accuracy = self._evaluate(strategy, stream, last)
+            observe(last + 1, float(np.mean(accuracy[: last + 1])))
+
+    def record(self, status: str, reason: str) -> dict[str, Any]:
+        """The row of `runs.csv`; metrics are NaN unless the run is complete."""
+        settings = asdict(self.settings)
+        values = dict.fromkeys(METRICS, math.nan)
+        if status == "ok":
+            values = continual_metrics(self._matrix())
+        return {
+            "run_id": self.settings.run_id,
+            "status": status,
+            "reason": reason,
+            **settings,
+            **values,
+            **self.seconds,
+            "peak_rss_mb": self.peak_rss / MIB,
+            "penalty_state_mb": sum(map(_state_bytes, self.method_plugins)) / MIB,
+            "config_hash": self.settings.config_hash,
+        }
+
+    def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
+        settings = self.settings
+        self.model = model = make_model(settings, stream)
+        optimizer = _OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
+        fast = FastData(stream) if settings.data_path == "fast" else None
+        self.method_plugins = _method_plugins(settings, fast)
+        watch = _Watch()
+        template = JointTraining if settings.method == "joint" else Naive
+        strategy = template(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=settings.batch_size,
+            train_epochs=settings.epochs,
+            eval_mb_size=EVAL_BATCH,
+            device=settings.device,
+            plugins=[*([fast] if fast else []), *self.method_plugins, watch],
+            evaluator=EvaluationPlugin(
+                accuracy_metrics(experience=True), loss_metrics(experience=True), loggers=[]
+            ),
+        )
+        return strategy, watch
+
+    def _train(self, strategy: Any, watch: _Watch, experience: Any) -> None:
+        start = time.perf_counter()
+        strategy.train(experience, eval_streams=[])
+        end = time.perf_counter()
+        self.seconds["train_s"] += watch.epochs_end - start
+        self.seconds["fisher_s"] += end - watch.epochs_end
+        if not all(torch.isfinite(p).all() for p in strategy.model.parameters()):
+            raise DivergedRunError("a weight is not finite after training on an experience")
+        self.peak_rss = max(self.peak_rss, psutil.Process().memory_info().rss)
+
+    def _evaluate(self, strategy: Any, stream: Stream, train_exp: int) -> list[float]:
+        start = time.perf_counter()
+        results = strategy.eval(stream.benchmark.test_stream)
+        self.seconds["eval_s"] += time.perf_counter() - start
+        found: dict[str, dict[int, float]] = {"Top1_Acc": {}, "Loss": {}}
+        for key, value in results.items():
+            if match := EVAL_METRIC.match(key):
+                found[match[1]][int(match[2])] = float(value)
+        settings = self.settings
+        for experience in stream.benchmark.test_stream:
+            j = experience.current_experience
+            self.rows.append({
+                "run_id": settings.run_id,
+                "benchmark": settings.benchmark,
+                "dataset": settings.dataset,
+                "scenario": settings.scenario,
+                "method": settings.method,
+                "fisher_type": settings.fisher_type,
+                "ewc_lambda": settings.ewc_lambda,
+                "seed": settings.seed,
+                "train_exp": train_exp,
+                "eval_exp": j,
+                "accuracy": found["Top1_Acc"][j],
+                "loss": found["Loss"][j],
+                "n_samples": len(experience.dataset),
+            })
+        return [found["Top1_Acc"][j] for j in sorted(found["Top1_Acc"])]
+
+    def _matrix(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        n = self.settings.n_experiences
+        matrix = np.full((n + 1, n), np.nan)
+        for row in self.rows:
+            matrix[row["train_exp"] + 1, row["eval_exp"]] = row["accuracy"]
+        return matrix
+
+
+class _Watch(SupervisedPlugin):
+    """Notes when the last epoch ended, and stops a run whose loss is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs_end = 0.0
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        if not torch.isfinite(strategy.loss).all():
+            clock = strategy.clock
+            raise DivergedRunError(
+                f"the loss is {strategy.loss.item()} in experience {clock.train_exp_counter}, "
+                f"iteration {clock.train_exp_iterations}"
+            )
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        self.epochs_end = time.perf_counter()
+
+
+_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_stream(key: RunSettings, source: DataSource) -> Stream:
+    return make_stream(key, source)
+
+
+def _stream(settings: RunSettings, source: DataSource) -> Stream:
+    """The run's stream, kept while runs of one seed follow each other."""
+    key = RunSettings(
+        settings.benchmark,
+        settings.dataset,
+        settings.scenario,
+        "naive",
+        # The classes are split in the same order whatever the seed.
+        settings.seed if settings.benchmark == "permuted" else 0,
+        n_experiences=settings.n_experiences,
+        validation=settings.validation,
+    )
+    return _cached_stream(key, source)
+
+
+def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
+    if settings.method == "avalanche-ewc":
+        return [EWCPlugin(settings.ewc_lambda, settings.mode, settings.decay_factor)]
+    if settings.method == "ewc":
+        return [
+            DiagonalEWCPlugin(
+                settings.ewc_lambda,
+                settings.mode,
+                settings.decay_factor,
+                fisher_type=settings.fisher_type,
+                fisher_batches=fast.fisher_batches if fast else None,
+            )
+        ]
+    return []
+
+
+def _state_bytes(plugin: Any) -> int:
+    """Memory that a method keeps between experiences to compute its penalty."""
+    if isinstance(plugin, DiagonalEWCPlugin):
+        return plugin.penalty.nbytes
+    stores = [*plugin.saved_params.values(), *plugin.importances.values()]
+    tensors = [parameter.data for store in stores for parameter in store.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,339 @@
+"""What can be set: the settings of one run, and the grids of runs that the commands span.
+
+A command is a frozen dataclass that tyro turns into a command line, so each field's sentence is its
+`--help`; `cells()` turns a command into the settings of single runs, which are pure data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from ewc_plugin.scores import FisherType
+
+Benchmark = Literal["split", "permuted"]
+Scenario = Literal["task", "domain", "class"]
+Method = Literal["naive", "avalanche-ewc", "ewc", "joint"]
+Dataset = Literal["mnist", "digits"]
+Model = Literal["mlp", "cnn"]
+Optimizer = Literal["adam", "sgd"]
+DataPath = Literal["fast", "classic"]
+N_CLASSES = 10
+PENALISED: tuple[Method, ...] = ("avalanche-ewc", "ewc")
+
+# Enough passes for Naive to forget what it has learned.
+DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
+    ("split", "mnist"): 4,
+    ("split", "digits"): 40,
+    ("permuted", "mnist"): 1,
+    ("permuted", "digits"): 20,
+}
+# What `python -m experiments tune` chose on validation data for the settings of the main job; a
+# test holds these numbers to results/tuning.
+CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
+    ("split", "mnist", "task", "ewc"): 1e4,
+    ("split", "mnist", "task", "avalanche-ewc"): 1e5,
+    ("permuted", "mnist", "domain", "ewc"): 30.0,
+    ("permuted", "mnist", "domain", "avalanche-ewc"): 300.0,
+    ("split", "digits", "task", "ewc"): 1e4,
+    ("split", "digits", "task", "avalanche-ewc"): 1e5,
+    ("permuted", "digits", "domain", "ewc"): 30.0,
+    ("permuted", "digits", "domain", "avalanche-ewc"): 300.0,
+}
+TUNING_GRIDS: dict[tuple[str, str, str], tuple[float, ...]] = {
+    ("split", "task", "ewc"): (1e2, 1e3, 1e4, 1e5, 1e6),
+    ("split", "task", "avalanche-ewc"): (1e3, 1e4, 1e5, 1e6, 1e7),
+    ("permuted", "domain", "ewc"): (3.0, 10.0, 30.0, 100.0, 300.0),
+    ("permuted", "domain", "avalanche-ewc"): (30.0, 100.0, 300.0, 1000.0, 3000.0),
+}
+TUNING_SEEDS = (100, 101, 102)  # never reported
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides what one run computes; the same settings give the same rows."""
+
+    benchmark: Benchmark
+    dataset: Dataset
+    scenario: Scenario
+    method: Method
+    seed: int
+    fisher_type: str | None = None  # None where the method has no choice of it
+    ewc_lambda: float | None = None  # None where the method has no penalty
+    mode: str | None = None
+    decay_factor: float | None = None
+    n_experiences: int = 5
+    epochs: int = 1
+    batch_size: int = 128
+    optimizer: Optimizer = "adam"
+    learning_rate: float = 1e-3
+    model: Model = "mlp"
+    hidden_size: int = 256
+    hidden_layers: int = 2
+    dropout: float = 0.0
+    validation: bool = False
+    data_path: DataPath = "fast"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def config_hash(self) -> str:
+        """Ten hex digits of everything but the seed: the cell that the seeds repeat."""
+        settings = asdict(self)
+        del settings["seed"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def run_id(self) -> str:
+        """Names the run: readable in front, unique behind."""
+        name = f"{self.benchmark}-{self.dataset}-{self.scenario}-{self.method}"
+        return f"{name}-{self.config_hash}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every command that runs experiments can be told."""
+
+    dataset: Dataset | None = None
+    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
+    data_root: str | None = None
+    """Folder that holds, or gets, MNIST/raw. Unset: $EWC_DATA_ROOT, else the cache folder."""
+    out: str | None = None
+    """Folder of the tables and plots; runs found in it are not repeated. Unset: runs/COMMAND."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at the same time, each a process with one torch thread."""
+    force: bool = False
+    """Repeat the runs that the output folder holds already."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, ..."""
+    data_path: DataPath = "fast"
+    """Tensors made once and fed in batches, or Avalanche's per-sample transforms: same bits."""
+
+    def __post_init__(self) -> None:
+        _require(self.jobs >= 1, "jobs", ">= 1", self.jobs)
+        try:
+            torch.zeros(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"`device` must be one that torch can use here, got {self.device!r} "
+                f"({str(error).splitlines()[0]}); use cpu."
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """The subcommand's name, which is also the default output folder's."""
+        raise NotImplementedError
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The settings of every run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Grid(Job):
+    """Methods x Fisher types x lambdas x seeds on one benchmark."""
+
+    methods: tuple[Method, ...] = get_args(Method)
+    """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound)."""
+    fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED,)
+    """Labels that our Fisher averages over; several span a grid."""
+    ewc_lambda: tuple[float, ...] = ()
+    """Penalty strengths, each tried with both EWC methods. Empty: each method's own, chosen on
+    validation data."""
+    mode: Literal["separate", "online"] = "separate"
+    """One quadratic per experience, or a single one that decays."""
+    decay_factor: float | None = None
+    """Decay of the old Fisher, online mode only; 1 is Huszar's corrected Laplace."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seeds the stream, the initial weights and the order of the samples."""
+    experiences: int = 5
+    """Number of experiences (tasks) in the stream."""
+    epochs: int | None = None
+    """Passes over the data of each experience. Unset: 4 on split MNIST (at one, Naive has not
+    forgotten yet), 1 on permuted MNIST, 40 and 20 on the digits."""
+    batch_size: int = 128
+    """Samples per training mini-batch."""
+    optimizer: Optimizer = "adam"
+    """Optimizer; no weight decay, no momentum for sgd."""
+    learning_rate: float = 1e-3
+    """Step size of the optimizer."""
+    model: Model = "mlp"
+    """Fully connected or small convolutional network; task-incremental gets a head per task."""
+    hidden_size: int = 256
+    """Units per hidden layer of the MLP."""
+    hidden_layers: int = 2
+    """Hidden layers of the MLP."""
+    dropout: float = 0.0
+    """Dropout rate while training; the Fisher is always taken without."""
+    validation: bool = False
+    """Evaluate on the last sixth of the training images, which then is not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("methods", "fisher_type", "seeds"):
+            _require(len(getattr(self, name)) > 0, name, "a non-empty list", ())
+
+    @property
+    def stream(self) -> tuple[Benchmark, Scenario]:
+        """Which benchmark the grid runs on, and how tasks are told apart."""
+        raise NotImplementedError
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The settings of every run; methods without a penalty run once per seed."""
+        benchmark, scenario = self.stream
+        for seed in self.seeds:
+            for method in self.methods:
+                base = RunSettings(
+                    benchmark,
+                    dataset,
+                    scenario,
+                    method,
+                    seed,
+                    n_experiences=self.experiences,
+                    epochs=DEFAULT_EPOCHS[benchmark, dataset]
+                    if self.epochs is None
+                    else self.epochs,
+                    **{name: getattr(self, name) for name in _SHARED},
+                )
+                yield from self._penalties(base) if method in PENALISED else (base,)
+
+    def _penalties(self, base: RunSettings) -> Iterator[RunSettings]:
+        types = [FisherType(t).value for t in self.fisher_type] if base.method == "ewc" else [None]
+        for fisher_type in types:
+            for ewc_lambda in self.ewc_lambda or (chosen_lambda(base),):
+                yield replace(
+                    base,
+                    fisher_type=fisher_type,
+                    ewc_lambda=ewc_lambda,
+                    mode=self.mode,
+                    decay_factor=self.decay_factor,
+                )
+
+
+_SHARED = (  # fields of `Grid` and of `RunSettings` alike
+    *("batch_size", "optimizer", "learning_rate", "model", "hidden_size"),
+    *("hidden_layers", "dropout", "validation", "data_path", "device"),
+)
+
+
+@dataclass(frozen=True)
+class SplitMnist(Grid):
+    """Split MNIST: the ten digits in experiences of equally many classes."""
+
+    scenario: Scenario = "task"
+    """Task labels and a head each (task), one head shared by all (domain), ten outputs (class)."""
+    hidden_size: int = 400
+    """Units per hidden layer of the MLP."""
+
+    name = "split-mnist"
+
+    @property
+    def stream(self) -> tuple[Benchmark, Scenario]:
+        """Split, and the scenario as set."""
+        return "split", self.scenario
+
+
+@dataclass(frozen=True)
+class PermutedMnist(Grid):
+    """Permuted MNIST: all ten digits in every experience, the pixels permuted anew in each."""
+
+    scenario: Literal["task", "domain"] = "domain"
+    """Task labels and a head each (task), or one head shared by all (domain)."""
+
+    name = "permuted-mnist"
+
+    @property
+    def stream(self) -> tuple[Benchmark, Scenario]:
+        """Permuted, and the scenario as set."""
+        return "permuted", self.scenario
+
+
+@dataclass(frozen=True)
+class Main(Job):
+    """The main job: split MNIST (task-incremental) and permuted MNIST, all methods."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seeds the stream, the initial weights and the order of the samples."""
+
+    name = "main"
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """Both benchmarks with the settings of their own commands."""
+        for grid in (SplitMnist, PermutedMnist):
+            settings = grid(seeds=self.seeds, device=self.device, data_path=self.data_path)
+            yield from settings.cells(dataset)
+
+
+@dataclass(frozen=True)
+class Tune(Job):
+    """Choose each EWC method's lambda for the main job, on validation images and other seeds."""
+
+    name = "tune"
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """A grid of lambdas per benchmark and method, evaluated on held-out training images."""
+        for (benchmark, scenario, method), lambdas in TUNING_GRIDS.items():
+            grid = SplitMnist if benchmark == "split" else PermutedMnist
+            settings = grid(
+                methods=(method,),  # type: ignore[arg-type]
+                scenario=scenario,  # type: ignore[arg-type]
+                ewc_lambda=lambdas,
+                seeds=TUNING_SEEDS,
+                validation=True,
+                device=self.device,
+                data_path=self.data_path,
+            )
+            yield from settings.cells(dataset)
+
+
+def chosen_lambda(run: RunSettings) -> float:
+    """The lambda chosen on validation data for this benchmark, scenario and method.
+
+    Raises:
+        ValueError: None was chosen for the scenario.
+    """
+    try:
+        return CHOSEN_LAMBDA[run.benchmark, run.dataset, run.scenario, run.method]
+    except KeyError:
+        raise ValueError(
+            f"`ewc_lambda` must be given for {run.method} on {run.benchmark} {run.dataset}, "
+            f"scenario {run.scenario}: none was chosen on validation data; try --ewc-lambda 100."
+        ) from None
+
+
+def _require(condition: bool, name: str, rule: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"`{name}` must be {rule}, got {value}.")
+
+
+def _check(run: RunSettings) -> None:
+    """One clear line for each setting that no run can have."""
+    if run.benchmark == "split":
+        fits = 1 <= run.n_experiences <= N_CLASSES and N_CLASSES % run.n_experiences == 0
+        rule = f"a divisor of {N_CLASSES} classes: 1, 2, 5 or 10"
+        _require(fits, "experiences", rule, run.n_experiences)
+    _require(run.n_experiences >= 1, "experiences", ">= 1", run.n_experiences)
+    _require(0 <= run.seed < 2**32, "seeds", "between 0 and 2^32 - 1", run.seed)
+    for name in ("epochs", "batch_size", "hidden_size", "hidden_layers"):
+        _require(getattr(run, name) >= 1, name, ">= 1", getattr(run, name))
+    positive = math.isfinite(run.learning_rate) and run.learning_rate > 0
+    _require(positive, "learning_rate", "> 0 and finite", run.learning_rate)
+    _require(0 <= run.dropout < 1, "dropout", "at least 0 and below 1", run.dropout)
+    if run.ewc_lambda is not None:
+        fits = math.isfinite(run.ewc_lambda) and run.ewc_lambda >= 0
+        _require(fits, "ewc_lambda", ">= 0 and finite", run.ewc_lambda)
+    if run.mode == "online":
+        given = run.decay_factor is not None and 0 <= run.decay_factor <= 1
+        _require(given, "decay_factor", "between 0 and 1 in mode online", run.decay_factor)
+    else:
+        rule = "unset in mode separate"
+        _require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)

@@ -1,0 +1,140 @@
+"""Avalanche's split and permuted MNIST streams, and their tensors without the per-sample path.
+
+`Stream.benchmark` is what Avalanche makes. `Stream.tensors` computes the same images by whole-array
+operations; `fast_data` compares the two on real items before it uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.classic import PermutedMNIST, SplitMNIST
+from avalanche.benchmarks.classic.cmnist import PixelsPermutation
+from avalanche.benchmarks.utils import (
+    DefaultTransformGroups,
+    _make_taskaware_classification_dataset,
+    make_avalanche_dataset,
+)
+from torch import Tensor
+from torchvision.transforms import Normalize
+
+from experiments.data import DataSource, ImageDataset, load_images, split_validation
+from experiments.settings import N_CLASSES, RunSettings
+
+MNIST_NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A benchmark and the images of its experiences.
+
+    Attributes:
+        benchmark: Avalanche's, with `train_stream` and `test_stream`.
+        images: (stream name, experience) -> [N, 1, H, W] float32, transformed, in the order of the
+            experience's dataset.
+        image_size: Pixels per image.
+        classes_per_experience: Size of a head that serves one experience.
+    """
+
+    benchmark: Any
+    images: Callable[[str, int], Tensor]
+    image_size: int
+    classes_per_experience: int
+
+
+def make_stream(run: RunSettings, source: DataSource) -> Stream:
+    """The stream of a run: MNIST through Avalanche's own generators.
+
+    Digits, and streams whose test part is held out of the training images, are built by the
+    function those generators call, with the same arguments.
+    """
+    train, test = load_images(source)
+    if run.validation:
+        train, test = split_validation(train)
+    own_generator = source.name == "mnist" and not run.validation
+    make = {"split": _split, "permuted": _permuted}[run.benchmark]
+    return make(run, train, test, source.root if own_generator else None)
+
+
+def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None) -> Stream:
+    options: dict[str, Any] = {
+        "n_experiences": run.n_experiences,
+        "fixed_class_order": list(range(N_CLASSES)),  # 0/1, 2/3, ... as in the literature
+        "class_ids_from_zero_in_each_exp": run.scenario != "class",
+        "train_transform": MNIST_NORMALIZE,
+        "eval_transform": MNIST_NORMALIZE,
+    }
+    by_task = run.scenario == "task"
+    if root is not None:
+        benchmark = SplitMNIST(**options, return_task_id=by_task, dataset_root=root)
+    else:
+        benchmark = nc_benchmark(train, test, **options, task_labels=by_task)
+    images = _ordered_images(benchmark, train, test)
+    return Stream(benchmark, images, train.data[0].numel(), N_CLASSES // run.n_experiences)
+
+
+def _permuted(
+    run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None
+) -> Stream:
+    size = train.data[0].numel()
+    random = np.random.RandomState(run.seed)  # as Avalanche draws them
+    permutations = [
+        torch.from_numpy(random.permutation(size)).long() for _ in range(run.n_experiences)
+    ]
+    if root is not None:
+        benchmark = PermutedMNIST(
+            run.n_experiences,
+            return_task_id=run.scenario == "task",
+            seed=run.seed,
+            dataset_root=root,
+        )
+    else:
+        benchmark = nc_benchmark(
+            *([_permute(part, p) for p in permutations] for part in (train, test)),
+            n_experiences=run.n_experiences,
+            task_labels=run.scenario == "task",
+            shuffle=False,
+            class_ids_from_zero_in_each_exp=True,
+            one_dataset_per_exp=True,
+            train_transform=MNIST_NORMALIZE,
+            eval_transform=MNIST_NORMALIZE,
+        )
+    ordered = _ordered_images(benchmark, train, test)
+
+    def images(stream: str, experience: int) -> Tensor:
+        pixels = ordered(stream, experience)  # normalising is elementwise: commutes with permuting
+        return pixels.flatten(1)[:, permutations[experience]].view_as(pixels)
+
+    return Stream(benchmark, images, size, N_CLASSES)
+
+
+def _ordered_images(
+    benchmark: Any, train: ImageDataset, test: ImageDataset
+) -> Callable[[str, int], Tensor]:
+    """The normalised images of an experience in its dataset's order, which is sorted by class."""
+    patterns = {
+        "train": benchmark.train_exps_patterns_assignment,
+        "test": benchmark.test_exps_patterns_assignment,
+    }
+    pixels = {
+        name: MNIST_NORMALIZE(part.images()) for name, part in (("train", train), ("test", test))
+    }
+
+    def images(stream: str, experience: int) -> Tensor:
+        indices = torch.as_tensor(patterns[stream][experience])
+        # With a dataset per experience, Avalanche counts on through their concatenation.
+        return pixels[stream][indices % len(pixels[stream])]
+
+    return images
+
+
+def _permute(images: ImageDataset, permutation: Tensor) -> Any:
+    frozen = DefaultTransformGroups((PixelsPermutation(permutation), None))
+    return make_avalanche_dataset(
+        _make_taskaware_classification_dataset(images), frozen_transform_groups=frozen
+    )

@@ -1,0 +1,190 @@
+"""Runs many runs at once, shows what is going on, and leaves no finished run unsaved."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.data import DataSource
+from experiments.run import RunResult, run
+from experiments.settings import RunSettings
+from experiments.store import Store
+
+POLL_S = 0.25
+RATE_WINDOW_S = 600.0  # the time left is estimated from the last ten minutes
+
+Event = tuple[str, int, float]  # run id, experiences done, mean accuracy on them
+
+_events: Queue[Event] | None = None  # in a worker process: where it tells how far it is
+
+
+class WorkerDiedError(ChildProcessError):
+    """A worker process ended without a result; what was finished is stored."""
+
+
+def sweep(
+    cells: Sequence[RunSettings],
+    source: DataSource,
+    store: Store,
+    *,
+    jobs: int,
+    console: Console,
+    force: bool = False,
+) -> None:
+    """Runs what the store does not hold yet; each result is stored as soon as it is there.
+
+    Args:
+        cells: The runs that are wanted.
+        source: Where the images are.
+        store: Where results go, and where they may be already.
+        jobs: Processes. Each uses one thread, so that results do not depend on their number.
+        console: Where progress is shown.
+        force: Repeat what the store holds.
+
+    Raises:
+        WorkerDiedError: A process was killed or ran out of memory.
+    """
+    finished = set() if force else store.finished()
+    wanted = [cell for cell in cells if cell.run_id not in finished]
+    if held := len(cells) - len(wanted):
+        console.print(f"{held} of {len(cells)} runs are done already (--force repeats them).")
+    if not wanted:
+        return
+    context = multiprocessing.get_context("spawn")
+    events: Queue[Event] = context.Queue()
+    executor = ProcessPoolExecutor(
+        min(jobs, len(wanted)), context, initializer=_start_worker, initargs=(events,)
+    )
+    try:
+        futures = [executor.submit(_run, cell, source) for cell in wanted]
+        with _Display(wanted, console) as display:
+            for future in _as_completed(futures, events, display):
+                result = future.result()
+                store.add(result)
+                display.finish(result)
+        executor.shutdown()
+    except BrokenProcessPool as error:
+        raise WorkerDiedError(
+            f"a worker process died ({error}); finished runs are stored in {store.folder}: "
+            "the same command goes on from there, --jobs 1 needs less memory."
+        ) from None
+    except BaseException:  # Ctrl-C among them: what is finished is stored, what runs is given up
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+        executor.shutdown(cancel_futures=True)
+        raise
+
+
+def _start_worker(events: Queue[Event]) -> None:
+    global _events
+    _events = events
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # third parties' notes, once per process
+
+
+def _run(cell: RunSettings, source: DataSource) -> RunResult:
+    assert _events is not None
+    send = _events.put
+    send((cell.run_id, 0, 0.0))
+    return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)))
+
+
+def _as_completed(
+    futures: list[Future[RunResult]], events: Queue[Event], display: _Display
+) -> Iterator[Future[RunResult]]:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        while True:
+            try:
+                display.update(*events.get_nowait())
+            except queue.Empty:
+                break
+        yield from done
+
+
+class _Display:
+    """A bar over all experiences of all runs and a line for each run that is going on.
+
+    Where the output is no terminal, a plain line for each run that has ended.
+    """
+
+    def __init__(self, cells: Sequence[RunSettings], console: Console) -> None:
+        self.console = console
+        self.start = time.perf_counter()
+        self.n_experiences = {cell.run_id: cell.n_experiences for cell in cells}
+        self.done = dict.fromkeys(self.n_experiences, 0)
+        self.n_ended = 0
+        self.lines: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            speed_estimate_period=RATE_WINDOW_S,
+        )
+        total = sum(self.n_experiences.values())
+        self.overall = self.progress.add_task("all runs", total=total, note=self._note())
+
+    def __enter__(self) -> _Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+    def update(self, run_id: str, done: int, accuracy: float) -> None:
+        """A run has begun (done = 0) or finished an experience."""
+        if run_id not in self.lines:
+            total = self.n_experiences[run_id]
+            self.lines[run_id] = self.progress.add_task(run_id, total=total, note="")
+        note = f"accuracy {accuracy:.3f}" if done else "starting"
+        self.progress.update(self.lines[run_id], completed=done, note=note)
+        self._advance(run_id, done)
+
+    def finish(self, result: RunResult) -> None:
+        """A run has ended, well or not."""
+        record = result.record
+        run_id = record["run_id"]
+        self._advance(run_id, self.n_experiences[run_id])
+        self.n_ended += 1
+        self.progress.update(self.overall, note=self._note())
+        if run_id in self.lines:
+            self.progress.remove_task(self.lines[run_id])
+        outcome = f"accuracy {record['average_accuracy']:.4f}"
+        if record["status"] != "ok":
+            outcome = f"{record['status'].upper()}: {record['reason']}"
+        self.console.print(
+            f"[{self.n_ended}/{len(self.done)}, {time.perf_counter() - self.start:.0f} s] "
+            f"{run_id}  {outcome}",
+            markup=False,
+            highlight=False,
+        )
+
+    def _advance(self, run_id: str, done: int) -> None:
+        self.progress.update(self.overall, advance=max(done - self.done[run_id], 0))
+        self.done[run_id] = max(done, self.done[run_id])
+
+    def _note(self) -> str:
+        return f"{len(self.done) - self.n_ended} of {len(self.done)} runs left"

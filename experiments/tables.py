@@ -1,0 +1,280 @@
+"""The result tables: their schemas, how they are written and read, and the statistics in them.
+
+Every file is checked when it is written and when it is read. Files are replaced by rename after
+their bytes are on the disk, so that a reader sees the old table or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+from scipy import stats
+
+from experiments.metrics import METRICS
+from experiments.settings import RunSettings
+
+Schema = pa.DataFrameSchema
+
+CONFIDENCE = 0.95
+MARGIN = 0.01  # of the equivalence tests, in accuracy; fixed before any run
+
+_FRACTION = pa.Check.in_range(0, 1)
+_SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
+
+
+def _setting_columns() -> dict[str, pa.Column]:
+    """One column per field of `RunSettings`, typed as it is; nullable where it may be None."""
+    columns = {}
+    for name, hint in get_type_hints(RunSettings).items():
+        arguments = get_args(hint)
+        nullable = type(None) in arguments
+        kinds = [a if isinstance(a, type) else type(a) for a in arguments] or [hint]
+        kind = next(k for k in kinds if k is not type(None))
+        columns[name] = pa.Column(_SETTING_TYPES[kind], nullable=nullable, coerce=True)
+    return columns
+
+
+def _text(**options: Any) -> pa.Column:
+    return pa.Column(str, coerce=True, **options)
+
+
+def _number(*checks: pa.Check, **options: Any) -> pa.Column:
+    return pa.Column(float, list(checks), coerce=True, **options)
+
+
+def _count(minimum: int) -> pa.Column:
+    return pa.Column(int, pa.Check.ge(minimum), coerce=True)
+
+
+_SETTINGS = _setting_columns()
+SETTING_NAMES = tuple(_SETTINGS)
+
+ACCURACY = pa.DataFrameSchema(
+    {
+        "run_id": _text(),
+        **{k: _SETTINGS[k] for k in ("benchmark", "dataset", "scenario", "method")},
+        **{k: _SETTINGS[k] for k in ("fisher_type", "ewc_lambda", "seed")},
+        "train_exp": _count(-1),
+        "eval_exp": _count(0),
+        "accuracy": _number(_FRACTION),
+        "loss": _number(nullable=True),
+        "n_samples": _count(1),
+    },
+    unique=["run_id", "train_exp", "eval_exp"],
+    strict=True,
+    name="accuracy.csv",
+)
+RUNS = pa.DataFrameSchema(
+    {
+        "run_id": _text(unique=True),
+        "status": _text(checks=pa.Check.isin(["ok", "diverged", "failed"])),
+        "reason": _text(nullable=True),
+        **_SETTINGS,
+        **{name: _number(pa.Check.in_range(-1, 1), nullable=True) for name in METRICS},
+        **{name: _number(pa.Check.ge(0)) for name in ("train_s", "fisher_s", "eval_s")},
+        **{name: _number(pa.Check.ge(0)) for name in ("peak_rss_mb", "penalty_state_mb")},
+        "config_hash": _text(),
+    },
+    strict=True,
+    name="runs.csv",
+)
+CELL = ["benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda", "config_hash"]
+SUMMARISED = (*METRICS, "train_s", "fisher_s", "eval_s", "penalty_state_mb")
+SUMMARY = pa.DataFrameSchema(
+    {
+        **{k: _SETTINGS[k] for k in CELL[:-1]},
+        "config_hash": _text(),
+        "metric": _text(checks=pa.Check.isin(SUMMARISED)),
+        "n": _count(1),
+        "mean": _number(),
+        "std": _number(pa.Check.ge(0), nullable=True),
+        "ci_low": _number(nullable=True),
+        "ci_high": _number(nullable=True),
+    },
+    unique=["config_hash", "metric"],
+    strict=True,
+    name="summary.csv",
+)
+PARITY = pa.DataFrameSchema(
+    {
+        **{k: _SETTINGS[k] for k in ("benchmark", "dataset", "scenario")},
+        "check": _text(),
+        "quantity": _text(),
+        "n": _count(1),
+        "ours": _number(nullable=True),
+        "builtin": _number(nullable=True),
+        "difference": _number(nullable=True),
+        "ci_low": _number(nullable=True),
+        "ci_high": _number(nullable=True),
+        "tolerance": _number(pa.Check.ge(0)),
+        "verdict": _text(
+            checks=pa.Check.isin([
+                "equal",
+                "different",
+                "equivalent",
+                "better",
+                "worse",
+                "undecided",
+            ])
+        ),
+    },
+    strict=True,
+    name="parity.csv",
+)
+SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY)}
+
+
+class TableError(ValueError):
+    """A table that can't be trusted; the message says which file, what is wrong, what to do."""
+
+
+def empty(schema: Schema) -> pd.DataFrame:
+    """A table of the schema without rows."""
+    return pd.DataFrame(columns=list(schema.columns))
+
+
+def frame(rows: Iterable[dict[str, Any]], schema: Schema) -> pd.DataFrame:
+    """The rows as a table, columns in the schema's order and types; checked."""
+    table = pd.DataFrame(list(rows), columns=list(schema.columns))
+    return check(table, schema)
+
+
+def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
+    """The table with the schema's types.
+
+    Raises:
+        TableError: It does not fit the schema.
+    """
+    try:
+        return schema.validate(table)
+    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise TableError(f"{schema.name} does not fit its schema: {first_line}") from error
+
+
+def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:
+    """Checks the table and replaces `folder/<schema.name>` by it, floats at full precision."""
+    path = folder / str(schema.name)
+    replace_file(path, check(table, schema).to_csv(index=False, lineterminator="\n"))
+    return path
+
+
+def read(folder: Path, schema: Schema) -> pd.DataFrame:
+    """The table in `folder/<schema.name>`, checked; an empty one where there is no file.
+
+    Raises:
+        TableError: The file is not a table of the schema.
+    """
+    path = folder / str(schema.name)
+    if not path.exists():
+        return empty(schema)
+    texts = {name: str for name, c in schema.columns.items() if c.dtype.type is str}
+    try:
+        table = pd.read_csv(path, float_precision="round_trip", dtype=texts)
+        return check(table, schema)
+    except (TableError, ValueError, pd.errors.ParserError) as error:
+        raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
+
+
+def load(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`).
+
+    Raises:
+        TableError: The folder holds none of them, or one that does not fit its schema.
+    """
+    folder = Path(folder)
+    tables = {
+        name.removesuffix(".csv"): read(folder, schema)
+        for name, schema in SCHEMAS.items()
+        if (folder / name).exists()
+    }
+    if not tables:
+        raise TableError(f"`{folder}` holds none of {', '.join(SCHEMAS)}.")
+    return tables
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes beside the file, forces the bytes to the disk, then renames over it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, sample standard deviation and 95 % Student interval over the seeds of each cell.
+
+    Args:
+        runs: Rows of `runs.csv`; only those with status `ok` count.
+
+    Returns:
+        One row per cell and metric. With one seed, spread and interval are NaN.
+    """
+    done = runs[runs["status"] == "ok"]
+    rows = []
+    for key, cell in done.groupby(CELL, dropna=False, sort=False):
+        for metric in SUMMARISED:
+            values = cell[metric].dropna().to_numpy(dtype=float)
+            if values.size:
+                rows.append({
+                    **dict(zip(CELL, key, strict=True)),
+                    "metric": metric,
+                    **interval(values),
+                })
+    return frame(rows, SUMMARY)
+
+
+def interval(values: np.ndarray[Any, Any], confidence: float = CONFIDENCE) -> dict[str, float]:
+    """n, mean, sample standard deviation and Student's interval for the mean.
+
+    Args:
+        values: One number per seed, [n], n >= 1.
+        confidence: Coverage, 0-1.
+
+    Returns:
+        `n`, `mean`, `std`, `ci_low`, `ci_high`, in the values' unit.
+    """
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"n": n, "mean": mean, "std": np.nan, "ci_low": np.nan, "ci_high": np.nan}
+    std = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * std / np.sqrt(n)
+    return {"n": n, "mean": mean, "std": std, "ci_low": mean - half, "ci_high": mean + half}
+
+
+def equivalence(differences: np.ndarray[Any, Any], margin: float = MARGIN) -> str:
+    """What paired differences (ours - theirs) say, tested at 5 %.
+
+    Equivalent: both one-sided tests reject |mean| >= margin, that is, the 90 % interval lies inside
+    the margin. Otherwise better or worse, if the 95 % interval excludes zero. Else undecided.
+
+    Args:
+        differences: One per seed, [n]; higher is better for ours.
+        margin: Half-width of the zone that counts as equal, in the differences' unit.
+
+    Returns:
+        `equivalent`, `better`, `worse` or `undecided`.
+
+    Source: the two one-sided tests of Schuirmann 1987, as the documentation of SAS's TTEST states
+    them.
+    """
+    inner, outer = interval(differences, 2 * CONFIDENCE - 1), interval(differences)
+    if -margin < inner["ci_low"] and inner["ci_high"] < margin:
+        return "equivalent"
+    if outer["ci_low"] > 0:
+        return "better"
+    return "worse" if outer["ci_high"] < 0 else "undecided"
