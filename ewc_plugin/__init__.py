@@ -1,3 +1,36 @@
-"""Diagonal Elastic Weight Consolidation with an exact per-sample Fisher."""
+"""Diagonal Elastic Weight Consolidation with an exact per-sample Fisher.
+
+Names are loaded on first use, so that the maths (`ewc_plugin.fisher`, `ewc_plugin.penalty`) can be
+had without importing Avalanche.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ewc_plugin.fisher import diagonal_fisher
+    from ewc_plugin.penalty import QuadraticPenalty
+    from ewc_plugin.plugin import DiagonalEWCPlugin
+    from ewc_plugin.scores import FisherType
+    from ewc_plugin.strategy import DiagonalEWC
 
 __version__ = "0.1.0"
+__all__ = ["DiagonalEWC", "DiagonalEWCPlugin", "FisherType", "QuadraticPenalty", "diagonal_fisher"]
+
+_HOME = {
+    "DiagonalEWC": "strategy",
+    "DiagonalEWCPlugin": "plugin",
+    "FisherType": "scores",
+    "QuadraticPenalty": "penalty",
+    "diagonal_fisher": "fisher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,82 @@
+"""Small Avalanche benchmarks and strategies that tests of the plugin share."""
+
+import torch
+from avalanche.benchmarks import nc_benchmark
+from avalanche.logging import BaseLogger
+from avalanche.models import MTSimpleMLP, SimpleMLP
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.supervised import Naive
+from torch import nn
+from torch.utils.data import Dataset
+
+N_FEATURES = 6
+
+
+class Blobs(Dataset):
+    """Four classes of noisy points."""
+
+    def __init__(self, n=48, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.targets = torch.arange(n) % 4
+        centres = torch.randn(4, N_FEATURES, generator=generator)
+        self.x = centres[self.targets] + torch.randn(n, N_FEATURES, generator=generator)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.x[index], int(self.targets[index])
+
+
+def benchmark(*, task_labels=False):
+    """Two experiences of two classes each."""
+    return nc_benchmark(
+        Blobs(),
+        Blobs(seed=1),
+        n_experiences=2,
+        task_labels=task_labels,
+        shuffle=False,
+        class_ids_from_zero_in_each_exp=task_labels,
+    )
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return SimpleMLP(num_classes=4, input_size=N_FEATURES, hidden_size=8, drop_rate=0.3)
+
+
+def multi_head(seed=0):
+    torch.manual_seed(seed)
+    return MTSimpleMLP(input_size=N_FEATURES, hidden_size=8)
+
+
+def quiet():
+    """An evaluator that logs nothing, and does not warn of it."""
+    return EvaluationPlugin(loggers=[BaseLogger()])
+
+
+def strategy(model, *plugins, kind=Naive, optimizer=torch.optim.Adam, lr=1e-2, **options):
+    """A quiet strategy over the model."""
+    return kind(
+        model=model,
+        optimizer=optimizer(model.parameters(), lr=lr),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=8,
+        plugins=list(plugins),
+        evaluator=quiet(),
+        **options,
+    )
+
+
+def train(learner, stream, seed=1):
+    """Trains on every experience of `stream`, from a seed."""
+    torch.manual_seed(seed)
+    for experience in stream:
+        learner.train(experience)
+    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name

@@ -1,0 +1,32 @@
+"""Who may import what: the maths imports torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ewc_plugin
+
+PACKAGE = Path(ewc_plugin.__file__).parent
+ADAPTERS = {"plugin.py", "strategy.py", "metrics.py"}
+ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
+
+
+def test_only_adapters_import_avalanche():
+    for file in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        names += [n.module or "ewc_plugin" for n in nodes if isinstance(n, ast.ImportFrom)]
+        allowed = ALLOWED | ({"avalanche"} if file.name in ADAPTERS else set())
+        assert {name.split(".")[0] for name in names} <= allowed, file
+
+
+def test_maths_is_had_without_avalanche():
+    code = "import sys, ewc_plugin; ewc_plugin.QuadraticPenalty, ewc_plugin.diagonal_fisher;"
+    code += "assert not {'avalanche', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_exported_name_can_be_had():
+    for name in ewc_plugin.__all__:
+        assert getattr(ewc_plugin, name).__name__ == name

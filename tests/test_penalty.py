@@ -1,0 +1,157 @@
+"""The folded penalty against the unfolded float64 sum over all experiences."""
+
+import pytest
+import torch
+from torch import nn
+
+from ewc_plugin.penalty import QuadraticPenalty
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def random_fisher(net, generator):
+    """Spread over six orders of magnitude, as real ones are, with zeros among them."""
+    fisher = {}
+    for name, p in net.named_parameters():
+        scale = 10 ** (-6 * torch.rand(p.shape, generator=generator))
+        keep = torch.rand(p.shape, generator=generator) > 0.2
+        fisher[name] = scale * keep
+    return fisher
+
+
+def wander(net, generator, size=0.1):
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+class Unfolded:
+    """sum_t F_t (theta - theta*_t)^2 in float64, experience by experience."""
+
+    def __init__(self, decay_factor=None):
+        self.decay_factor = decay_factor
+        self.terms = []
+
+    def consolidate(self, net, fisher):
+        term = {n: (fisher[n].double(), p.detach().double()) for n, p in net.named_parameters()}
+        if self.decay_factor is not None:
+            for old in self.terms:
+                term = {
+                    n: (self.decay_factor * old[n][0] + F, theta) for n, (F, theta) in term.items()
+                }
+            self.terms = []
+        self.terms.append(term)
+
+    def __call__(self, net):
+        thetas = {n: p.detach().double().requires_grad_() for n, p in net.named_parameters()}
+        value = sum(
+            (F * (thetas[n] - anchor).square()).sum()
+            for term in self.terms
+            for n, (F, anchor) in term.items()
+        )
+        gradients = torch.autograd.grad(value, list(thetas.values()))
+        return float(value.detach()), torch.cat([g.flatten() for g in gradients])
+
+
+def gradient_of(value, net):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(net.parameters()))])
+
+
+@pytest.mark.parametrize("decay_factor", [None, 1.0, 0.9])
+@pytest.mark.parametrize("n_experiences", [1, 2, 100])
+def test_folded_penalty_is_the_unfolded_sum(n_experiences, decay_factor):
+    generator = torch.Generator().manual_seed(3)
+    net = model()
+    mode = "separate" if decay_factor is None else "online"
+    penalty, unfolded = QuadraticPenalty(mode, decay_factor), Unfolded(decay_factor)
+    for _ in range(n_experiences):
+        fisher = random_fisher(net, generator)
+        for p in (penalty, unfolded):
+            p.consolidate(net, fisher)
+        wander(net, generator)
+    value = penalty(net)
+    exact_value, exact_gradient = unfolded(net)
+    assert float(value.detach()) == pytest.approx(exact_value, rel=1e-6)
+    error = gradient_of(value, net).double() - exact_gradient
+    assert float(error.norm() / exact_gradient.norm()) < 1e-6
+
+
+def test_memory_does_not_grow_with_experiences():
+    generator = torch.Generator().manual_seed(0)
+    net = model()
+    P = sum(p.numel() for p in net.parameters())
+    penalty, sizes = QuadraticPenalty(), []
+    for _ in range(20):
+        penalty.consolidate(net, random_fisher(net, generator))
+        wander(net, generator)
+        sizes.append(penalty.nbytes)
+    assert sizes[0] == 2 * 4 * P  # S and the anchor
+    assert sizes[1:] == [3 * 4 * P] * 19  # and B
+
+
+def test_add_gradient_is_the_gradient_of_the_value():
+    generator = torch.Generator().manual_seed(0)
+    net, penalty = model().double(), QuadraticPenalty()
+    for _ in range(3):
+        penalty.consolidate(net, {n: f.double() for n, f in random_fisher(net, generator).items()})
+        wander(net.float(), generator)
+        net.double()
+    expected = gradient_of(7 * penalty(net), net)
+    for p in list(net.parameters())[1:]:
+        p.grad = torch.ones_like(p)
+    penalty.add_gradient_(net, scale=7)
+    first, *others = [p.grad for p in net.parameters()]
+    found = torch.cat([first.flatten(), *(g.flatten() - 1 for g in others)])
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameter_where_it_was_left_gets_no_gradient():
+    net, penalty = model(), QuadraticPenalty()
+    penalty.consolidate(net, {n: torch.ones_like(p) for n, p in net.named_parameters()})
+    with torch.no_grad():
+        net[0].weight += 1
+    penalty(net).backward()
+    assert torch.allclose(net[0].weight.grad, torch.full((4, 5), 2.0))
+    assert [net[0].bias.grad, net[2].weight.grad, net[2].bias.grad] == [None] * 3
+
+
+def test_penalty_without_experience_is_zero():
+    assert float(QuadraticPenalty()(model())) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "both"}, r"`mode` must be one of \['separate', 'online'\], got 'both'"),
+        ({"decay_factor": 0.5}, r"`decay_factor` must be None unless mode='online', got 0.5"),
+        ({"mode": "online"}, r"`decay_factor` must be set with mode='online'"),
+        ({"mode": "online", "decay_factor": -1}, r"finite and >= 0, got -1"),
+        ({"mode": "online", "decay_factor": float("nan")}, r"finite and >= 0, got nan"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuadraticPenalty(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "message"),
+    [
+        ({"9.weight": torch.ones(4, 5)}, r"`fisher` has '9.weight'; the model has"),
+        ({"0.weight": torch.ones(5, 4)}, r"is \(5, 4\), the parameter \(4, 5\)"),
+        ({"0.weight": -torch.ones(4, 5)}, r"must be finite and >= 0, got -1.0"),
+        ({"0.weight": torch.full((4, 5), float("inf"))}, r"must be finite and >= 0, got inf"),
+    ],
+)
+def test_bad_fisher(fisher, message):
+    with pytest.raises(ValueError, match=message):
+        QuadraticPenalty().consolidate(model(), fisher)
+
+
+def test_fisher_of_zeros_is_not_passed_over_in_silence():
+    net = model()
+    with pytest.warns(UserWarning, match="zero everywhere"):
+        QuadraticPenalty().consolidate(net, {n: 0 * p for n, p in net.named_parameters()})
