@@ -1,0 +1,260 @@
+"""Decides before the pass which engine serves which parameter, by a trial on three samples.
+
+The trial finds each recorded tensor's sample axis, and every choice is checked against the loop
+over single samples: a parameter that a layer rule gets wrong (called twice, tied, used outside the
+recorded call, samples reordered) is served by `vmap(grad)`, and where that fails, by the loop.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ewc_plugin.batches import Batch, n_samples, take
+from ewc_plugin.capture import Capture, Record, Trace, parameters_in_graph
+from ewc_plugin.rules.base import Layout, Sums
+from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares
+
+EngineName = Literal["auto", "rules", "vmap", "loop"]
+
+_TRIAL = 3  # samples; two would leave an axis of size 2 ambiguous more often
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who serves one parameter.
+
+    Attributes:
+        engine: "rules", "vmap" or "loop".
+        detail: The layer rule's name, or why no rule serves it.
+        layout: Where a rule finds the samples.
+    """
+
+    engine: Literal["rules", "vmap", "loop"]
+    detail: str
+    layout: Layout | None = None
+
+
+Plan = dict[str, Served]
+
+
+def checked_logits(model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+    """The logits [N, C] of a batch, refused where they can't be a classifier's.
+
+    Args:
+        model: The model.
+        forward: Maps (model, batch) to logits.
+        batch: N samples.
+
+    Returns:
+        What `forward` returned.
+
+    Raises:
+        ValueError: Not a tensor [N, C] with C >= 2.
+    """
+    logits = forward(model, batch)
+    N = n_samples(batch)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"`model` must return logits [N, C], got {type(logits).__name__}. "
+            "Pass `forward`, which maps (model, batch) to them."
+        )
+    if logits.dim() != 2 or len(logits) != N:
+        raise ValueError(
+            f"`model` must return logits [N, C], got shape {tuple(logits.shape)} for N = {N}. "
+            "Pass `forward`, which maps (model, batch) to them."
+        )
+    if logits.size(1) < 2:
+        raise ValueError(
+            "`model` must return logits of at least 2 classes, got 1, whose softmax is constant. "
+            "Give a binary head two logits, or use fisher_type 'batched' with your `criterion`."
+        )
+    return logits
+
+
+def make_plan(
+    model: nn.Module,
+    forward: Forward,
+    params: dict[str, nn.Parameter],
+    batch: Batch,
+    engine: EngineName,
+) -> Plan:
+    """Who serves which parameter.
+
+    Args:
+        model: In eval mode.
+        forward: Maps (model, batch) to logits.
+        params: The trainable parameters.
+        batch: Its first three samples are tried (repeated where there are fewer).
+        engine: "auto", or one engine that must serve all.
+
+    Returns:
+        An entry per parameter, in order.
+
+    Raises:
+        ValueError: The samples of a batch interact, or the forced engine can't serve a parameter.
+    """
+    trial = _Trial(model, forward, params, batch)
+    if engine == "loop":
+        return {name: Served("loop", "forced") for name in params}
+    plan: Plan = {}
+    reasons = dict.fromkeys(params, "forced")
+    if engine != "vmap":
+        plan, reasons = trial.rules()
+    if engine == "rules" and reasons:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"`engine` 'rules' can't serve every parameter ({listed}). Use 'auto'.")
+    if reasons:
+        failure = trial.vmap_failure({name: params[name] for name in reasons})
+        if failure and engine == "vmap":
+            raise ValueError(f"`engine` 'vmap' can't serve this model ({failure}). Use 'auto'.")
+        for name, reason in reasons.items():
+            if failure:
+                plan[name] = Served("loop", f"{reason}; vmap: {failure}")
+            else:
+                plan[name] = Served("vmap", reason)
+    return {name: plan[name] for name in params}
+
+
+class _Trial:
+    """Three samples, random vectors at their logits, and the loop's answer."""
+
+    def __init__(
+        self, model: nn.Module, forward: Forward, params: dict[str, nn.Parameter], batch: Batch
+    ) -> None:
+        self.model, self.forward, self.params = model, forward, params
+        self.batch = take(batch, torch.arange(_TRIAL) % n_samples(batch))
+        self.records: dict[int, Tensor] = {}  # index of a record -> the gradient it received
+        self.logits, self.trace = self._run(self.batch)
+        half = torch.finfo(self.logits.dtype).bits < 32
+        self.tolerance = 0.1 if half else 0.01
+        v = torch.randn(
+            self.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        self.v = v.to(self.logits)
+        self.check_independence()
+        self.reference = loop_squares(model, forward, params, self.batch, self.v[:, None])
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Trace]:
+        names = {id(p): name for name, p in self.params.items()}
+        with Capture(names, next(iter(self.params.values())).device, self._receive) as capture:
+            logits = checked_logits(self.model, self.forward, batch)
+        return logits, capture.trace
+
+    def _receive(self, record: Record, g: Tensor) -> None:
+        self.records[id(record)] = g
+
+    def check_independence(self) -> None:
+        """Raises where a sample's logits depend on its batch, or on chance."""
+        for n in range(_TRIAL):
+            with torch.no_grad():
+                alone = checked_logits(self.model, self.forward, take(self.batch, slice(n, n + 1)))
+            together = self.logits[n : n + 1].detach()
+            scale = together.abs().nan_to_num(posinf=0.0).max()
+            if alone.shape != together.shape or bool(
+                ((alone - together).abs() > self.tolerance * scale).any()
+            ):
+                raise ValueError(
+                    "`model` gives a sample other logits alone than in a batch of three: its "
+                    "samples interact or its forward is random, so no per-sample Fisher exists. "
+                    "Switch batch statistics and noise off, or use fisher_type 'batched'."
+                )
+
+    def rules(self) -> tuple[Plan, dict[str, str]]:
+        """What the layer rules serve, and for all other parameters the reason."""
+        plan: Plan = {}
+        pair, pair_trace = self._run(take(self.batch, slice(0, 2)))
+        self.trace.pull_back(self.logits, self.v, retain_graph=True)
+        calls = Counter(name for r in self.trace.records for name in r.call.names.values())
+        outside = parameters_in_graph(self.logits)
+        reasons = {
+            name: self._structural(name, p, calls, outside) for name, p in self.params.items()
+        }
+        reasons = {name: reason for name, reason in reasons.items() if reason}
+        comparable = [r.call.names for r in self.trace.records] == [
+            r.call.names for r in pair_trace.records
+        ]
+        for record, smaller in zip(self.trace.records, pair_trace.records, strict=False):
+            for name in record.call.names.values():
+                if name not in reasons and not comparable:
+                    reasons[name] = "its calls depend on the data"
+            if any(name in reasons for name in record.call.names.values()):
+                for name in record.call.names.values():
+                    reasons.setdefault(name, "its layer's other parameter has no rule")
+                continue
+            served = self._layout(record, _layouts(record.out_shape, smaller.out_shape))
+            for name in record.call.names.values():
+                if isinstance(served, Served):
+                    plan[name] = served
+                else:
+                    reasons[name] = served
+        for name in self.params:
+            if name not in plan and name not in reasons:
+                if bool(self.reference[name].any()):
+                    reasons[name] = "no layer rule sees it"
+                else:
+                    plan[name] = Served("rules", "unused")
+        return plan, {name: reasons[name] for name in self.params if name in reasons}
+
+    def _structural(
+        self, name: str, p: nn.Parameter, calls: "Counter[str]", outside: set[int]
+    ) -> str:
+        """Why no rule can serve a parameter, or nothing."""
+        if name in self.trace.barred:
+            return self.trace.barred[name]
+        if calls[name] > 1:
+            return f"used in {calls[name]} calls"
+        if id(p) in outside:
+            return "used directly" if not calls[name] else "used in a call and directly"
+        return ""
+
+    def _layout(self, record: Record, layouts: list[Layout]) -> Served | str:
+        """The one layout in which the rule gives the loop's answer, or why there is none."""
+        if not layouts:
+            return "no sample axis found"
+        g = self.records.get(id(record))
+        right = [layout for layout in layouts if g is None or self._agrees(record, g, layout)]
+        if len(right) == 1:
+            return Served("rules", record.rule.name, right[0])
+        return "the layer rule disagrees with the loop" if not right else "ambiguous sample axis"
+
+    def _agrees(self, record: Record, g: Tensor, layout: Layout) -> bool:
+        if not record.fits(layout, _TRIAL):
+            return False
+        sums: Sums = {
+            name: torch.zeros_like(self.reference[name]) for name in record.call.names.values()
+        }
+        record.add(g, layout, _TRIAL, sums)
+        record.add_pool(layout, _TRIAL, sums)
+        return all(self.close(sums[name], self.reference[name]) for name in sums)
+
+    def close(self, got: Tensor, expected: Tensor) -> bool:
+        """Whether squares agree but for rounding and a flipped ReLU."""
+        return bool((got - expected).abs().max() <= self.tolerance * expected.abs().max())
+
+    def vmap_failure(self, params: dict[str, nn.Parameter]) -> str:
+        """Why vmap can't serve these parameters, or nothing."""
+        try:
+            sums = vmap_squares(self.model, self.forward, params, self.batch, self.v[:, None])
+        except Exception as error:  # whatever a model's code raises under a transform
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if all(self.close(sums[name], self.reference[name]) for name in params):
+            return ""
+        return "its values differ from the loop's"
+
+
+def _layouts(three: torch.Size, two: torch.Size) -> list[Layout]:
+    """Layouts under which one axis grows from two samples to three, and no other does."""
+    if len(three) != len(two):
+        return []
+    grown = [dim for dim in range(len(three)) if three[dim] != two[dim]]
+    if len(grown) != 1:
+        return []
+    (dim,) = grown
+    folded = three[dim] - two[dim]
+    if three[dim] != _TRIAL * folded:
+        return []
+    layout = Layout(dim, folded)
+    return [layout] if folded == 1 else [layout, replace(layout, interleaved=True)]

@@ -1,0 +1,50 @@
+"""`F.linear`, on [N, I] and on sequences [N, T, I]."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ewc_plugin.rules.base import LayerCall, LayerRule, Sums
+
+# Per-sample products are written to a buffer of about this many entries: it stays in the cache.
+_BUFFER_ENTRIES = 2**18
+
+
+def _bind(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
+    return LayerCall(input, {"weight": weight, "bias": bias})
+
+
+def _one_position(call: LayerCall, g: Tensor) -> bool:
+    """Whether each sample has one row: then g a^T has rank one and its square factorises."""
+    return g[0, ..., 0].numel() == 1
+
+
+def _pool(call: LayerCall, a: Tensor, g2: Tensor, into: Sums) -> None:
+    """F_W += (sum_s g_s^2)^T a^2; F_b += sum_n sum_s g_s^2."""
+    a, g2 = a.reshape(len(a), -1), g2.reshape(len(g2), -1)
+    if name := call.names.get("weight"):
+        into[name].addmm_(g2.T, a.square())
+    if name := call.names.get("bias"):
+        into[name].add_(g2.sum(0))
+
+
+def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+    """F_W += sum_n (sum_t g_nt a_nt^T)^2; F_b += sum_n (sum_t g_nt)^2."""
+    a, g = a.reshape(len(a), -1, a.size(-1)), g.reshape(len(g), -1, g.size(-1))  # [N, T, ...]
+    if name := call.names.get("weight"):
+        add_product_squares(g, a, into[name])
+    if name := call.names.get("bias"):
+        into[name].add_(g.sum(1).square_().sum(0))
+
+
+def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
+    """Adds sum_n (g_n^T a_n)^2 for g [N, T, O], a [N, T, I], to `into` [O, I], in a buffer."""
+    step = max(1, _BUFFER_ENTRIES // into.numel())
+    buffer = into.new_empty(min(step, len(g)), *into.shape)
+    for start in range(0, len(g), step):
+        g_part, a_part = g[start : start + step], a[start : start + step]
+        products = buffer[: len(g_part)]
+        products.baddbmm_(g_part.transpose(1, 2), a_part, beta=0)
+        into.add_(products.square_().sum(0))
+
+
+LINEAR = LayerRule("linear", F.linear, _bind, _add, _pool, _one_position)

@@ -1,0 +1,109 @@
+"""The slower engines, for whatever no layer rule serves: `vmap(grad)`, and a loop over samples."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ewc_plugin.batches import Batch, has_samples, n_samples, take
+from ewc_plugin.rules.base import Sums, sum_dtype
+
+Forward = Callable[[nn.Module, Batch], Tensor]
+
+_VMAP_ENTRIES = 2**26  # of per-sample gradients held at a time
+
+
+class _Bound(nn.Module):
+    """Model and forward as one module, whose parameters `functional_call` can replace."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._call = forward
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._call(self.model, batch)
+
+
+def vmap_squares(
+    model: nn.Module,
+    forward: Forward,
+    params: dict[str, nn.Parameter],
+    batch: Batch,
+    vectors: Tensor,
+) -> Sums:
+    """sum_n sum_s (J_n^T v_ns)^2 by `torch.func`.
+
+    Args:
+        model: The module whose parameters are replaced.
+        forward: Maps (model, batch) to logits [N, C].
+        params: Name -> parameter.
+        batch: N samples.
+        vectors: [N, S, C], in the logits' dtype.
+
+    Returns:
+        The sums, one per parameter.
+    """
+    bound = _Bound(model, forward)
+    values = {f"model.{name}": p.detach() for name, p in params.items()}
+    leaves, tree = tree_flatten(batch)
+    axes = tuple(0 if has_samples(leaf) else None for leaf in leaves)
+
+    def squares(v: Tensor, *sample: Any) -> dict[str, Tensor]:
+        one = tree_unflatten(
+            [s[None] if axis == 0 else s for s, axis in zip(sample, axes, strict=True)], tree
+        )
+        pull_back = vjp(lambda p: functional_call(bound, p, (one,))[0], values)[1]
+        total: dict[str, Tensor] = {}
+        for v_s in v.unbind(0):
+            (grads,) = pull_back(v_s)
+            for name, grad in grads.items():
+                square = grad.to(sum_dtype(grad)).square()
+                total[name] = total[name] + square if name in total else square
+        return total
+
+    step = max(1, _VMAP_ENTRIES // sum(p.numel() for p in params.values()))
+    sums = zeros(params)
+    for part in _slices(len(vectors), step):
+        sliced = tree_flatten(take(batch, part))[0]
+        for name, s in vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced).items():
+            sums[name.removeprefix("model.")] += s.sum(0)
+    return sums
+
+
+def loop_squares(
+    model: nn.Module,
+    forward: Forward,
+    params: dict[str, nn.Parameter],
+    batch: Batch,
+    vectors: Tensor,
+) -> Sums:
+    """The same as `vmap_squares`, one sample at a time: for models that vmap can't follow."""
+    sums = zeros(params)
+    S = vectors.size(1)
+    for n in range(n_samples(batch)):
+        logits = forward(model, take(batch, slice(n, n + 1)))
+        if not logits.requires_grad:
+            continue
+        for s in range(S):
+            v = vectors[n : n + 1, s]
+            grads = torch.autograd.grad(
+                logits, list(params.values()), v, retain_graph=s < S - 1, allow_unused=True
+            )
+            for name, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    dense = grad.to_dense() if grad.is_sparse else grad
+                    sums[name] += dense.to(sums[name].dtype).square()
+    return sums
+
+
+def zeros(params: dict[str, nn.Parameter]) -> Sums:
+    """A zero sum for each parameter."""
+    return {name: torch.zeros_like(p, dtype=sum_dtype(p)).detach() for name, p in params.items()}
+
+
+def _slices(N: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, N, step))

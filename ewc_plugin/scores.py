@@ -1,0 +1,159 @@
+"""Fisher types, and the score vectors v [N, C] at the logits that each of them squares.
+
+Every Fisher type is data: F = 1/N sum_n sum_s (J_n^T v_ns)^2, where J_n is the Jacobian of sample
+n's logits. What pulls the vectors back never asks which type they came from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class FisherType(str, Enum):
+    """Which labels the expectation in the Fisher runs over.
+
+    PREDICTED: the model's own argmax. EMPIRICAL: the data's labels. SAMPLED: labels drawn from
+    the model's softmax. EXACT: every class, weighted by its probability. BATCHED: Avalanche's
+    definition, the square of a mini-batch's mean gradient, kept for parity alone.
+
+    Source: Kirkpatrick et al. 2017; Kunstner et al. 2019 (empirical against exact).
+    """
+
+    PREDICTED = "predicted"
+    EMPIRICAL = "empirical"
+    SAMPLED = "sampled"
+    EXACT = "exact"
+    BATCHED = "batched"
+
+    @classmethod
+    def parse(cls, value: "FisherType | str") -> "FisherType":
+        """Looks a type up by its value.
+
+        Args:
+            value: A `FisherType` or its string.
+
+        Returns:
+            The type.
+
+        Raises:
+            ValueError: No such type.
+
+        Example:
+            >>> FisherType.parse("exact")
+            <FisherType.EXACT: 'exact'>
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            allowed = ", ".join(repr(t.value) for t in cls)
+            raise ValueError(f"`fisher_type` must be one of {allowed}, got {value!r}.") from None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`count` score vectors, each made when it is asked for: with 1,000 classes they are many.
+
+    Attributes:
+        count: Number S of vectors.
+        vector: Maps s in [0, S) to v_s [N, C].
+    """
+
+    count: int
+    vector: Callable[[int], Tensor]
+
+
+def score_vectors(
+    logits: Tensor,
+    fisher_type: FisherType,
+    *,
+    targets: Tensor | None = None,
+    n_draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> Scores:
+    """Vectors v_s with sum_s v_s v_s^T the (expected) outer product of d log p(y | x) / d logits.
+
+    PREDICTED and EMPIRICAL: onehot(y) - p. SAMPLED: sqrt(share of draws) (onehot(y) - p) for each
+    distinct y. EXACT: C - 1 columns L with L L^T = diag(p) - p p^T, over the classes with p > 0.
+
+    Args:
+        logits: [N, C], finite or -inf for a class that is masked out.
+        fisher_type: Any but BATCHED.
+        targets: [N] int64; EMPIRICAL alone reads them.
+        n_draws: Draws per sample, SAMPLED alone.
+        generator: Draws the labels of SAMPLED; on its own device.
+
+    Returns:
+        The vectors, in float32 or the logits' dtype where that is wider.
+
+    Raises:
+        ValueError: BATCHED has no score vectors; EMPIRICAL without targets.
+
+    Source: Kunstner et al. 2019, section 2 (the types); the factor follows from
+        diag(p) - p p^T = D (I - q q^T) D with q = sqrt(p), D = diag(q), and a
+        Householder reflection.
+
+    Example:
+        >>> scores = score_vectors(torch.zeros(1, 2), FisherType.PREDICTED)
+        >>> scores.count, scores.vector(0)
+        (1, tensor([[ 0.5000, -0.5000]]))
+    """
+    logits = logits.detach()
+    p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+    match fisher_type:
+        case FisherType.PREDICTED:
+            predicted = logits.argmax(1)
+            return Scores(1, lambda s: _label_scores(p, predicted))
+        case FisherType.EMPIRICAL:
+            if targets is None:
+                raise ValueError("`targets` are needed by fisher_type 'empirical', got None.")
+            return Scores(1, lambda s: _label_scores(p, targets))
+        case FisherType.SAMPLED:
+            return _sampled(p, n_draws, generator)
+        case FisherType.EXACT:
+            return _exact(p)
+        case _:
+            raise ValueError(f"`fisher_type` {fisher_type.value!r} has no score vectors.")
+
+
+def _label_scores(p: Tensor, y: Tensor) -> Tensor:
+    """onehot(y) - p [N, C], its entry at y summed from the others: 1 - p cancels near p = 1."""
+    v = p.neg().scatter_(1, y[:, None], 0.0)
+    return v.scatter_(1, y[:, None], -v.sum(1, keepdim=True))
+
+
+def _sampled(p: Tensor, n_draws: int, generator: torch.Generator | None) -> Scores:
+    """Scores of drawn labels; equal draws of one sample share a vector."""
+    device = p.device if generator is None else generator.device
+    # One uniform number per draw in sample order: the labels do not depend on the batches.
+    # Float32 below 1 times a float64 total stays below that total, so no masked class is drawn.
+    u = torch.rand(len(p), n_draws, generator=generator, device=device).to(p.device, torch.float64)
+    cdf = p.double().cumsum(1)
+    y = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # [N, n_draws]
+    counts = torch.zeros_like(p).scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
+    n_distinct = int((counts > 0).sum(1).max())
+    share, label = (counts / n_draws).topk(n_distinct, dim=1)
+    return Scores(
+        n_distinct, lambda s: share[:, s, None].sqrt() * _label_scores(p, label[:, s].contiguous())
+    )
+
+
+def _exact(p: Tensor) -> Scores:
+    """Columns of L = D Q, Q an orthonormal basis of the complement of q = sqrt(p)."""
+    # Q is the reflection H = I - w w^T / (1 + q_k), w = q + e_k, k = argmax, less its column k.
+    # No entry cancels, so saturated outputs keep their digits.
+    N, C = p.shape
+    active = (p > 0).any(0).nonzero().squeeze(1)  # [A]
+    q = p[:, active].sqrt()  # [N, A]
+    q_top, top = q.max(1, keepdim=True)  # [N, 1]
+    base = (-q * q / (1 + q_top)).scatter_(1, top, -q_top)  # [N, A]: w_i / (1 + q_k), times -q_i
+
+    def column(s: int) -> Tensor:
+        j = torch.where(top == s, len(active) - 1, s)  # each sample leaves its own column k out
+        q_j = q.gather(1, j)
+        narrow = (base * q_j).scatter_add_(1, j, q_j)
+        return p.new_zeros(N, C).index_copy_(1, active, narrow)
+
+    return Scores(len(active) - 1, column)
