@@ -7,6 +7,7 @@ output's gradient to the rule. A tap's output is an alias of the layer's, which 
 activation may overwrite.
 """
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,10 +52,20 @@ class Record:
             len(shape) > layout.dim and shape[layout.dim] == N * layout.folded for shape in shapes
         )
 
-    def add(self, g: Tensor, layout: Layout, N: int, into: Sums) -> None:
-        """Adds the squares of one score vector's gradients g to `into`, or to the pool."""
+    def add(self, g: Tensor, layout: Layout, N: int, into: Sums, unscale: float = 1.0) -> None:
+        """Adds the squares of one score vector's gradients g to `into`, or to the pool.
+
+        Args:
+            g: Gradient at the call's output.
+            layout: Where its samples are.
+            N: How many they are.
+            into: Parameter name -> its sum.
+            unscale: What g is multiplied by.
+        """
         dtype = self.call.sum_dtype()
         g = layout.samples_first(g, N).to(dtype)
+        if unscale != 1.0:
+            g = g * unscale  # in the wide dtype, where nothing underflows
         if self.rule.pool is None or not self.rule.poolable(self.call, g):
             self.rule.add(self.call, self._input(layout, N, dtype), g, into)
         elif self.g2 is None:
@@ -126,16 +137,19 @@ class Capture(TorchFunctionMode):
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs `func`; where a rule knows it and it reads a named parameter, records it."""
         kwargs = kwargs or {}
         if func is F.batch_norm:
             _refuse_batch_statistics(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
         rule = RULES.get(func)
-        if rule is None:
+        call = rule.bind(*args, **kwargs) if rule else None
+        if rule is None or call is None:
             return func(*args, **kwargs)
-        call = rule.bind(*args, **kwargs)
         names = {
             role: self._names[id(p)] for role, p in call.params.items() if id(p) in self._names
         }
@@ -152,6 +166,15 @@ class Capture(TorchFunctionMode):
         record = Record(rule, call, out.shape, call.a._version, self._receive)
         self.trace.records.append(record)
         return _Tap.apply(out, self.trace.anchor, record)
+
+
+# A Python function that dispatches to modes runs its body with the mode off, so the mode would miss
+# the F.linear calls in it. This is the same code with its dispatch switched off.
+_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def _refuse_batch_statistics(

@@ -1,7 +1,7 @@
 """`diagonal_fisher`: batches in, one tensor per trainable parameter out."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import get_args
 
 import torch
@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_plugin.batched import batched_importances
-from ewc_plugin.batches import Batch, n_samples, rechunk, subset
-from ewc_plugin.capture import Capture, Record, Trace, parameters_in_graph
+from ewc_plugin.batches import Batch, rechunk, subset
+from ewc_plugin.engine import EnginePass
 from ewc_plugin.guard import evaluating
-from ewc_plugin.probe import EngineName, Plan, Served, checked_logits, make_plan
-from ewc_plugin.rules.base import Layout, Sums
-from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares, zeros
+from ewc_plugin.probe import EngineName, Served, make_plan
+from ewc_plugin.samplewise import Forward
 from ewc_plugin.scores import FisherType, Scores, score_vectors
 
 _SEED = 0  # of the generator that is made where none is passed
-_VECTORS_AT_ONCE = 32  # handed to the samplewise engines, which repeat the forward pass per block
 
 
 def diagonal_fisher(
@@ -80,9 +78,7 @@ def diagonal_fisher(
     """
     fisher_type = FisherType.parse(fisher_type)
     _check_arguments(fisher_type, criterion, n_draws, max_samples, chunk_size, engine)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("`model` has no parameter with requires_grad=True, so it has no Fisher.")
+    params = _trainable(model)
     forward = forward or _first_item
     targets = targets or _second_item
     generator = generator or torch.Generator().manual_seed(_SEED)
@@ -102,136 +98,52 @@ def diagonal_fisher(
                 logits, fisher_type, targets=y, n_draws=n_draws, generator=generator
             )
 
-        engine_pass: _Pass | None = None
-        for batch in rechunk(batches, chunk_size or 512):
-            if engine_pass is None:
-                plan = make_plan(model, forward, params, batch, engine)
-                engine_pass = _Pass(model, forward, params, plan, scores)
-            engine_pass.add(batch)
-        if engine_pass is None:
+        stream = iter(batches)
+        first = next(stream, None)
+        if first is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-    return engine_pass.mean()
+        plan = make_plan(model, forward, params, first, engine, chunk_size)
+        engine_pass = EnginePass(model, forward, params, plan, scores, generator)
+        for chunk in rechunk(chain([first], stream), plan.chunk_size):
+            engine_pass.add(chunk)
+        return engine_pass.mean()
 
 
-class _Pass:
-    """The running sums of one pass."""
+def explain(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    forward: Forward | None = None,
+    engine: EngineName = "auto",
+) -> dict[str, Served]:
+    """Which engine serves which parameter, and why: what `diagonal_fisher` decides on this batch.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: Forward,
-        params: dict[str, nn.Parameter],
-        plan: Plan,
-        scores: Callable[[Batch, Tensor], Scores],
-    ) -> None:
-        self.model, self.forward, self.params, self.plan = model, forward, params, dict(plan)
-        self.scores = scores
-        self.sums = zeros(params)
-        self.N = 0
+    Args:
+        model: As in `diagonal_fisher`.
+        batch: Its first batch.
+        forward: As in `diagonal_fisher`.
+        engine: As in `diagonal_fisher`.
 
-    def mean(self) -> Sums:
-        """The sums over samples, divided once."""
-        for name, total in self.sums.items():
-            if not bool(torch.isfinite(total).all()):
-                raise ValueError(f"The Fisher of `{name}` is not finite: its gradients overflow.")
-        return {name: total / self.N for name, total in self.sums.items()}
+    Returns:
+        Parameter name -> its engine and the layer rule, or the reason why none serves it.
 
-    def add(self, batch: Batch) -> None:
-        """Adds one chunk's squares."""
-        N = n_samples(batch)
-        chunk: Sums = _LazyZeros(self.sums)
-        logits, trace = self._trace(batch, N, chunk)
-        self._check_finite(logits, N)
-        if moved := self._misfits(logits, trace, N):
-            for name in moved:
-                self.plan[name] = Served("loop", "its calls depend on the data")
-            self.add(batch)
-            return
-        scores = self.scores(batch, logits)
-        vectors: list[Tensor] = []
-        for s in range(scores.count):
-            v = scores.vector(s).to(logits.dtype)
-            last = s == scores.count - 1
-            trace.pull_back(logits, v, retain_graph=not last)
-            vectors.append(v)
-            if last or len(vectors) == _VECTORS_AT_ONCE:
-                self._samplewise(batch, torch.stack(vectors, 1), chunk)
-                vectors = []
-        for record in trace.records:
-            record.add_pool(self._layout(record), N, self.sums)
-        for name, s_chunk in chunk.items():
-            self.sums[name] += s_chunk
-        self.N += N
+    Raises:
+        ValueError: As in `diagonal_fisher`.
 
-    def _served(self, *engines: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.params.items() if self.plan[name].engine in engines}
-
-    def _layout(self, record: Record) -> Layout:
-        layout = self.plan[next(iter(record.call.names.values()))].layout
-        assert layout is not None
-        return layout
-
-    def _trace(self, batch: Batch, N: int, chunk: Sums) -> tuple[Tensor, Trace]:
-        def receive(record: Record, g: Tensor) -> None:
-            record.add(g, self._layout(record), N, chunk)
-
-        names = {id(p): name for name, p in self._served("rules").items()}
-        device = next(iter(self.params.values())).device
-        with Capture(names, device, receive) as capture:
-            logits = checked_logits(self.model, self.forward, batch)
-        return logits, capture.trace
-
-    def _misfits(self, logits: Tensor, trace: Trace, N: int) -> set[str]:
-        """Parameters used in another way than in the trial: data-dependent control flow."""
-        calls = Counter(name for r in trace.records for name in r.call.names.values())
-        outside = parameters_in_graph(logits)
-        misfits = {name for name, p in self._served("rules").items() if id(p) in outside}
-        for record in trace.records:
-            for name in record.call.names.values():
-                layout = self.plan[name].layout
-                if calls[name] > 1 or layout is None or not record.fits(layout, N):
-                    misfits |= set(record.call.names.values())
-        return misfits | set(trace.barred)
-
-    def _samplewise(self, batch: Batch, vectors: Tensor, chunk: Sums) -> None:
-        """Adds the squares of the parameters that no rule serves."""
-        if params := self._served("vmap"):
-            try:
-                sums = vmap_squares(self.model, self.forward, params, batch, vectors)
-            except RuntimeError as error:
-                for name in params:
-                    self.plan[name] = Served("loop", f"vmap: {error}")
-            else:
-                for name, total in sums.items():
-                    chunk[name] += total
-        if params := self._served("loop"):
-            for name, total in loop_squares(
-                self.model, self.forward, params, batch, vectors
-            ).items():
-                chunk[name] += total
-
-    def _check_finite(self, logits: Tensor, N: int) -> None:
-        """Raises on NaN, inf, or a sample without any finite logit; -inf masks a class."""
-        bad = logits.isnan() | (logits == torch.inf)
-        bad = bad.any(1) | (logits == -torch.inf).all(1)
-        if bool(bad.any()):
-            first = self.N + int(bad.nonzero()[0])
-            raise ValueError(
-                f"`model` gave a logit that is not finite for sample {first} of `batches` "
-                f"(counted from 0, in the order they came). Did the training diverge?"
-            )
+    Example:
+        >>> explain(nn.Linear(3, 2, bias=False), (torch.zeros(4, 3),))["weight"].detail
+        'linear'
+    """
+    params = _trainable(model)
+    with evaluating(model):
+        return make_plan(model, forward or _first_item, params, batch, engine).served
 
 
-class _LazyZeros(dict[str, Tensor]):
-    """A zero sum is made for a parameter when something is first added to it."""
-
-    def __init__(self, like: Sums) -> None:
-        super().__init__()
-        self._like = like
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = torch.zeros_like(self._like[name])
-        return self[name]
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("`model` has no parameter with requires_grad=True, so it has no Fisher.")
+    return params
 
 
 def _first_item(model: nn.Module, batch: Batch) -> Tensor:

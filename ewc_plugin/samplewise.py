@@ -1,5 +1,6 @@
 """The slower engines, for whatever no layer rule serves: `vmap(grad)`, and a loop over samples."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,7 +70,11 @@ def vmap_squares(
     sums = zeros(params)
     for part in _slices(len(vectors), step):
         sliced = tree_flatten(take(batch, part))[0]
-        for name, s in vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced).items():
+        # The parameters that stay in the model need no graph; slow batching rules are no news.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            squared = vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced)
+        for name, s in squared.items():
             sums[name.removeprefix("model.")] += s.sum(0)
     return sums
 
@@ -102,7 +107,10 @@ def loop_squares(
 
 def zeros(params: dict[str, nn.Parameter]) -> Sums:
     """A zero sum for each parameter."""
-    return {name: torch.zeros_like(p, dtype=sum_dtype(p)).detach() for name, p in params.items()}
+    return {
+        name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device)
+        for name, p in params.items()
+    }
 
 
 def _slices(N: int, step: int) -> Iterator[slice]:

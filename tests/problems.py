@@ -1,5 +1,6 @@
 """Named models with data, one per way a layer can be used; and models that must be refused."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -171,6 +172,11 @@ class TwoHeads(nn.Module):
 
 
 def with_tasks(g):
+    return torch.randn(N, 6, generator=g, dtype=torch.float64), torch.arange(N) % 2
+
+
+def with_late_tasks(g):
+    """The trial on the first three samples sees one task; the next batches bring another."""
     return torch.randn(N, 6, generator=g, dtype=torch.float64), torch.arange(N) // 4
 
 
@@ -235,4 +241,214 @@ PROBLEMS = [
     ),
     Problem("data-dependent", DataDependent, normal(6), engine="loop"),
     Problem("two-heads", TwoHeads, with_tasks, engine="loop", forward=lambda m, b: m(b[0], b[1])),
+    Problem(
+        "two-heads-late",
+        TwoHeads,
+        with_late_tasks,
+        engine="rules",
+        forward=lambda m, b: m(b[0], b[1]),
+    ),
 ]
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+        self.head = nn.Linear(6, 4)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        out = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(out.mean(1 if self.batch_first else 0))
+
+
+class CrossAttention(nn.Module):
+    """Queries of another width than keys: separate projection matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, kdim=3, vdim=3, batch_first=True)
+        self.query, self.head = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.attention(self.query(x), x, x)[0].mean(1))
+
+
+def encoder(norm_first=False):
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=norm_first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are off with norm_first, it says
+        body = nn.TransformerEncoder(layer, 2)
+    return nn.Sequential(body, Lambda(lambda h: h.mean(1)), nn.Linear(6, 4))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell(3, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0][:, -1])
+
+
+class LowRank(nn.Module):
+    """W x + B A x with W frozen, as adapters write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 4).requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(2, 6))
+        self.B = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+class Positions(nn.Module):
+    """An embedding of positions has no sample axis of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 5), nn.Embedding(6, 5)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, index):
+        places = self.places(torch.arange(index.size(1)))
+        return self.head(torch.tanh(self.words(index) + places).mean(1))
+
+
+def conv2d(*args, size=5, channels=4, **kwargs):
+    def build():
+        layer = nn.Conv2d(channels, 4, *args, **kwargs)
+        with torch.no_grad():
+            width = layer(torch.zeros(1, channels, size, size)).numel()
+        return nn.Sequential(layer, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(width, 4))
+
+    return build
+
+
+def then_mean(*layers):
+    """Layers on [N, C, ...], then the mean over positions and a head."""
+    return lambda: nn.Sequential(
+        *(layer() for layer in layers),
+        Lambda(lambda h: torch.tanh(h).flatten(2).mean(2)),
+        nn.Linear(4, 4),
+    )
+
+
+LAYER_PROBLEMS = [
+    Problem("conv", conv2d(3), normal(4, 5, 5)),
+    Problem("conv-large-kernel-count", conv2d(3, channels=3), normal(3, 5, 5)),
+    Problem("conv-stride-padding", conv2d(3, stride=2, padding=1), normal(4, 5, 5)),
+    Problem("conv-same", conv2d((2, 4), padding="same"), normal(4, 5, 5)),
+    Problem("conv-valid", conv2d(2, padding="valid"), normal(4, 5, 5)),
+    Problem("conv-dilation", conv2d(2, dilation=(2, 1), padding=(0, 1)), normal(4, 5, 5)),
+    Problem("conv-groups", conv2d(3, groups=2, bias=False), normal(4, 5, 5)),
+    Problem("conv-depthwise", conv2d(3, groups=4, padding=1), normal(4, 5, 5)),
+    Problem("conv-circular", conv2d(3, padding=1, padding_mode="circular"), normal(4, 5, 5)),
+    Problem("conv-reflect", conv2d(3, padding=1, padding_mode="reflect"), normal(4, 5, 5)),
+    Problem("conv-tiny-map", conv2d(3, size=2, padding=1), normal(4, 2, 2)),
+    Problem("conv-tiny-stride", conv2d(3, size=3, padding=1, stride=2), normal(4, 3, 3)),
+    Problem("conv-one-pixel", conv2d(3, size=1, padding=1), normal(4, 1, 1)),
+    Problem("conv-tiny-dilation", conv2d(2, size=3, dilation=2, padding=1), normal(4, 3, 3)),
+    Problem("conv1d", then_mean(lambda: nn.Conv1d(3, 4, 3, padding=1)), normal(3, 6)),
+    Problem("conv3d", then_mean(lambda: nn.Conv3d(2, 4, 2)), normal(2, 3, 3, 3)),
+    Problem(
+        "conv-per-frame",
+        lambda: nn.Sequential(
+            Lambda(lambda x: x.flatten(0, 1)),
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.PReLU(4),
+            Lambda(lambda h: torch.tanh(h).flatten(1).unflatten(0, (-1, 3)).flatten(1)),
+            nn.Linear(48, 4),
+        ),
+        normal(3, 2, 4, 4),
+    ),
+    Problem(
+        "conv-transpose1d",
+        then_mean(lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1)),
+        normal(3, 5),
+    ),
+    Problem(
+        "conv-transpose2d",
+        then_mean(lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, groups=2)),
+        normal(4, 3, 3),
+    ),
+    Problem(
+        "conv-transpose3d",
+        then_mean(lambda: nn.ConvTranspose3d(2, 4, 2, dilation=2)),
+        normal(2, 2, 2, 2),
+    ),
+    Problem("batch-norm", then_mean(lambda: nn.BatchNorm2d(4)), normal(4, 3, 3)),
+    Problem(
+        "batch-norm-flat", lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)), normal(6)
+    ),
+    Problem("layer-norm", lambda: nn.Sequential(nn.LayerNorm(6), mlp()), normal(6)),
+    Problem(
+        "layer-norm-two-axes",
+        lambda: nn.Sequential(nn.LayerNorm((3, 6), bias=False), nn.Flatten(), nn.Linear(18, 4)),
+        normal(3, 6),
+    ),
+    Problem(
+        "layer-norm-sequence",
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 5), nn.Flatten(), nn.Linear(25, 4)),
+        normal(5, 6),
+    ),
+    Problem("group-norm", then_mean(lambda: nn.GroupNorm(2, 4)), normal(4, 3, 3)),
+    Problem("instance-norm", then_mean(lambda: nn.InstanceNorm2d(4, affine=True)), normal(4, 3, 3)),
+    Problem(
+        "instance-norm-running",
+        then_mean(lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True)),
+        normal(4, 5),
+    ),
+    Problem(
+        "rms-norm",
+        lambda: nn.Sequential(nn.RMSNorm(6), Lambda(lambda h: h.mean(1)), nn.Linear(6, 4)),
+        normal(3, 6),
+    ),
+    Problem(
+        "prelu", lambda: nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 4)), normal(6)
+    ),
+    Problem("prelu-channels", then_mean(lambda: nn.PReLU(4)), normal(4, 3)),
+    Problem(
+        "embedding",
+        lambda: nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(30, 4)),
+        tokens(6),
+    ),
+    Problem(
+        "embedding-padding",
+        lambda: nn.Sequential(
+            nn.Embedding(11, 5, padding_idx=-8),
+            Lambda(lambda h: torch.tanh(h).mean(1)),
+            nn.Linear(5, 4),
+        ),
+        tokens(9),
+    ),
+    Problem(
+        "embedding-sparse",
+        lambda: nn.Sequential(nn.Embedding(11, 5, sparse=True), nn.Flatten(), nn.Linear(15, 4)),
+        tokens(3),
+    ),
+    Problem(
+        "embedding-by-frequency",
+        lambda: nn.Sequential(
+            nn.Embedding(11, 5, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(45, 4)
+        ),
+        tokens(9),
+        engine="vmap",
+    ),
+    Problem("positions", Positions, tokens(6), engine="vmap"),
+    Problem("attention", Attention, normal(3, 6)),
+    Problem("attention-time-first", lambda: Attention(batch_first=False), normal(3, 6)),
+    Problem("attention-cross", CrossAttention, normal(5, 3), engine="vmap"),
+    Problem("transformer", encoder, normal(5, 6)),
+    Problem("transformer-norm-first", lambda: encoder(norm_first=True), normal(3, 6)),
+    Problem("rnn", lambda: Recurrent(nn.RNN), normal(4, 3), engine="loop"),
+    Problem("lstm", lambda: Recurrent(nn.LSTM), normal(4, 3), engine="loop"),
+    Problem("gru", lambda: Recurrent(nn.GRU), normal(4, 3), engine="loop"),
+    Problem("low-rank-adapter", LowRank, normal(6), engine="vmap"),
+]
+PROBLEMS += LAYER_PROBLEMS

@@ -10,7 +10,9 @@ from avalanche.training.plugins import EWCPlugin
 from problems import PROBLEMS
 from reference import flags, loop_fisher, relative_error
 
-from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.fisher import diagonal_fisher, explain
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 KINDS = ["predicted", "empirical", "exact"]
 
@@ -37,6 +39,15 @@ def test_fisher_equals_sample_loop(problem, kind):
     expected = loop_fisher(model.eval(), parts, y, kind, problem.forward)
     got = fisher_of(problem, model.train(), parts, y, kind, chunk_size=3)
     assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+def test_slowest_engine_is_the_expected_one(problem):
+    model, parts, _ = problem.build()
+    served = explain(model, parts, forward=problem.forward or (lambda m, b: m(b[0])))
+    assert list(served) == [name for name, p in model.named_parameters() if p.requires_grad]
+    engines = {s.engine for s in served.values()}
+    assert max(engines, key=["rules", "vmap", "loop"].index) == problem.engine, served
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)

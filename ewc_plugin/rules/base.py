@@ -61,7 +61,7 @@ class LayerRule:
     Attributes:
         name: For `explain`.
         function: The torch function.
-        bind: Takes the function's own arguments and returns the call.
+        bind: Takes the function's own arguments and returns the call; None where no rule holds.
         add: (call, a [N, K, ...], g [N, K, ...], into) adds the squares, summed over n, to
             `into`; K counts the entries that a sample has folded into its axis. Both tensors come
             in the dtype of the sums.
@@ -72,10 +72,15 @@ class LayerRule:
 
     name: str
     function: Callable[..., Any]
-    bind: Callable[..., LayerCall]
+    bind: Callable[..., LayerCall | None]
     add: Callable[[LayerCall, Tensor, Tensor, Sums], None]
     pool: Callable[[LayerCall, Tensor, Tensor, Sums], None] | None = None
     poolable: Callable[[LayerCall, Tensor], bool] = lambda call, g: False
+
+
+def channel_sums(t: Tensor) -> Tensor:
+    """[N, C] from t [N, K, C, ...]: the sum over all axes but samples and channels."""
+    return t.sum(1) if t.dim() == 3 else t.flatten(3).sum((1, 3))
 
 
 def sum_dtype(p: Tensor) -> torch.dtype:

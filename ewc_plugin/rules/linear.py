@@ -4,9 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc_plugin.rules.base import LayerCall, LayerRule, Sums
-
-# Per-sample products are written to a buffer of about this many entries: it stays in the cache.
-_BUFFER_ENTRIES = 2**18
+from ewc_plugin.rules.products import add_product_squares
 
 
 def _bind(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
@@ -34,17 +32,6 @@ def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
         add_product_squares(g, a, into[name])
     if name := call.names.get("bias"):
         into[name].add_(g.sum(1).square_().sum(0))
-
-
-def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
-    """Adds sum_n (g_n^T a_n)^2 for g [N, T, O], a [N, T, I], to `into` [O, I], in a buffer."""
-    step = max(1, _BUFFER_ENTRIES // into.numel())
-    buffer = into.new_empty(min(step, len(g)), *into.shape)
-    for start in range(0, len(g), step):
-        g_part, a_part = g[start : start + step], a[start : start + step]
-        products = buffer[: len(g_part)]
-        products.baddbmm_(g_part.transpose(1, 2), a_part, beta=0)
-        into.add_(products.square_().sum(0))
 
 
 LINEAR = LayerRule("linear", F.linear, _bind, _add, _pool, _one_position)

@@ -1,0 +1,183 @@
+"""The pass over the data: one backward per score vector, each parameter by its own engine."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ewc_plugin.batches import Batch, n_samples, take
+from ewc_plugin.capture import Capture, Record, Trace, parameters_in_graph
+from ewc_plugin.probe import Plan, Served, checked_logits
+from ewc_plugin.rules.base import Layout, Sums
+from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares, zeros
+from ewc_plugin.scores import Scores
+
+_VECTORS_AT_ONCE = 32  # handed to the samplewise engines, which repeat the forward pass per block
+
+
+class EnginePass:
+    """The running sums of one pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        params: dict[str, nn.Parameter],
+        plan: Plan,
+        scores: Callable[[Batch, Tensor], Scores],
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.forward, self.params = model, forward, params
+        self.served, self.limit = dict(plan.served), plan.chunk_size
+        self.scores, self.generator = scores, generator
+        self.sums = zeros(params)
+        self.N = 0
+        self._unscale = 1.0
+
+    def mean(self) -> Sums:
+        """The sums over samples, divided once."""
+        for name, total in self.sums.items():
+            if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
+                raise ValueError(
+                    f"The Fisher of `{name}` is not finite: its gradients overflow {total.dtype}."
+                )
+        return {name: total.div_(self.N) for name, total in self.sums.items()}
+
+    def add(self, batch: Batch) -> None:
+        """Adds a batch's squares, in halves where memory runs out."""
+        N = n_samples(batch)
+        if self.limit < N:
+            for start in range(0, N, self.limit):
+                self.add(take(batch, slice(start, start + self.limit)))
+            return
+        state = self.generator.get_state()
+        try:
+            self._add_chunk(batch, N)
+            return
+        except RuntimeError as error:
+            if N == 1 or not out_of_memory(error):
+                raise
+        # Out here the failed attempt's frames are gone, and with them the memory they held.
+        self.generator.set_state(state)
+        self.limit = (N + 1) // 2
+        self.add(batch)
+
+    def _add_chunk(self, batch: Batch, N: int) -> None:
+        """Adds a chunk's squares; nothing is added to the sums before its backward is through."""
+        chunk: Sums = _LazyZeros(self.sums)
+        logits, trace = self._trace(batch, N, chunk)
+        self._check_finite(logits)
+        if moved := self._misfits(logits, trace, N):
+            for name in moved:
+                self.served[name] = Served("loop", "its calls depend on the data")
+            self._add_chunk(batch, N)
+            return
+        scores = self.scores(batch, logits)
+        scale = self._scale(scores, logits)
+        self._unscale = 1 / scale
+        vectors: list[Tensor] = []
+        for s in range(scores.count):
+            v = (scores.vector(s) * scale).to(logits.dtype)
+            last = s == scores.count - 1
+            trace.pull_back(logits, v, retain_graph=not last)
+            vectors.append(v)
+            if last or len(vectors) == _VECTORS_AT_ONCE:
+                self._samplewise(batch, torch.stack(vectors, 1), chunk)
+                vectors = []
+        del logits
+        for record in trace.records:
+            record.add_pool(self._layout(record), N, self.sums)
+        for name, squares in chunk.items():
+            self.sums[name] += squares
+        self.N += N
+
+    def _scale(self, scores: Scores, logits: Tensor) -> float:
+        """A power of two that brings half-precision score vectors to size 1, off the underflow."""
+        dtypes = {logits.dtype, *(p.dtype for p in self.params.values())}
+        wide = all(torch.finfo(dtype).bits >= 32 for dtype in dtypes)
+        if wide and not torch.is_autocast_enabled(logits.device.type):
+            return 1.0
+        largest = max(float(scores.vector(s).abs().max()) for s in range(scores.count))
+        return 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
+
+    def _served(self, *engines: str) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.params.items() if self.served[name].engine in engines}
+
+    def _layout(self, record: Record) -> Layout:
+        layout = self.served[next(iter(record.call.names.values()))].layout
+        assert layout is not None
+        return layout
+
+    def _trace(self, batch: Batch, N: int, chunk: Sums) -> tuple[Tensor, Trace]:
+        def receive(record: Record, g: Tensor) -> None:
+            record.add(g, self._layout(record), N, chunk, self._unscale)
+
+        names = {id(p): name for name, p in self._served("rules").items()}
+        device = next(iter(self.params.values())).device
+        with Capture(names, device, receive) as capture:
+            logits = checked_logits(self.model, self.forward, batch)
+        return logits, capture.trace
+
+    def _misfits(self, logits: Tensor, trace: Trace, N: int) -> set[str]:
+        """Parameters used in another way than in the trial: data-dependent control flow."""
+        calls = Counter(name for r in trace.records for name in r.call.names.values())
+        outside = parameters_in_graph(logits)
+        misfits = {name for name, p in self._served("rules").items() if id(p) in outside}
+        for record in trace.records:
+            for name in record.call.names.values():
+                layout = self.served[name].layout
+                if calls[name] > 1 or layout is None or not record.fits(layout, N):
+                    misfits |= set(record.call.names.values())
+        return misfits | set(trace.barred)
+
+    def _samplewise(self, batch: Batch, vectors: Tensor, chunk: Sums) -> None:
+        """Adds the squares of the parameters that no rule serves."""
+        if params := self._served("vmap"):
+            try:
+                sums = vmap_squares(self.model, self.forward, params, batch, vectors)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                for name in params:
+                    self.served[name] = Served("loop", f"vmap: {error}")
+            else:
+                for name, total in sums.items():
+                    chunk[name] += total * self._unscale**2
+        if params := self._served("loop"):
+            for name, total in loop_squares(
+                self.model, self.forward, params, batch, vectors
+            ).items():
+                chunk[name] += total * self._unscale**2
+
+    def _check_finite(self, logits: Tensor) -> None:
+        """Raises on NaN, inf, or a sample without any finite logit; -inf masks a class."""
+        bad = logits.isnan() | (logits == torch.inf)
+        bad = bad.any(1) | (logits == -torch.inf).all(1)
+        if bool(bad.any()):
+            first = self.N + int(bad.nonzero()[0])
+            raise ValueError(
+                f"`model` gave a logit that is not finite for sample {first} of `batches` "
+                f"(counted from 0, in the order they came). Did the training diverge?"
+            )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed, on any device."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+class _LazyZeros(dict[str, Tensor]):
+    """A zero sum is made for a parameter when something is first added to it."""
+
+    def __init__(self, like: Sums) -> None:
+        super().__init__()
+        self._like = like
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = torch.zeros_like(self._like[name])
+        return self[name]

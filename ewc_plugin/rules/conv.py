@@ -1,0 +1,172 @@
+"""Convolutions and transposed convolutions in 1 to 3 dimensions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ewc_plugin.rules.base import LayerCall, LayerRule, Sums, channel_sums
+from ewc_plugin.rules.products import MAX_PAIRS, add_pair_squares, n_pairs
+
+_LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
+_GROUP = 16  # samples in one grouped convolution
+_FEW_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """The arguments of a convolution, one entry per spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...] = ()  # of a transposed convolution; else empty
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.output_padding)
+
+
+def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _bind(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> LayerCall:
+    axes = weight.dim() - 2
+    dilations = _per_axis(dilation, axes)
+    if padding == "same":  # an odd total puts the larger half behind: pad the input itself
+        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        input = F.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+    if isinstance(padding, str):
+        padding = 0
+    geometry = _Geometry(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
+    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+
+
+def _bind_transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> LayerCall:
+    axes = weight.dim() - 2
+    geometry = _Geometry(
+        _per_axis(stride, axes),
+        _per_axis(padding, axes),
+        _per_axis(dilation, axes),
+        groups,
+        _per_axis(output_padding, axes),
+    )
+    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+
+
+def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+    """F_W += sum_n (weight gradient of sample n)^2; F_b += sum_n (sum of g_n over positions)^2.
+
+    a [N, K, I, ...] and g [N, K, O, ...], with K images per sample.
+    """
+    geometry: _Geometry = call.options
+    if name := call.names.get("weight"):
+        _add_weight(geometry, a, g, into[name])
+    if name := call.names.get("bias"):
+        into[name].add_(channel_sums(g).square_().sum(0))
+
+
+def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    if geometry.groups == 1 and a.size(1) == 1 and not geometry.transposed:
+        positions = math.prod(g.shape[3:])
+        if n_pairs(positions) <= MAX_PAIRS:
+            _add_by_taps(geometry, a[:, 0], g[:, 0], into)
+            return
+    a, g = a.transpose(0, 1), g.transpose(0, 1)  # [K, N, ...]
+    large = into.numel() >= _LARGE and geometry.groups == 1
+    step = 1 if large or a.size(2) < _FEW_CHANNELS else _GROUP
+    for start in range(0, a.size(1), step):
+        part = slice(start, start + step)
+        gradients = _weight_gradients(geometry, a[:, part], g[:, part], into)
+        if len(gradients) == 1:
+            into.addcmul_(gradients[0], gradients[0])
+        else:
+            into.add_(gradients.square_().sum(0))
+
+
+def _weight_gradients(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> Tensor:
+    """[n, *into.shape] for a [K, n, I, ...], g [K, n, O, ...]: each sample a group of its own."""
+    n = a.size(1)
+    shape = (n * into.size(0), *into.shape[1:])
+    _, gradients, _ = torch.ops.aten.convolution_backward(
+        g.flatten(1, 2),
+        a.flatten(1, 2),
+        into.new_empty(1).expand(shape),  # only its shape is read
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding or [0] * len(geometry.stride),
+        n * geometry.groups,
+        [False, True, False],
+    )
+    squares: Tensor = gradients.view(n, *into.shape)
+    return squares
+
+
+def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    """For outputs of a few positions: one product over samples and pairs of positions per tap.
+
+    A tap (an offset in the kernel) pairs an output position with one input position, or with the
+    padding, where it contributes nothing: on a 1 x 1 map only one tap of a 3 x 3 kernel is alive.
+    """
+    sizes, positions = a.shape[2:], list(product(*(range(size) for size in g.shape[2:])))
+    a_first = a.flatten(2).permute(2, 0, 1).contiguous()  # [input positions, N, I]
+    g_first = g.flatten(2).permute(2, 0, 1).contiguous()  # [output positions, N, O]
+    for column, tap in enumerate(product(*(range(size) for size in into.shape[2:]))):
+        alive = []  # (output position, input position)
+        for i, position in enumerate(positions):
+            source = [
+                o * s + k * d - p
+                for o, k, s, d, p in zip(
+                    position, tap, geometry.stride, geometry.dilation, geometry.padding, strict=True
+                )
+            ]
+            if all(0 <= x < size for x, size in zip(source, sizes, strict=True)):
+                flat = 0
+                for x, size in zip(source, sizes, strict=True):
+                    flat = flat * size + x
+                alive.append((i, flat))
+        if alive:
+            outputs, inputs = (list(ends) for ends in zip(*alive, strict=True))
+            squares = into.new_zeros(into.shape[:2])
+            add_pair_squares(g_first[outputs], a_first[inputs], squares)
+            into.flatten(2)[..., column].add_(squares)  # a view: sums are contiguous
+
+
+CONVOLUTIONS = tuple(
+    LayerRule(name, function, _bind, _add)
+    for name, function in (("conv1d", F.conv1d), ("conv2d", F.conv2d), ("conv3d", F.conv3d))
+) + tuple(
+    LayerRule(name, function, _bind_transposed, _add)
+    for name, function in (
+        ("conv_transpose1d", F.conv_transpose1d),
+        ("conv_transpose2d", F.conv_transpose2d),
+        ("conv_transpose3d", F.conv_transpose3d),
+    )
+)

@@ -1,0 +1,41 @@
+"""Squares of per-sample products, summed over samples, in the cheaper of two equal forms."""
+
+import torch
+from torch import Tensor
+
+# Per-sample products are written to a buffer of about this many entries: it stays in the cache.
+_BUFFER_ENTRIES = 2**18
+# (sum_t g_t a_t)^2 = sum_tt' (g_t g_t')(a_t a_t'): up to so many pairs, one matrix product over
+# all samples and pairs is faster than writing each sample's product down.
+MAX_PAIRS = 10
+
+
+def n_pairs(T: int) -> int:
+    """Unordered pairs of T positions, each with itself included."""
+    return T * (T + 1) // 2
+
+
+def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
+    """Adds sum_n (sum_t g_nt a_nt^T)^2 to `into` [O, I], for g [N, T, O] and a [N, T, I]."""
+    if n_pairs(g.size(1)) <= MAX_PAIRS:
+        add_pair_squares(g.transpose(0, 1), a.transpose(0, 1), into)
+        return
+    step = max(1, _BUFFER_ENTRIES // into.numel())
+    buffer = into.new_empty(min(step, len(g)), *into.shape)
+    for start in range(0, len(g), step):
+        g_part, a_part = g[start : start + step], a[start : start + step]
+        products = torch.bmm(g_part.transpose(1, 2), a_part, out=buffer[: len(g_part)])
+        if len(products) == 1:
+            into.addcmul_(products[0], products[0])
+        else:
+            into.add_(products.square_().sum(0))
+
+
+def add_pair_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
+    """The same for g [T, N, O] and a [T, N, I], as one product over all pairs of positions."""
+    if len(g) == 1:
+        into.addmm_(g[0].square().T, a[0].square())
+        return
+    t, u = torch.triu_indices(len(g), len(g), device=g.device)
+    twice = torch.where(t == u, 1.0, 2.0).to(g.dtype)[:, None, None]
+    into.addmm_((g[t] * g[u]).mul_(twice).flatten(0, 1).T, (a[t] * a[u]).flatten(0, 1))
