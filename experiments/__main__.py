@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -10,6 +11,8 @@ import tyro
 from rich.console import Console
 
 from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Tune
+
+NO_SOLVER = "no QP solver found"
 
 Command = (
     Annotated[Main, tyro.conf.subcommand("main")]
@@ -31,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.EnumChoicesFromValues,),
         )
-        warnings.filterwarnings("ignore", message="no QP solver found")  # Avalanche's, for GEM
+        # Avalanche's note about a solver that only GEM needs; here and in the worker processes.
+        warnings.filterwarnings("ignore", message=NO_SOLVER)
+        os.environ["PYTHONWARNINGS"] = f"ignore:{NO_SOLVER}"
         from experiments.jobs import run_job  # after --help and errors, which need not wait for it
 
         run_job(job, console)

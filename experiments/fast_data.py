@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.streams import Stream
 
-N_COMPARED = 5  # items per dataset that are compared with the classic path before it is replaced
+N_COMPARED = 20  # items per dataset that are compared with the classic path before it is replaced
 FISHER_BATCH = 1024
 
 
@@ -70,7 +70,9 @@ class FastData(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Puts tensors behind Avalanche's loader of the training data."""
         past_and_present = getattr(strategy, "_experiences", [strategy.experience])  # JointTraining
-        self._train = {e.current_experience: self._rows(e) for e in past_and_present}
+        self._train = {
+            e.current_experience: experience_rows(self.stream, e) for e in past_and_present
+        }
         _feed(strategy.dataloader, _concatenate(list(self._train.values())))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -83,23 +85,21 @@ class FastData(SupervisedPlugin):
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Puts tensors, made on first use and kept, behind the loader of the test data."""
         experience = strategy.experience
-        rows = self._test.setdefault(experience.current_experience, self._rows(experience))
-        _feed(strategy.dataloader, rows)
+        index = experience.current_experience
+        if index not in self._test:
+            self._test[index] = experience_rows(self.stream, experience)
+        _feed(strategy.dataloader, self._test[index])
 
     @staticmethod
     def fisher_batches(strategy: Any) -> Iterator[list[Tensor]]:
         """The current experience's samples for `DiagonalEWCPlugin(fisher_batches=...)`."""
         return strategy.experience.dataset.batches(FISHER_BATCH)
 
-    def _rows(self, experience: Any) -> TensorRows:
-        stream, dataset = experience.origin_stream.name, experience.dataset
-        if stream == "test" and experience.current_experience in self._test:
-            return self._test[experience.current_experience]
-        return TensorRows(
-            self.stream.images(stream, experience.current_experience),
-            torch.as_tensor(list(dataset.targets)),
-            torch.as_tensor(list(dataset.targets_task_labels)),
-        )
+
+def experience_rows(stream: Stream, experience: Any) -> TensorRows:
+    """The samples of one of the stream's experiences."""
+    x, y = stream.samples(experience.origin_stream.name, experience.current_experience)
+    return TensorRows(x, y, torch.full_like(y, experience.task_label))
 
 
 class _WithDataset:

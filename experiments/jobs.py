@@ -21,4 +21,4 @@ def run_job(job: Job, console: Console) -> None:
     cells = list(job.cells(source.name))
     store = Store(Path(job.out or f"runs/{job.name}"))
     sweep(cells, source, store, jobs=job.jobs, console=console, force=job.force)
-    write_report(store, cells, source, console)
+    write_report(job, store, cells, source, console)

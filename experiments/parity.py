@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ewc_plugin import diagonal_fisher
 from experiments import tables
 from experiments.data import DataSource
-from experiments.fast_data import FastData, TensorRows
+from experiments.fast_data import FastData, TensorRows, experience_rows
 from experiments.models import make_model
 from experiments.settings import RunSettings
 from experiments.streams import make_stream
@@ -113,11 +113,7 @@ def _trained(cell: RunSettings, source: DataSource) -> tuple[nn.Module, TensorRo
     RNGManager.set_random_seeds(cell.seed)
     model = make_model(cell, stream)
     experience = stream.benchmark.train_stream[0]
-    rows = TensorRows(
-        stream.images("train", 0),
-        torch.as_tensor(list(experience.dataset.targets)),
-        torch.as_tensor(list(experience.dataset.targets_task_labels)),
-    )
+    rows = experience_rows(stream, experience)
     strategy = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=cell.learning_rate),

@@ -20,7 +20,7 @@ from experiments import tables
 from experiments.data import DataSource
 from experiments.parity import parity_table
 from experiments.plots import LABELS, plot_all
-from experiments.settings import PENALISED, RunSettings
+from experiments.settings import PENALISED, Job, RunSettings, Tune
 from experiments.store import Store
 
 SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
@@ -28,11 +28,16 @@ PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pan
 
 
 def write_report(
-    store: Store, cells: Sequence[RunSettings], source: DataSource, console: Console
+    job: Job,
+    store: Store,
+    cells: Sequence[RunSettings],
+    source: DataSource,
+    console: Console,
 ) -> None:
     """Writes every table and plot of the folder, and prints the summary and the comparison.
 
     Args:
+        job: The command that was run.
         store: The folder's results.
         cells: What the job consisted of.
         source: Where the images came from.
@@ -45,7 +50,9 @@ def write_report(
     files = plot_all(accuracy, runs, store.folder / "plots")
     mine = {cell.config_hash for cell in cells}
     print_summary(summary[summary["config_hash"].isin(mine)], console)
-    if {cell.method for cell in cells} >= set(PENALISED):
+    if isinstance(job, Tune):
+        print_chosen(summary, console)
+    if job.compares and {cell.method for cell in cells} >= set(PENALISED):
         console.print("Comparing with Avalanche's built-in EWC ...")
         parity = parity_table(runs, cells, source)
         tables.write(parity, store.folder, tables.PARITY)
@@ -97,6 +104,28 @@ def print_summary(summary: pd.DataFrame, console: Console) -> None:
                 str(int(by_metric["n"].get("average_accuracy", 0))),
             )
         console.print(table)
+
+
+def chosen_lambdas(summary: pd.DataFrame) -> pd.DataFrame:
+    """Per dataset, benchmark, scenario and method the lambda of the best mean average accuracy.
+
+    Args:
+        summary: Rows of the `summary.csv` of a tuning run, measured on validation data.
+
+    Returns:
+        The chosen cells' rows of the metric `average_accuracy`; of equals the smallest lambda.
+    """
+    rows = summary[(summary["metric"] == "average_accuracy") & summary["ewc_lambda"].notna()]
+    rows = rows.sort_values(["mean", "ewc_lambda"], ascending=[False, True])
+    return rows.groupby(["benchmark", "dataset", "scenario", "method"], as_index=False).first()
+
+
+def print_chosen(summary: pd.DataFrame, console: Console) -> None:
+    """Prints what `CHOSEN_LAMBDA` in the settings should say."""
+    console.print("Chosen on validation data, for CHOSEN_LAMBDA in experiments/settings.py:")
+    for row in chosen_lambdas(summary).itertuples():
+        key = (row.benchmark, row.dataset, row.scenario, row.method)
+        console.print(f"    {key}: {row.ewc_lambda:g},  # {row.mean:.4f}", highlight=False)
 
 
 def format_interval(by_metric: pd.DataFrame, metric: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining, Naive
@@ -94,9 +95,12 @@ class Trial:
         stream = _stream(settings, self.source)
         RNGManager.set_random_seeds(settings.seed)
         strategy, watch = self._strategy(stream)
-        self._evaluate(strategy, stream, UNTRAINED)
-        joint = settings.method == "joint"
         experiences = list(stream.benchmark.train_stream)
+        joint = settings.method == "joint"
+        if joint:  # `JointTraining` gets its heads when it trains; we evaluate before that
+            for experience in experiences:
+                avalanche_model_adaptation(self.model, experience)
+        self._evaluate(strategy, stream, UNTRAINED)
         for done, experience in enumerate([experiences] if joint else experiences, start=1):
             self._train(strategy, watch, experience)
             last = settings.n_experiences - 1 if joint else done - 1

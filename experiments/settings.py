@@ -87,9 +87,11 @@ class RunSettings:
 
     @property
     def config_hash(self) -> str:
-        """Ten hex digits of everything but the seed: the cell that the seeds repeat."""
-        settings = asdict(self)
-        del settings["seed"]
+        """Ten hex digits of everything but the seed: the cell that the seeds repeat.
+
+        What is unset does not count, so that a new optional setting leaves old ids as they are.
+        """
+        settings = {k: v for k, v in asdict(self).items() if v is not None and k != "seed"}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -127,6 +129,8 @@ class Job:
                 f"`device` must be one that torch can use here, got {self.device!r} "
                 f"({str(error).splitlines()[0]}); use cpu."
             ) from None
+
+    compares = True  # whether the report holds ours against the built-in
 
     @property
     def name(self) -> str:
@@ -231,8 +235,6 @@ class SplitMnist(Grid):
 
     scenario: Scenario = "task"
     """Task labels and a head each (task), one head shared by all (domain), ten outputs (class)."""
-    hidden_size: int = 400
-    """Units per hidden layer of the MLP."""
 
     name = "split-mnist"
 
@@ -278,6 +280,7 @@ class Tune(Job):
     """Choose each EWC method's lambda for the main job, on validation images and other seeds."""
 
     name = "tune"
+    compares = False
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """A grid of lambdas per benchmark and method, evaluated on held-out training images."""

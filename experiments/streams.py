@@ -1,7 +1,7 @@
 """Avalanche's split and permuted MNIST streams, and their tensors without the per-sample path.
 
-`Stream.benchmark` is what Avalanche makes. `Stream.tensors` computes the same images by whole-array
-operations; `fast_data` compares the two on real items before it uses them.
+`Stream.benchmark` is what Avalanche makes. `Stream.samples` computes the same samples by
+whole-array operations; `fast_data` compares the two on real items before it uses them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from experiments.settings import N_CLASSES, RunSettings
 MNIST_NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
 
 
+Samples = Callable[[str, int], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Stream:
-    """A benchmark and the images of its experiences.
+    """A benchmark and the samples of its experiences.
 
     Attributes:
         benchmark: Avalanche's, with `train_stream` and `test_stream`.
-        images: (stream name, experience) -> [N, 1, H, W] float32, transformed, in the order of the
-            experience's dataset.
+        samples: (stream name, experience) -> transformed images [N, 1, H, W] float32 and classes
+            [N] int64, in the order of the experience's dataset.
         image_size: Pixels per image.
         classes_per_experience: Size of a head that serves one experience.
     """
 
     benchmark: Any
-    images: Callable[[str, int], Tensor]
+    samples: Samples
     image_size: int
     classes_per_experience: int
 
@@ -74,8 +77,15 @@ def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str 
         benchmark = SplitMNIST(**options, return_task_id=by_task, dataset_root=root)
     else:
         benchmark = nc_benchmark(train, test, **options, task_labels=by_task)
-    images = _ordered_images(benchmark, train, test)
-    return Stream(benchmark, images, train.data[0].numel(), N_CLASSES // run.n_experiences)
+    ordered = _ordered_samples(benchmark, train, test)
+    per_experience = N_CLASSES // run.n_experiences
+
+    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+        images, classes = ordered(stream, experience)
+        from_zero = options["class_ids_from_zero_in_each_exp"]
+        return images, classes - experience * per_experience if from_zero else classes
+
+    return Stream(benchmark, samples, train.data[0].numel(), per_experience)
 
 
 def _permuted(
@@ -104,33 +114,41 @@ def _permuted(
             train_transform=MNIST_NORMALIZE,
             eval_transform=MNIST_NORMALIZE,
         )
-    ordered = _ordered_images(benchmark, train, test)
+    ordered = _ordered_samples(benchmark, train, test)
 
-    def images(stream: str, experience: int) -> Tensor:
-        pixels = ordered(stream, experience)  # normalising is elementwise: commutes with permuting
-        return pixels.flatten(1)[:, permutations[experience]].view_as(pixels)
+    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+        images, classes = ordered(stream, experience)
+        # Normalising is elementwise, so that it commutes with permuting.
+        return images.flatten(1)[:, permutations[experience]].view_as(images), classes
 
-    return Stream(benchmark, images, size, N_CLASSES)
+    return Stream(benchmark, samples, size, N_CLASSES)
 
 
-def _ordered_images(
-    benchmark: Any, train: ImageDataset, test: ImageDataset
-) -> Callable[[str, int], Tensor]:
-    """The normalised images of an experience in its dataset's order, which is sorted by class."""
+def _ordered_samples(benchmark: Any, train: ImageDataset, test: ImageDataset) -> Samples:
+    """The normalised samples of an experience in its dataset's order.
+
+    Avalanche sorts each dataset by class, the classes not always in the same order.
+    """
     patterns = {
         "train": benchmark.train_exps_patterns_assignment,
         "test": benchmark.test_exps_patterns_assignment,
     }
-    pixels = {
-        name: MNIST_NORMALIZE(part.images()) for name, part in (("train", train), ("test", test))
+    columns = {
+        name: (MNIST_NORMALIZE(part.images()), part.targets)
+        for name, part in (("train", train), ("test", test))
     }
 
-    def images(stream: str, experience: int) -> Tensor:
-        indices = torch.as_tensor(patterns[stream][experience])
-        # With a dataset per experience, Avalanche counts on through their concatenation.
-        return pixels[stream][indices % len(pixels[stream])]
+    last: dict[str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # permuted MNIST mostly repeats it
 
-    return images
+    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+        images, classes = columns[stream]
+        # With a dataset per experience, Avalanche counts on through their concatenation.
+        indices = torch.as_tensor(patterns[stream][experience]) % len(classes)
+        if stream not in last or not torch.equal(last[stream][0], indices):
+            last[stream] = indices, (images[indices], classes[indices])
+        return last[stream][1]
+
+    return samples
 
 
 def _permute(images: ImageDataset, permutation: Tensor) -> Any:

@@ -156,6 +156,8 @@ class _Display:
 
     def update(self, run_id: str, done: int, accuracy: float) -> None:
         """A run has begun (done = 0) or finished an experience."""
+        if self.done[run_id] > done:
+            return  # its result has overtaken the event
         if run_id not in self.lines:
             total = self.n_experiences[run_id]
             self.lines[run_id] = self.progress.add_task(run_id, total=total, note="")
@@ -171,7 +173,7 @@ class _Display:
         self.n_ended += 1
         self.progress.update(self.overall, note=self._note())
         if run_id in self.lines:
-            self.progress.remove_task(self.lines[run_id])
+            self.progress.update(self.lines[run_id], visible=False)
         outcome = f"accuracy {record['average_accuracy']:.4f}"
         if record["status"] != "ok":
             outcome = f"{record['status'].upper()}: {record['reason']}"
