@@ -9,20 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ewc_plugin.fisher import diagonal_fisher
+    from ewc_plugin.metrics import ewc_metrics
     from ewc_plugin.penalty import QuadraticPenalty
     from ewc_plugin.plugin import DiagonalEWCPlugin
     from ewc_plugin.scores import FisherType
+    from ewc_plugin.stability import DivergedError
     from ewc_plugin.strategy import DiagonalEWC
 
 __version__ = "0.1.0"
-__all__ = ["DiagonalEWC", "DiagonalEWCPlugin", "FisherType", "QuadraticPenalty", "diagonal_fisher"]
+__all__ = [
+    "DiagonalEWC",
+    "DiagonalEWCPlugin",
+    "DivergedError",
+    "FisherType",
+    "QuadraticPenalty",
+    "diagonal_fisher",
+    "ewc_metrics",
+]
 
 _HOME = {
     "DiagonalEWC": "strategy",
     "DiagonalEWCPlugin": "plugin",
+    "DivergedError": "stability",
     "FisherType": "scores",
     "QuadraticPenalty": "penalty",
     "diagonal_fisher": "fisher",
+    "ewc_metrics": "metrics",
 }
 
 

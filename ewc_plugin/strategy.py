@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
 
-from ewc_plugin.penalty import Mode
+from ewc_plugin.options import Mode, Normalization
 from ewc_plugin.plugin import DiagonalEWCPlugin
 from ewc_plugin.scores import FisherType
 
@@ -42,6 +42,9 @@ class DiagonalEWC(SupervisedTemplate):
         eval_every: int = -1,
         fisher_type: FisherType | str = FisherType.PREDICTED,
         fisher_batches: Callable[[Any], Iterable[Any]] | None = None,
+        fisher_options: Mapping[str, Any] | None = None,
+        normalize: Normalization | str | None = None,
+        implicit: bool = False,
         **base_kwargs: Any,
     ) -> None:
         ewc = DiagonalEWCPlugin(
@@ -51,6 +54,9 @@ class DiagonalEWC(SupervisedTemplate):
             keep_importance_data,
             fisher_type=fisher_type,
             fisher_batches=fisher_batches,
+            fisher_options=fisher_options,
+            normalize=normalize,
+            implicit=implicit,
         )
         super().__init__(
             model=model,

@@ -1,5 +1,7 @@
 """Small Avalanche benchmarks and strategies that tests of the plugin share."""
 
+import random
+
 import torch
 from avalanche.benchmarks import nc_benchmark
 from avalanche.logging import BaseLogger
@@ -15,11 +17,12 @@ N_FEATURES = 6
 class Blobs(Dataset):
     """Four classes of noisy points."""
 
-    def __init__(self, n=48, seed=0):
+    def __init__(self, n=48, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
         self.targets = torch.arange(n) % 4
         centres = torch.randn(4, N_FEATURES, generator=generator)
-        self.x = centres[self.targets] + torch.randn(n, N_FEATURES, generator=generator)
+        noise = torch.randn(n, N_FEATURES, generator=generator)
+        self.x = (centres[self.targets] + noise).to(dtype)
 
     def __len__(self):
         return len(self.targets)
@@ -28,11 +31,11 @@ class Blobs(Dataset):
         return self.x[index], int(self.targets[index])
 
 
-def benchmark(*, task_labels=False):
+def benchmark(*, task_labels=False, dtype=torch.float32):
     """Two experiences of two classes each."""
     return nc_benchmark(
-        Blobs(),
-        Blobs(seed=1),
+        Blobs(dtype=dtype),
+        Blobs(seed=1, dtype=dtype),
         n_experiences=2,
         task_labels=task_labels,
         shuffle=False,
@@ -71,6 +74,7 @@ def strategy(model, *plugins, kind=Naive, optimizer=torch.optim.Adam, lr=1e-2, *
 def train(learner, stream, seed=1):
     """Trains on every experience of `stream`, from a seed."""
     torch.manual_seed(seed)
+    random.seed(seed)  # A-GEM draws from it
     for experience in stream:
         learner.train(experience)
     return {name: p.detach().clone() for name, p in learner.model.named_parameters()}

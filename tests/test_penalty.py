@@ -125,7 +125,7 @@ def test_penalty_without_experience_is_zero():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "both"}, r"`mode` must be one of \['separate', 'online'\], got 'both'"),
+        ({"mode": "both"}, r"`mode` must be one of 'separate', 'online', got 'both'"),
         ({"decay_factor": 0.5}, r"`decay_factor` must be None unless mode='online', got 0.5"),
         ({"mode": "online"}, r"`decay_factor` must be set with mode='online'"),
         ({"mode": "online", "decay_factor": -1}, r"finite and >= 0, got -1"),
