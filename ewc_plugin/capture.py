@@ -126,10 +126,16 @@ class Trace:
 
 
 class Capture(TorchFunctionMode):
-    """While entered, fills a `Trace` with the calls on the parameters in `names`."""
+    """While entered, fills a `Trace` with the calls on the parameters in `names`.
+
+    Without `receive` it records the calls and leaves them as they are.
+    """
 
     def __init__(
-        self, names: dict[int, str], device: torch.device, receive: Callable[[Record, Tensor], None]
+        self,
+        names: dict[int, str],
+        device: torch.device,
+        receive: Callable[[Record, Tensor], None] | None,
     ) -> None:
         super().__init__()
         self._names = names  # id of a parameter -> its name
@@ -159,6 +165,10 @@ class Capture(TorchFunctionMode):
             self.trace.barred |= dict.fromkeys(names.values(), "called without gradients")
             return func(*args, **kwargs)
         call.names = names
+        if self._receive is None:
+            out = func(*args, **kwargs)
+            self.trace.records.append(Record(rule, call, out.shape, call.a._version, _nobody))
+            return out
         served = {id(p) for p in call.params.values() if id(p) in self._names}
         args = [arg.detach() if id(arg) in served else arg for arg in args]
         kwargs = {k: arg.detach() if id(arg) in served else arg for k, arg in kwargs.items()}
@@ -166,6 +176,10 @@ class Capture(TorchFunctionMode):
         record = Record(rule, call, out.shape, call.a._version, self._receive)
         self.trace.records.append(record)
         return _Tap.apply(out, self.trace.anchor, record)
+
+
+def _nobody(record: Record, g: Tensor) -> None:
+    """Receives the gradient of a call without a tap: there is none."""
 
 
 # A Python function that dispatches to modes runs its body with the mode off, so the mode would miss

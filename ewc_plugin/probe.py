@@ -6,6 +6,7 @@ recorded call, samples reordered) is served by `vmap(grad)`, and where that fail
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from ewc_plugin.batches import Batch, has_samples, n_samples, take
 from ewc_plugin.capture import Capture, OverwrittenError, Record, Trace, parameters_in_graph
 from ewc_plugin.rules.base import Layout, Sums
-from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares
+from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, zeros
 
 EngineName = Literal["auto", "rules", "vmap", "loop"]
 
 _CHUNK_ENTRIES = 2**22  # of the layers' outputs in one forward pass
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
-_TRIAL = 3  # samples; two would leave an axis of size 2 ambiguous more often
+_TRIAL = 3  # samples: one with neighbours on both sides
 
 
 @dataclass(frozen=True)
@@ -137,29 +138,29 @@ class _Trial:
     ) -> None:
         self.model, self.forward, self.params = model, forward, params
         self.batch = take(batch, torch.arange(_TRIAL) % n_samples(batch))
-        self.records: dict[int, Tensor] = {}  # index of a record -> the gradient it received
-        self.logits, self.trace = self._run(self.batch)
+        self.received: dict[int, Tensor] = {}  # id of a record -> the gradient it received
+        self.logits, self.trace = self._run(self.batch, self._receive)
         half = torch.finfo(self.logits.dtype).bits < 32
         self.tolerance = 0.1 if half else 0.01
-        v = torch.randn(
-            self.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
-        self.v = v.to(self.logits)
-        self.check_independence()
-        middle = slice(1, 2)
-        self.v[:1] = self.v[2:] = 0  # a row or a word in the wrong sample still shows
-        self.reference = loop_squares(
-            model, forward, params, take(self.batch, middle), self.v[middle, None]
-        )
+        middle = take(self.batch, slice(1, 2))
+        alone, self.trace_alone = self._run(middle, None)
+        self._check_independence(alone)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(1, alone.size(1), generator=generator, dtype=torch.float64).to(alone)
+        # The other samples have no score: whatever lands in their rows still shows.
+        self.v = torch.cat([torch.zeros_like(v), v, torch.zeros_like(v)])
+        self.reference = add_gradient_squares(zeros(params), params, alone, v)
 
-    def _run(self, batch: Batch) -> tuple[Tensor, Trace]:
+    def _run(
+        self, batch: Batch, receive: Callable[[Record, Tensor], None] | None
+    ) -> tuple[Tensor, Trace]:
         names = {id(p): name for name, p in self.params.items()}
-        with Capture(names, next(iter(self.params.values())).device, self._receive) as capture:
+        with Capture(names, next(iter(self.params.values())).device, receive) as capture:
             logits = checked_logits(self.model, self.forward, batch)
         return logits, capture.trace
 
     def _receive(self, record: Record, g: Tensor) -> None:
-        self.records[id(record)] = g
+        self.received[id(record)] = g
 
     def chunk_size(self) -> int:
         """Samples whose recorded tensors fill the cache's neighbourhood, not the memory."""
@@ -169,26 +170,24 @@ class _Trial:
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
 
-    def check_independence(self) -> None:
+    def _check_independence(self, alone: Tensor) -> None:
         """Raises where a sample's logits depend on its batch, or on chance."""
-        for n in range(_TRIAL):
-            with torch.no_grad():
-                alone = checked_logits(self.model, self.forward, take(self.batch, slice(n, n + 1)))
-            together = self.logits[n : n + 1].detach()
-            scale = together.abs().nan_to_num(posinf=0.0).max()
-            if alone.shape != together.shape or bool(
-                ((alone - together).abs() > self.tolerance * scale).any()
-            ):
-                raise ValueError(
-                    "`model` gives a sample other logits alone than in a batch of three: its "
-                    "samples interact or its forward is random, so no per-sample Fisher exists. "
-                    "Switch batch statistics and noise off, or use fisher_type 'batched'."
-                )
+        together = self.logits[1:2]
+        if alone.shape == together.shape:
+            masked = alone == together  # -inf
+            difference = (alone - together).detach().masked_fill(masked, 0).abs()
+            scale = together.detach().masked_fill(together == -torch.inf, 0).abs().max()
+            if not bool((difference > self.tolerance * scale).any()):
+                return
+        raise ValueError(
+            "`model` gives a sample other logits alone than in a batch of three: its samples "
+            "interact or its forward is random, so no per-sample Fisher exists. Switch batch "
+            "statistics and noise off, or use fisher_type 'batched'."
+        )
 
     def rules(self) -> tuple[dict[str, Served], dict[str, str]]:
         """What the layer rules serve, and for all other parameters the reason."""
         plan: dict[str, Served] = {}
-        pair, pair_trace = self._run(take(self.batch, slice(0, 2)))
         self.trace.pull_back(self.logits, self.v, retain_graph=True)
         calls = Counter(name for r in self.trace.records for name in r.call.names.values())
         outside = parameters_in_graph(self.logits)
@@ -197,9 +196,9 @@ class _Trial:
         }
         reasons = {name: reason for name, reason in reasons.items() if reason}
         comparable = [r.call.names for r in self.trace.records] == [
-            r.call.names for r in pair_trace.records
+            r.call.names for r in self.trace_alone.records
         ]
-        for record, smaller in zip(self.trace.records, pair_trace.records, strict=False):
+        for record, single in zip(self.trace.records, self.trace_alone.records, strict=False):
             for name in record.call.names.values():
                 if name not in reasons and not comparable:
                     reasons[name] = "its calls depend on the data"
@@ -207,7 +206,7 @@ class _Trial:
                 for name in record.call.names.values():
                     reasons.setdefault(name, "its layer's other parameter has no rule")
                 continue
-            served = self._layout(record, _layouts(record.out_shape, smaller.out_shape))
+            served = self._layout(record, _layouts(record.out_shape, single.out_shape))
             for name in record.call.names.values():
                 if isinstance(served, Served):
                     plan[name] = served
@@ -237,7 +236,7 @@ class _Trial:
         """The one layout in which the rule gives the loop's answer, or why there is none."""
         if not layouts:
             return "no sample axis found"
-        g = self.records.get(id(record))
+        g = self.received.get(id(record))
         right = [layout for layout in layouts if g is None or self._agrees(record, g, layout)]
         if len(right) == 1:
             return Served("rules", record.rule.name, right[0])
@@ -271,16 +270,12 @@ class _Trial:
         return "its values differ from the loop's"
 
 
-def _layouts(three: torch.Size, two: torch.Size) -> list[Layout]:
-    """Layouts under which one axis grows from two samples to three, and no other does."""
-    if len(three) != len(two):
+def _layouts(three: torch.Size, one: torch.Size) -> list[Layout]:
+    """Layouts under which one axis grows from one sample to three, and no other does."""
+    if len(three) != len(one):
         return []
-    grown = [dim for dim in range(len(three)) if three[dim] != two[dim]]
-    if len(grown) != 1:
+    grown = [dim for dim in range(len(three)) if three[dim] != one[dim]]
+    if len(grown) != 1 or three[grown[0]] != _TRIAL * one[grown[0]]:
         return []
-    (dim,) = grown
-    folded = three[dim] - two[dim]
-    if three[dim] != _TRIAL * folded:
-        return []
-    layout = Layout(dim, folded)
-    return [layout] if folded == 1 else [layout, replace(layout, interleaved=True)]
+    layout = Layout(grown[0], one[grown[0]])
+    return [layout] if layout.folded == 1 else [layout, replace(layout, interleaved=True)]

@@ -88,20 +88,29 @@ def loop_squares(
 ) -> Sums:
     """The same as `vmap_squares`, one sample at a time: for models that vmap can't follow."""
     sums = zeros(params)
-    S = vectors.size(1)
     for n in range(n_samples(batch)):
         logits = forward(model, take(batch, slice(n, n + 1)))
-        if not logits.requires_grad:
-            continue
-        for s in range(S):
-            v = vectors[n : n + 1, s]
+        add_gradient_squares(sums, params, logits, vectors[n])
+    return sums
+
+
+def add_gradient_squares(
+    sums: Sums, params: dict[str, nn.Parameter], logits: Tensor, vectors: Tensor
+) -> Sums:
+    """Adds sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C]."""
+    if logits.requires_grad:
+        for s, v in enumerate(vectors):
             grads = torch.autograd.grad(
-                logits, list(params.values()), v, retain_graph=s < S - 1, allow_unused=True
+                logits,
+                list(params.values()),
+                v[None],
+                retain_graph=s < len(vectors) - 1,
+                allow_unused=True,
             )
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
-                    dense = grad.to_dense() if grad.is_sparse else grad
-                    sums[name] += dense.to(sums[name].dtype).square()
+                    dense = (grad.to_dense() if grad.is_sparse else grad).to(sums[name].dtype)
+                    sums[name].addcmul_(dense, dense)
     return sums
 
 

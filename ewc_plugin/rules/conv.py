@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc_plugin.rules.base import LayerCall, LayerRule, Sums, channel_sums
-from ewc_plugin.rules.products import MAX_PAIRS, add_pair_squares, n_pairs
+from ewc_plugin.rules.products import MAX_PAIRS, add_pair_squares, add_product_squares, n_pairs
 
 _LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
 _GROUP = 16  # samples in one grouped convolution
@@ -96,37 +96,46 @@ def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None
         if n_pairs(positions) <= MAX_PAIRS:
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
             return
-    a, g = a.transpose(0, 1), g.transpose(0, 1)  # [K, N, ...]
+    if a.device.type != "cpu" and _add_unfolded(geometry, a, g, into):
+        return
     large = into.numel() >= _LARGE and geometry.groups == 1
     step = 1 if large or a.size(2) < _FEW_CHANNELS else _GROUP
-    for start in range(0, a.size(1), step):
-        part = slice(start, start + step)
-        gradients = _weight_gradients(geometry, a[:, part], g[:, part], into)
-        if len(gradients) == 1:
-            into.addcmul_(gradients[0], gradients[0])
+    # Each sample a group of its own, its images [K] the batch: [K, n * I, ...] and [K, n * O, ...].
+    weight = into.new_empty(1).expand(step * into.size(0), *into.shape[1:])  # only a shape
+    for a_part, g_part in zip(a.split(step), g.split(step), strict=True):
+        n = len(a_part)
+        _, gradients, _ = torch.ops.aten.convolution_backward(
+            g_part.transpose(0, 1).flatten(1, 2),
+            a_part.transpose(0, 1).flatten(1, 2),
+            weight[: n * into.size(0)],
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding or (0,) * len(geometry.stride),
+            n * geometry.groups,
+            (False, True, False),
+        )
+        if n == 1:
+            into.addcmul_(gradients, gradients)
         else:
-            into.add_(gradients.square_().sum(0))
+            into.add_(gradients.view(n, *into.shape).square_().sum(0))
 
 
-def _weight_gradients(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> Tensor:
-    """[n, *into.shape] for a [K, n, I, ...], g [K, n, O, ...]: each sample a group of its own."""
-    n = a.size(1)
-    shape = (n * into.size(0), *into.shape[1:])
-    _, gradients, _ = torch.ops.aten.convolution_backward(
-        g.flatten(1, 2),
-        a.flatten(1, 2),
-        into.new_empty(1).expand(shape),  # only its shape is read
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding or [0] * len(geometry.stride),
-        n * geometry.groups,
-        [False, True, False],
-    )
-    squares: Tensor = gradients.view(n, *into.shape)
-    return squares
+def _add_unfolded(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:
+    """Products with the unfolded input, where a GPU would run grouped convolutions one by one.
+
+    Returns:
+        Whether the call could be served so.
+    """
+    if geometry.groups > 1 or geometry.transposed or len(geometry.stride) != 2 or a.size(1) > 1:
+        return False
+    columns = F.unfold(
+        a[:, 0], into.shape[2:], geometry.dilation, geometry.padding, geometry.stride
+    )  # [N, I * taps, L]
+    add_product_squares(g.flatten(3)[:, 0].mT, columns.mT, into.flatten(1))
+    return True
 
 
 def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-# Per-sample products are written to a buffer of about this many entries: it stays in the cache.
-_BUFFER_ENTRIES = 2**18
+# Measured with matrices of 2^12 to 2^18 entries: a large product is squared while it is in the
+# cache, small ones are worth a call for many. A GPU wants few calls.
+_LARGE = 2**15
+_BUFFER_ENTRIES = {"cpu": 2**19, "other": 2**26}
 # (sum_t g_t a_t)^2 = sum_tt' (g_t g_t')(a_t a_t'): up to so many pairs, one matrix product over
 # all samples and pairs is faster than writing each sample's product down.
 MAX_PAIRS = 10
@@ -20,15 +22,19 @@ def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
     if n_pairs(g.size(1)) <= MAX_PAIRS:
         add_pair_squares(g.transpose(0, 1), a.transpose(0, 1), into)
         return
-    step = max(1, _BUFFER_ENTRIES // into.numel())
+    on_cpu = into.device.type == "cpu"
+    if on_cpu and into.numel() >= _LARGE:
+        one = torch.empty_like(into)
+        for g_n, a_n in zip(g.transpose(1, 2).unbind(0), a.unbind(0), strict=True):
+            torch.mm(g_n, a_n, out=one)
+            into.addcmul_(one, one)
+        return
+    step = max(1, _BUFFER_ENTRIES["cpu" if on_cpu else "other"] // into.numel())
     buffer = into.new_empty(min(step, len(g)), *into.shape)
     for start in range(0, len(g), step):
         g_part, a_part = g[start : start + step], a[start : start + step]
         products = torch.bmm(g_part.transpose(1, 2), a_part, out=buffer[: len(g_part)])
-        if len(products) == 1:
-            into.addcmul_(products[0], products[0])
-        else:
-            into.add_(products.square_().sum(0))
+        into.add_(products.square_().sum(0))
 
 
 def add_pair_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
