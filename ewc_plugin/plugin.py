@@ -147,7 +147,9 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         if not math.isfinite(loss):
             penalty = 0.0 if self.penalty_loss is None else float(self.penalty_loss)
             remedy = _REMEDY if self._is_active else "Use a lower learning rate."
-            raise DivergedError(loss, penalty, remedy)
+            raise DivergedError(
+                f"The training diverged: the loss is {loss}, its penalty {penalty}. {remedy}"
+            )
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
         """Takes the implicit step."""
@@ -165,6 +167,8 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Computes F on the experience and remembers it with the parameters."""
+        if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
+            raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
         self.penalty.consolidate(strategy.model, self.fisher)

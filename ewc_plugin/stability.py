@@ -11,21 +11,8 @@ from torch.optim import SGD, Optimizer
 from ewc_plugin.gradient import Pair
 
 
-class DivergedError(RuntimeError):
-    """The loss is no longer finite.
-
-    Args:
-        loss: What it is.
-        penalty: ewc_lambda times the penalty.
-        remedy: What to do about it.
-    """
-
-    def __init__(self, loss: float, penalty: float, remedy: str) -> None:
-        super().__init__(
-            f"The training diverged: the loss is {loss}, its penalty {penalty}. {remedy}"
-        )
-        self.loss = loss
-        self.penalty = penalty
+class DivergedError(ArithmeticError, RuntimeError):
+    """The loss or a weight is no longer finite; caught under either name."""
 
 
 def largest_stable_lambda(optimizer: Optimizer, pairs: list[Pair]) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ewc_plugin.gradient import BLOCK
 from ewc_plugin.penalty import QuadraticPenalty
 
 
@@ -106,6 +107,24 @@ def test_add_gradient_is_the_gradient_of_the_value():
     first, *others = [p.grad for p in net.parameters()]
     found = torch.cat([first.flatten(), *(g.flatten() - 1 for g in others)])
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_blocks_of_a_large_parameter_and_other_layouts_agree_with_autograd(layout):
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Conv2d(64, BLOCK // 500, 3, bias=False)  # not a multiple of a block
+    net = net.to(memory_format=layout).double()
+    assert net.weight.numel() > BLOCK
+    penalty = QuadraticPenalty()
+    for _ in range(2):
+        penalty.consolidate(net, {"weight": torch.rand(net.weight.shape, generator=generator)})
+        wander(net, generator)
+    value = penalty(net)
+    expected = gradient_of(value, net)
+    net.weight.grad = torch.zeros_like(net.weight)
+    added = penalty.add_gradient_(net, scale=1.0)
+    assert float(added) == pytest.approx(float(value.detach()), rel=1e-12)
+    assert torch.allclose(net.weight.grad.flatten(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_parameter_where_it_was_left_gets_no_gradient():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from plugin_streams import assert_same, benchmark, mlp, multi_head, strategy, train
+from avalanche.benchmarks import nc_benchmark
+from plugin_streams import Blobs, assert_same, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher
 from ewc_plugin.plugin import experience_batches
@@ -109,10 +110,21 @@ def test_training_flags_and_gradients_are_left_alone():
 
 def test_eval_transforms_and_no_global_random_draw():
     learner = strategy(mlp(), DiagonalEWCPlugin(ewc_lambda=1))
-    learner.experience = benchmark().train_stream[0]
+    stream = nc_benchmark(
+        Blobs(),
+        Blobs(),
+        n_experiences=1,
+        task_labels=False,
+        shuffle=False,
+        train_transform=lambda x: torch.randn_like(x),
+        eval_transform=lambda x: x + 100,
+    )
+    learner.experience = stream.train_stream[0]
     state = torch.get_rng_state()
-    list(experience_batches(learner))
+    batches = list(experience_batches(learner))
     assert torch.equal(state, torch.get_rng_state())
+    x = torch.cat([batch[0] for batch in batches])  # in the order of the classes
+    assert torch.equal(x.sort(0).values, (Blobs().x + 100).sort(0).values)
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
