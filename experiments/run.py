@@ -247,6 +247,8 @@ def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
                 settings.decay_factor,
                 fisher_type=settings.fisher_type,
                 fisher_batches=fast.fisher_batches if fast else None,
+                normalize=settings.normalize,
+                implicit=settings.penalty_step == "implicit",
             )
         ]
     return []

@@ -81,6 +81,8 @@ class RunSettings:
     validation: bool = False
     data_path: DataPath = "fast"
     device: str = "cpu"
+    normalize: str | None = None  # our EWC alone: what each Fisher is divided by
+    penalty_step: str | None = None  # our EWC alone: "implicit", or in the gradient
 
     def __post_init__(self) -> None:
         _check(self)
