@@ -37,7 +37,10 @@ def _setting_columns() -> dict[str, pa.Column]:
         nullable = type(None) in arguments
         kinds = [a if isinstance(a, type) else type(a) for a in arguments] or [hint]
         kind = next(k for k in kinds if k is not type(None))
-        columns[name] = pa.Column(_SETTING_TYPES[kind], nullable=nullable, coerce=True)
+        # Not required where it may be None: a setting can be added and old tables still be read.
+        columns[name] = pa.Column(
+            _SETTING_TYPES[kind], nullable=nullable, coerce=True, required=not nullable
+        )
     return columns
 
 
