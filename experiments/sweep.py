@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-import queue
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,8 @@ def sweep(
         cells: The runs that are wanted.
         source: Where the images are.
         store: Where results go, and where they may be already.
-        jobs: Processes. Each uses one thread, so that results do not depend on their number.
+        jobs: Processes; with 1, this one. Each run has one thread, so that results do not depend
+            on their number.
         console: Where progress is shown.
         force: Repeat what the store holds.
 
@@ -68,29 +69,53 @@ def sweep(
         console.print(f"{held} of {len(cells)} runs are done already (--force repeats them).")
     if not wanted:
         return
+    run_all = _here if jobs == 1 else _in_processes
+    with _Display(wanted, console) as display:
+        for result in run_all(wanted, source, display, min(jobs, len(wanted))):
+            store.add(result)
+            display.finish(result)
+
+
+def _here(
+    cells: Sequence[RunSettings], source: DataSource, display: _Display, jobs: int
+) -> Iterator[RunResult]:
+    """One run after the other in this process, with one thread as in the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for cell in cells:
+            display.update(cell.run_id, 0, 0.0)
+            yield run(cell, source, functools.partial(display.update, cell.run_id))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_processes(
+    cells: Sequence[RunSettings], source: DataSource, display: _Display, jobs: int
+) -> Iterator[RunResult]:
+    """Runs as they end, in processes that are given up when the caller stops asking."""
     context = multiprocessing.get_context("spawn")
     events: Queue[Event] = context.Queue()
-    executor = ProcessPoolExecutor(
-        min(jobs, len(wanted)), context, initializer=_start_worker, initargs=(events,)
-    )
+    executor = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(events,))
+    pending: set[Future[RunResult]] = set()
     try:
-        futures = [executor.submit(_run, cell, source) for cell in wanted]
-        with _Display(wanted, console) as display:
-            for future in _as_completed(futures, events, display):
-                result = future.result()
-                store.add(result)
-                display.finish(result)
-        executor.shutdown()
+        pending = {executor.submit(_run, cell, source) for cell in cells}
+        while pending:
+            done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            while not events.empty():
+                display.update(*events.get())
+            for future in done:
+                yield future.result()
     except BrokenProcessPool as error:
         raise WorkerDiedError(
-            f"a worker process died ({error}); finished runs are stored in {store.folder}: "
-            "the same command goes on from there, --jobs 1 needs less memory."
+            f"a worker process died ({error}); finished runs are stored: the same command goes on "
+            "from there, and --jobs 1 needs less memory."
         ) from None
-    except BaseException:  # Ctrl-C among them: what is finished is stored, what runs is given up
-        for process in list((executor._processes or {}).values()):
-            process.terminate()
+    finally:  # also on Ctrl-C: what is finished is stored, what runs is given up
+        if pending:
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
         executor.shutdown(cancel_futures=True)
-        raise
 
 
 def _start_worker(events: Queue[Event]) -> None:
@@ -105,20 +130,6 @@ def _run(cell: RunSettings, source: DataSource) -> RunResult:
     send = _events.put
     send((cell.run_id, 0, 0.0))
     return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)))
-
-
-def _as_completed(
-    futures: list[Future[RunResult]], events: Queue[Event], display: _Display
-) -> Iterator[Future[RunResult]]:
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
-        while True:
-            try:
-                display.update(*events.get_nowait())
-            except queue.Empty:
-                break
-        yield from done
 
 
 class _Display:

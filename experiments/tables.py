@@ -158,8 +158,8 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
     try:
         return schema.validate(table)
     except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise TableError(f"{schema.name} does not fit its schema: {first_line}") from error
+        reason = " ".join(str(error).split())
+        raise TableError(f"{schema.name} does not fit its schema: {reason}") from error
 
 
 def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:

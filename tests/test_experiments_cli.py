@@ -1,0 +1,144 @@
+"""The command line as a user meets it: the main job end to end, and bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments import tables
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--dataset", "digits", "--experiences", "2", "--epochs", "1", "--jobs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["permuted-mnist", "--ewc-lambda", "-1"], "`ewc_lambda` must be >= 0 and finite, got -1"),
+        (
+            ["permuted-mnist", "--ewc-lambda", "nan"],
+            "`ewc_lambda` must be >= 0 and finite, got nan",
+        ),
+        (["permuted-mnist", "--experiences", "0"], "`experiences` must be >= 1, got 0"),
+        (["split-mnist", "--experiences", "3"], "`experiences` must be a divisor of 10 classes"),
+        (["split-mnist", "--experiences", "20"], "`experiences` must be a divisor of 10 classes"),
+        (["split-mnist", "--seeds", "-1"], "`seeds` must be between 0 and 2^32 - 1, got -1"),
+        (["split-mnist", "--seeds"], "`seeds` must be a non-empty list, got ()"),
+        (["split-mnist", "--epochs", "0"], "`epochs` must be >= 1, got 0"),
+        (["split-mnist", "--dropout", "1"], "`dropout` must be at least 0 and below 1, got 1.0"),
+        (["split-mnist", "--jobs", "0"], "`jobs` must be >= 1, got 0"),
+        (["split-mnist", "--device", "warp"], "`device` must be one that torch can use here"),
+        (["split-mnist", "--mode", "online"], "`decay_factor` must be between 0 and 1"),
+        (["split-mnist", "--decay-factor", "1"], "`decay_factor` must be unset in mode separate"),
+        (["split-mnist", "--learning-rate", "inf"], "`learning_rate` must be > 0 and finite"),
+        (["split-mnist", "--scenario", "class"], "`ewc_lambda` must be given for avalanche-ewc"),
+        (
+            ["split-mnist", "--out", "/proc/nothing"],
+            "`out` must be a folder that can be written to",
+        ),
+        (["split-mnist", "--methods", "ewx"], "invalid choice 'ewx'"),
+        (["split-mnist", "--fisher-type", "exakt"], "invalid choice 'exakt'"),
+        (["permuted-mnist", "--scenario", "class"], "invalid choice 'class'"),
+        (["split-mnist", "--ewc-lamda", "1"], "--ewc-lambda"),
+        (["slpit-mnist"], "slpit-mnist"),
+    ],
+)
+def test_bad_input_gets_a_clear_line_and_exit_code_2(arguments, said, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        code = main([*arguments, "--dataset", "digits"] if len(arguments) > 1 else arguments)
+    except SystemExit as error:  # the parser's own way out
+        code = error.code
+    printed = " ".join(capsys.readouterr().err.split())
+    assert code == 2
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def command(*arguments, folder):
+    return [sys.executable, "-m", "experiments", *arguments, "--out", str(folder)]
+
+
+def run_cli(*arguments, folder):
+    done = subprocess.run(
+        command(*arguments, folder=folder), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsys, monkeypatch):
+    def run_main(*arguments):
+        assert main([*arguments, "--out", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["split-mnist", *QUICK, "--scenario", "domain", "--ewc-lambda", "100"]
+    printed = run_main(*arguments, "--seeds", "0", "1")
+    assert "[8/8" in printed
+    assert "EWC, per sample" in printed
+    assert "importances, batched, float32, against built-in at batch 128" in printed
+    found = tables.load(tmp_path)
+    assert set(found) == {"accuracy", "runs", "summary", "parity"}
+    assert set(found["runs"]["method"]) == {"naive", "avalanche-ewc", "ewc", "joint"}
+    assert (found["runs"]["status"] == "ok").all()
+    numerical = found["parity"][found["parity"]["check"].str.startswith("importances")]
+    assert list(numerical["verdict"]) == ["equal"] * 3
+    assert numerical["difference"].iloc[0] == 0.0
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["dataset"] == "digits"
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "matrix-split-digits-domain.png",
+        "accuracy-split-digits-domain.png",
+    }
+    before = found["accuracy"]
+    printed = run_main(*arguments, "--seeds", "0", "1", "2")
+    assert "8 of 12 runs are done already" in printed
+    after = tables.load(tmp_path)["accuracy"]
+    kept = after[after["run_id"].isin(before["run_id"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before)
+    printed = run_main(*arguments, "--seeds", "0", "--force")
+    assert "[4/4" in printed
+    pd.testing.assert_frame_equal(tables.load(tmp_path)["accuracy"], after)  # same accuracies
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
+    arguments = ["permuted-mnist", *QUICK[:-2], "--seeds", "0", "1"]
+    for jobs in ("1", "2"):
+        run_cli(*arguments, "--jobs", jobs, folder=tmp_path / jobs)
+    one, two = (tables.load(tmp_path / jobs)["accuracy"] for jobs in ("1", "2"))
+    pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_job_goes_on_where_it_was(tmp_path, stop):
+    arguments = ["permuted-mnist", *QUICK[:2], "--experiences", "3", "--epochs", "15"]
+    process = subprocess.Popen(
+        command(*arguments, folder=tmp_path),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    parts = tmp_path / "parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    if stop == signal.SIGINT:
+        assert b"Interrupted" in errors
+        assert b"Traceback" not in errors
+    stored = len(list(parts.glob("*.json")))
+    assert 2 <= stored < 12
+    printed = run_cli(*arguments, folder=tmp_path)
+    assert f"{stored} of 12 runs are done already" in printed
+    assert len(tables.load(tmp_path)["runs"]) == 12
+    assert not list(tmp_path.glob("**/*.tmp"))

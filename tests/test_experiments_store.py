@@ -1,0 +1,122 @@
+"""Nothing that was computed is lost, and nothing half-written becomes a table."""
+
+import json
+import os
+
+import pandas as pd
+import pytest
+
+from experiments import tables
+from experiments.data import find_data
+from experiments.run import run
+from experiments.settings import RunSettings
+from experiments.store import PARTS, Store
+from experiments.tables import TableError
+
+DIGITS = find_data("digits", None)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Three runs that differ in their seed, as plain data."""
+    common = {"n_experiences": 2, "epochs": 1, "hidden_size": 8}
+    return [
+        run(RunSettings("split", "digits", "domain", "naive", seed, **common), DIGITS)
+        for seed in range(3)
+    ]
+
+
+def ids(folder):
+    return list(tables.read(folder, tables.RUNS)["run_id"])
+
+
+def test_results_become_tables(tmp_path, results):
+    store = Store(tmp_path)
+    for result in results:
+        store.add(result)
+    accuracy, runs = store.rebuild()
+    assert list(runs["seed"]) == [0, 1, 2]
+    assert len(accuracy) == 3 * 3 * 2  # seeds x (untrained + 2) x 2
+    expected = results[1].rows[5]["accuracy"]
+    row = accuracy[(accuracy["seed"] == 1) & (accuracy["train_exp"] == 1)].iloc[1]
+    assert row["accuracy"] == expected
+    pd.testing.assert_frame_equal(tables.read(tmp_path, tables.ACCURACY), accuracy)
+
+
+def test_a_result_survives_the_process_that_made_it(tmp_path, results):
+    Store(tmp_path).add(results[0])  # killed before the tables were rebuilt
+    assert Store(tmp_path).finished() == {results[0].record["run_id"]}
+
+
+def test_runs_in_the_tables_outlive_their_own_files(tmp_path, results):
+    store = Store(tmp_path)
+    store.add(results[0])
+    store.rebuild()
+    for path in (tmp_path / PARTS).iterdir():
+        path.unlink()  # as in a fresh clone, where only the tables are committed
+    store = Store(tmp_path)
+    store.add(results[1])
+    store.rebuild()
+    assert ids(tmp_path) == [r.record["run_id"] for r in results[:2]]
+
+
+def test_a_repeated_run_replaces_its_own_rows_only(tmp_path, results):
+    store = Store(tmp_path)
+    for result in results[:2]:
+        store.add(result)
+    store.rebuild()
+    again = json.loads(json.dumps(vars(results[0])))
+    again["record"]["train_s"] = 123.0
+    store.add(type(results[0])(**again))
+    accuracy, runs = store.rebuild()
+    assert len(runs) == 2
+    assert list(runs["train_s"])[0] == 123.0
+    assert list(runs["train_s"])[1] == results[1].record["train_s"]
+    assert len(accuracy) == 12
+
+
+def test_failed_runs_are_kept_and_tried_again(tmp_path, results):
+    record = {**results[0].record, "status": "failed", "reason": "RuntimeError: no luck"}
+    store = Store(tmp_path)
+    store.add(type(results[0])(record, []))
+    store.rebuild()
+    assert list(tables.read(tmp_path, tables.RUNS)["reason"]) == ["RuntimeError: no luck"]
+    assert store.finished() == set()
+
+
+def test_leftovers_of_a_killed_write_are_ignored(tmp_path, results):
+    store = Store(tmp_path)
+    store.add(results[0])
+    (tmp_path / PARTS / "half.json.x.tmp").write_text('{"record": {')
+    store.rebuild()
+    assert ids(tmp_path) == [results[0].record["run_id"]]
+
+
+@pytest.mark.parametrize("text", ['{"record": {', "[]", '{"record": {"run_id": 1}, "rows": []}'])
+def test_a_damaged_part_is_named(tmp_path, text):
+    (tmp_path / PARTS).mkdir()
+    (tmp_path / PARTS / "broken.json").write_text(text)
+    with pytest.raises(TableError, match=r"broken\.json` is not a run's result .*delete it"):
+        Store(tmp_path)
+
+
+def test_a_full_disk_loses_no_table(tmp_path, results, monkeypatch):
+    store = Store(tmp_path)
+    store.add(results[0])
+    store.rebuild()
+    before = (tmp_path / "runs.csv").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "replace", _no_space)
+        store.add(results[1])
+    assert (tmp_path / "runs.csv").read_bytes() == before
+    assert Store(tmp_path).finished() == {results[0].record["run_id"]}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder that can be written to"):
+        Store(tmp_path / "file")
+
+
+def _no_space(*paths):
+    raise OSError(28, "No space left on device")
