@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -20,26 +21,25 @@ Command = (
     | Annotated[PermutedMnist, tyro.conf.subcommand("permuted-mnist")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
+# Commands of their own modules, each with `run(settings)`; imported only when they are called.
+STUDIES = {
+    "table": "print a results folder's summary as markdown, LaTeX or CSV",
+    "data-speed": "what the fast data path saves",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs the command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     console, errors = Console(), Console(stderr=True)
+    # Avalanche's note about a solver that only GEM needs; here and in the worker processes.
+    warnings.filterwarnings("ignore", message=NO_SOLVER)
+    os.environ["PYTHONWARNINGS"] = f"ignore:{NO_SOLVER}"
     try:
-        job: Job = tyro.cli(
-            Command,  # type: ignore[arg-type]
-            prog="python -m experiments",
-            description=__doc__,
-            default=Main(),
-            args=arguments,
-            config=(tyro.conf.EnumChoicesFromValues,),
-        )
-        # Avalanche's note about a solver that only GEM needs; here and in the worker processes.
-        warnings.filterwarnings("ignore", message=NO_SOLVER)
-        os.environ["PYTHONWARNINGS"] = f"ignore:{NO_SOLVER}"
-        from experiments.jobs import run_job  # after --help and errors, which need not wait for it
-
-        run_job(job, console)
+        if arguments and arguments[0] in STUDIES:
+            _run_study(arguments[0], arguments[1:])
+        else:
+            _run_job(arguments, console)
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished runs are stored; the same command goes on from there.")
         return 130
@@ -47,6 +47,35 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
+
+
+def _run_job(arguments: list[str], console: Console) -> None:
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+        arguments = ["main", *arguments]  # options without a command are the main job's
+    studies = "".join(f"\n    {name}: {what}" for name, what in STUDIES.items())
+    job: Job = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="python -m experiments",
+        description=f"{__doc__}\n\nFurther commands (each with its own --help):{studies}",
+        default=Main(),
+        args=arguments,
+        config=(tyro.conf.EnumChoicesFromValues,),
+    )
+    from experiments.jobs import run_job  # after --help and errors, which need not wait for it
+
+    run_job(job, console)
+
+
+def _run_study(name: str, arguments: list[str]) -> None:
+    module = import_module(f"experiments.{name.replace('-', '_')}")
+    settings = tyro.cli(
+        get_type_hints(module.run)["settings"],
+        prog=f"python -m experiments {name}",
+        description=module.__doc__,
+        args=arguments,
+        config=(tyro.conf.EnumChoicesFromValues,),
+    )
+    module.run(settings)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,25 +85,65 @@ def write_environment(folder: Path, source: DataSource) -> None:
     tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class Cell:
+    """The summary of one cell of a grid, ready to be shown.
+
+    Attributes:
+        metrics: Its rows of `summary.csv` by metric.
+        n: Seeds.
+    """
+
+    benchmark: str
+    dataset: str
+    scenario: str
+    label: str
+    fisher_type: str
+    ewc_lambda: str
+    metrics: pd.DataFrame
+    n: int
+
+
+def by_cell(summary: pd.DataFrame) -> list[Cell]:
+    """The cells of a summary by benchmark, in the methods' usual order, lambda ascending."""
+    cells = []
+    for _, rows in summary.groupby("config_hash", sort=False):
+        first = rows.iloc[0]
+        by_metric = rows.set_index("metric")
+        cells.append((
+            first["benchmark"] == "permuted",
+            *(first["dataset"], first["scenario"], list(LABELS).index(first["method"])),
+            first["ewc_lambda"],
+            Cell(
+                *(first[name] for name in ("benchmark", "dataset", "scenario")),
+                label=LABELS[first["method"]],
+                fisher_type=first["fisher_type"] if pd.notna(first["fisher_type"]) else "",
+                ewc_lambda=f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
+                metrics=by_metric,
+                n=int(by_metric["n"].get("average_accuracy", 0)),
+            ),
+        ))
+    return [cell for *_, cell in sorted(cells, key=lambda entry: entry[:-1])]
+
+
 def print_summary(summary: pd.DataFrame, console: Console) -> None:
     """Prints mean and 95 % interval of the main metrics, a table per benchmark."""
-    for key, group in summary.groupby(["benchmark", "dataset", "scenario"], sort=False):
-        table = Table(title=f"{key[0]} {key[1]}, {key[2]}-incremental: mean ± 95 % interval")
-        for column in ("method", "Fisher", "λ", *SHOWN, "n"):
-            table.add_column(
-                column.replace("_", " "), justify="left" if column == "method" else "right"
-            )
-        cells = group.groupby("config_hash", sort=False)
-        for _, cell in sorted(cells, key=lambda kv: list(LABELS).index(kv[1]["method"].iloc[0])):
-            first = cell.iloc[0]
-            by_metric = cell.set_index("metric")
-            table.add_row(
-                LABELS[first["method"]],
-                first["fisher_type"] if pd.notna(first["fisher_type"]) else "",
-                f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
-                *(format_interval(by_metric, metric) for metric in SHOWN),
-                str(int(by_metric["n"].get("average_accuracy", 0))),
-            )
+    tables_by_title: dict[str, Table] = {}
+    for cell in by_cell(summary):
+        title = f"{cell.benchmark} {cell.dataset}, {cell.scenario}-incremental"
+        if title not in tables_by_title:
+            table = tables_by_title[title] = Table(title=f"{title}: mean ± 95 % interval")
+            for column in ("method", "Fisher", "λ", *SHOWN, "n"):
+                justify = "left" if column == "method" else "right"
+                table.add_column(column.replace("_", " "), justify=justify)
+        tables_by_title[title].add_row(
+            cell.label,
+            cell.fisher_type,
+            cell.ewc_lambda,
+            *(format_interval(cell.metrics, metric) for metric in SHOWN),
+            str(cell.n),
+        )
+    for table in tables_by_title.values():
         console.print(table)
 
 
@@ -148,13 +189,15 @@ def print_parity(parity: pd.DataFrame, console: Console) -> None:
             f"{row.difference:+.3g}{interval}: {row.verdict}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
 
 
 def print_troubles(runs: pd.DataFrame, console: Console) -> None:
     """Prints the runs that did not end well, with their reasons."""
     for row in runs[runs["status"] != "ok"].itertuples():
-        console.print(f"  {row.run_id} {row.status}: {row.reason}", style="red", markup=False)
+        line = f"  {row.run_id} {row.status}: {row.reason}"
+        console.print(line, style="red", markup=False, soft_wrap=True)
 
 
 def _git(*arguments: str) -> str | None:

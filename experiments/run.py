@@ -20,7 +20,7 @@ from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPl
 from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
-from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin import DiagonalEWCPlugin, DivergedError
 from experiments.data import DataSource
 from experiments.fast_data import FastData
 from experiments.metrics import METRICS, continual_metrics
@@ -34,10 +34,6 @@ EVAL_METRIC = re.compile(r"(Top1_Acc|Loss)_Exp/eval_phase/test_stream/.*Exp(\d+)
 MIB = 2**20
 
 Observer = Callable[[int, float], None]  # (experiences done, mean accuracy on those)
-
-
-class DivergedRunError(ArithmeticError):
-    """The loss or a weight is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def run(
     status, reason = "ok", ""
     try:
         trial.run(observe)
-    except ArithmeticError as error:
+    except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
         status, reason = "failed", f"{type(error).__name__}: {error}"
@@ -155,7 +151,7 @@ class Trial:
         self.seconds["train_s"] += watch.epochs_end - start
         self.seconds["fisher_s"] += end - watch.epochs_end
         if not all(torch.isfinite(p).all() for p in strategy.model.parameters()):
-            raise DivergedRunError("a weight is not finite after training on an experience")
+            raise DivergedError("a weight is not finite after training on an experience")
         self.peak_rss = max(self.peak_rss, psutil.Process().memory_info().rss)
 
     def _evaluate(self, strategy: Any, stream: Stream, train_exp: int) -> list[float]:
@@ -204,7 +200,7 @@ class _Watch(SupervisedPlugin):
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         if not torch.isfinite(strategy.loss).all():
             clock = strategy.clock
-            raise DivergedRunError(
+            raise DivergedError(
                 f"the loss is {strategy.loss.item()} in experience {clock.train_exp_counter}, "
                 f"iteration {clock.train_exp_iterations}"
             )

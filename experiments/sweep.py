@@ -193,6 +193,7 @@ class _Display:
             f"{run_id}  {outcome}",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
 
     def _advance(self, run_id: str, done: int) -> None:
