@@ -46,6 +46,11 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
     return tree_map(lambda leaf: leaf[index] if has_samples(leaf) else leaf, batch)
 
 
+def copied(batch: Batch) -> Batch:
+    """A batch with tensors of its own."""
+    return tree_map(lambda leaf: leaf.clone() if has_samples(leaf) else leaf, batch)
+
+
 def join(batches: list[Batch]) -> Batch:
     """One batch with the samples of all, in order."""
     if len(batches) == 1:

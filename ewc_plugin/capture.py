@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from ewc_plugin.rules import RULES
+from ewc_plugin.rules import LAYER_RULES, RULES, layer_rule
 from ewc_plugin.rules.base import LayerCall, LayerRule, Layout, Sums
 
 
@@ -42,7 +43,7 @@ class Record:
     call: LayerCall
     out_shape: torch.Size
     version: int
-    receive: Callable[["Record", Tensor], None]
+    receive: Callable[["Record", Tensor], None] | None
     g2: Tensor | None = None
 
     def fits(self, layout: Layout, N: int) -> bool:
@@ -110,11 +111,13 @@ class Trace:
     Attributes:
         anchor: A scalar that every tap hangs on; differentiating it visits every tap.
         records: The calls in order.
+        claimed: Parameters of layers with a registered rule, which stay in the graph.
         barred: Parameters seen in a call that no rule can serve, each with the reason.
     """
 
     anchor: Tensor
     records: list[Record] = field(default_factory=list)
+    claimed: set[str] = field(default_factory=set)
     barred: dict[str, str] = field(default_factory=dict)
 
     def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
@@ -133,14 +136,56 @@ class Capture(TorchFunctionMode):
 
     def __init__(
         self,
+        model: nn.Module,
         names: dict[int, str],
-        device: torch.device,
         receive: Callable[[Record, Tensor], None] | None,
     ) -> None:
         super().__init__()
-        self._names = names  # id of a parameter -> its name
+        self._model = model
+        self._names = dict(names)  # id of a parameter -> its name
         self._receive = receive
+        self._hooks: list[RemovableHandle] = []
+        device = next(model.parameters()).device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
+
+    def __enter__(self) -> "Capture":
+        """Also hooks the layers that have a rule of their own; the functions in them are theirs."""
+        for module in self._model.modules():
+            if rule := LAYER_RULES.get(type(module)):
+                names = {
+                    role: self._names.pop(id(p))
+                    for role, p in module.named_parameters()
+                    if id(p) in self._names
+                }
+                if names:
+                    hook = self._layer_hook(layer_rule(module, rule), names)
+                    self._hooks.append(module.register_forward_hook(hook))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves the mode and removes the hooks."""
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _layer_hook(self, rule: LayerRule, names: dict[str, str]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if not (args and isinstance(args[0], Tensor) and isinstance(out, Tensor)):
+                return out  # the parameters stay in the graph, so a slower engine serves them
+            params: dict[str, Tensor | None] = dict(module.named_parameters())
+            self.trace.claimed |= set(names.values())
+            return self._record(rule, LayerCall(args[0], params, names=names), out)
+
+        return hook
+
+    def _record(self, rule: LayerRule, call: LayerCall, out: Tensor) -> Tensor:
+        record = Record(rule, call, out.shape, call.a._version, self._receive)
+        self.trace.records.append(record)
+        if self._receive is None:
+            return out
+        tapped: Tensor = _Tap.apply(out, self.trace.anchor, record)
+        return tapped
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -153,7 +198,7 @@ class Capture(TorchFunctionMode):
             with self:
                 return _attention(*args, **kwargs)
         rule = RULES.get(func)
-        call = rule.bind(*args, **kwargs) if rule else None
+        call = rule.bind(*args, **kwargs) if rule and rule.bind else None
         if rule is None or call is None:
             return func(*args, **kwargs)
         names = {
@@ -165,21 +210,11 @@ class Capture(TorchFunctionMode):
             self.trace.barred |= dict.fromkeys(names.values(), "called without gradients")
             return func(*args, **kwargs)
         call.names = names
-        if self._receive is None:
-            out = func(*args, **kwargs)
-            self.trace.records.append(Record(rule, call, out.shape, call.a._version, _nobody))
-            return out
-        served = {id(p) for p in call.params.values() if id(p) in self._names}
-        args = [arg.detach() if id(arg) in served else arg for arg in args]
-        kwargs = {k: arg.detach() if id(arg) in served else arg for k, arg in kwargs.items()}
-        out = func(*args, **kwargs)
-        record = Record(rule, call, out.shape, call.a._version, self._receive)
-        self.trace.records.append(record)
-        return _Tap.apply(out, self.trace.anchor, record)
-
-
-def _nobody(record: Record, g: Tensor) -> None:
-    """Receives the gradient of a call without a tap: there is none."""
+        if self._receive is not None:
+            served = {id(p) for p in call.params.values() if id(p) in self._names}
+            args = [arg.detach() if id(arg) in served else arg for arg in args]
+            kwargs = {k: arg.detach() if id(arg) in served else arg for k, arg in kwargs.items()}
+        return self._record(rule, call, func(*args, **kwargs))
 
 
 # A Python function that dispatches to modes runs its body with the mode off, so the mode would miss

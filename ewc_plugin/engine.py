@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ewc_plugin.batches import Batch, n_samples, take
+from ewc_plugin.batches import Batch, copied, n_samples, take
 from ewc_plugin.capture import Capture, Record, Trace, parameters_in_graph
-from ewc_plugin.probe import Plan, Served, checked_logits
+from ewc_plugin.probe import Plan, Served, check_finite, checked_logits
 from ewc_plugin.rules.base import Layout, Sums
 from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares, zeros
 from ewc_plugin.scores import Scores
@@ -29,7 +29,8 @@ class EnginePass:
         scores: Callable[[Batch, Tensor], Scores],
         generator: torch.Generator,
     ) -> None:
-        self.model, self.forward, self.params = model, forward, params
+        self.model, self.params = model, params
+        self.forward = _on_a_copy(forward) if plan.overwrites_input else forward
         self.served, self.limit = dict(plan.served), plan.chunk_size
         self.scores, self.generator = scores, generator
         self.sums = zeros(params)
@@ -48,9 +49,9 @@ class EnginePass:
     def add(self, batch: Batch) -> None:
         """Adds a batch's squares, in halves where memory runs out."""
         N = n_samples(batch)
-        if self.limit < N:
-            for start in range(0, N, self.limit):
-                self.add(take(batch, slice(start, start + self.limit)))
+        if (step := self.limit) < N:  # fixed here: a part that runs out of memory lowers the limit
+            for start in range(0, N, step):
+                self.add(take(batch, slice(start, start + step)))
             return
         state = self.generator.get_state()
         try:
@@ -68,7 +69,7 @@ class EnginePass:
         """Adds a chunk's squares; nothing is added to the sums before its backward is through."""
         chunk: Sums = _LazyZeros(self.sums)
         logits, trace = self._trace(batch, N, chunk)
-        self._check_finite(logits)
+        check_finite(logits, self.N)
         if moved := self._misfits(logits, trace, N):
             for name in moved:
                 self.served[name] = Served("loop", "its calls depend on the data")
@@ -77,13 +78,15 @@ class EnginePass:
         scores = self.scores(batch, logits)
         scale = self._scale(scores, logits)
         self._unscale = 1 / scale
+        samplewise = self._served("vmap", "loop")
         vectors: list[Tensor] = []
         for s in range(scores.count):
             v = (scores.vector(s) * scale).to(logits.dtype)
             last = s == scores.count - 1
             trace.pull_back(logits, v, retain_graph=not last)
-            vectors.append(v)
-            if last or len(vectors) == _VECTORS_AT_ONCE:
+            if samplewise:
+                vectors.append(v)
+            if vectors and (last or len(vectors) == _VECTORS_AT_ONCE):
                 self._samplewise(batch, torch.stack(vectors, 1), chunk)
                 vectors = []
         del logits
@@ -115,8 +118,7 @@ class EnginePass:
             record.add(g, self._layout(record), N, chunk, self._unscale)
 
         names = {id(p): name for name, p in self._served("rules").items()}
-        device = next(iter(self.params.values())).device
-        with Capture(names, device, receive) as capture:
+        with Capture(self.model, names, receive) as capture:
             logits = checked_logits(self.model, self.forward, batch)
         return logits, capture.trace
 
@@ -124,7 +126,11 @@ class EnginePass:
         """Parameters used in another way than in the trial: data-dependent control flow."""
         calls = Counter(name for r in trace.records for name in r.call.names.values())
         outside = parameters_in_graph(logits)
-        misfits = {name for name, p in self._served("rules").items() if id(p) in outside}
+        misfits = {
+            name
+            for name, p in self._served("rules").items()
+            if id(p) in outside and name not in trace.claimed
+        }
         for record in trace.records:
             for name in record.call.names.values():
                 layout = self.served[name].layout
@@ -151,16 +157,9 @@ class EnginePass:
             ).items():
                 chunk[name] += total * self._unscale**2
 
-    def _check_finite(self, logits: Tensor) -> None:
-        """Raises on NaN, inf, or a sample without any finite logit; -inf masks a class."""
-        bad = logits.isnan() | (logits == torch.inf)
-        bad = bad.any(1) | (logits == -torch.inf).all(1)
-        if bool(bad.any()):
-            first = self.N + int(bad.nonzero()[0])
-            raise ValueError(
-                f"`model` gave a logit that is not finite for sample {first} of `batches` "
-                f"(counted from 0, in the order they came). Did the training diverge?"
-            )
+
+def _on_a_copy(forward: Forward) -> Forward:
+    return lambda model, batch: forward(model, copied(batch))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -1,5 +1,7 @@
 """`diagonal_fisher`: batches in, one tensor per trainable parameter out."""
 
+import sys
+import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import get_args
@@ -104,8 +106,16 @@ def diagonal_fisher(
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
         plan = make_plan(model, forward, params, first, engine, chunk_size)
         engine_pass = EnginePass(model, forward, params, plan, scores, generator)
+        started = time.monotonic()
         for chunk in rechunk(chain([first], stream), plan.chunk_size):
             engine_pass.add(chunk)
+            if progress:
+                seconds = time.monotonic() - started
+                print(
+                    f"\rFisher: {engine_pass.N:,} samples, {seconds:.0f} s", end="", file=sys.stderr
+                )
+        if progress:
+            print(file=sys.stderr)
         return engine_pass.mean()
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ewc_plugin.batches import Batch, has_samples, n_samples, take
+from ewc_plugin.batches import Batch, copied, has_samples, n_samples, take
 from ewc_plugin.capture import Capture, OverwrittenError, Record, Trace, parameters_in_graph
 from ewc_plugin.rules.base import Layout, Sums
 from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, zeros
@@ -22,8 +23,9 @@ from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, z
 EngineName = Literal["auto", "rules", "vmap", "loop"]
 
 _CHUNK_ENTRIES = 2**22  # of the layers' outputs in one forward pass
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
-_TRIAL = 3  # samples: one with neighbours on both sides
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 512
+_TRIAL = 3  # samples
+_SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Served:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who serves each parameter, and how many samples go into one forward pass."""
+    """Who serves each parameter.
+
+    Attributes:
+        served: An entry per parameter, in order.
+        chunk_size: Samples per forward pass.
+        overwrites_input: Whether the model works in place on its input and so needs a copy.
+    """
 
     served: dict[str, Served]
     chunk_size: int
+    overwrites_input: bool
 
 
 def checked_logits(model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
@@ -83,6 +92,25 @@ def checked_logits(model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
     return logits
 
 
+def check_finite(logits: Tensor, first: int) -> None:
+    """Refuses NaN, inf, and a sample without any finite logit; -inf masks a class.
+
+    Args:
+        logits: [N, C].
+        first: Index of its first sample in the whole stream.
+
+    Raises:
+        ValueError: A logit is not finite.
+    """
+    masked = logits == -torch.inf
+    bad = (~logits.isfinite() & ~masked).any(1) | masked.all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"`model` gave a logit that is not finite for sample {first + int(bad.nonzero()[0])} "
+            "of `batches` (counted from 0, in the order they came). Did the training diverge?"
+        )
+
+
 def make_plan(
     model: nn.Module,
     forward: Forward,
@@ -110,7 +138,8 @@ def make_plan(
     trial = _Trial(model, forward, params, batch)
     chunk_size = chunk_size or trial.chunk_size()
     if engine == "loop":
-        return Plan({name: Served("loop", "forced") for name in params}, chunk_size)
+        served = {name: Served("loop", "forced") for name in params}
+        return Plan(served, chunk_size, trial.overwrites_input)
     plan: dict[str, Served] = {}
     reasons = dict.fromkeys(params, "forced")
     if engine != "vmap":
@@ -127,7 +156,8 @@ def make_plan(
                 plan[name] = Served("loop", f"{reason}; vmap: {failure}")
             else:
                 plan[name] = Served("vmap", reason)
-    return Plan({name: plan[name] for name in params}, chunk_size)
+    served = {name: plan[name] for name in params}
+    return Plan(served, chunk_size, trial.overwrites_input)
 
 
 class _Trial:
@@ -142,21 +172,26 @@ class _Trial:
         self.logits, self.trace = self._run(self.batch, self._receive)
         half = torch.finfo(self.logits.dtype).bits < 32
         self.tolerance = 0.1 if half else 0.01
-        middle = take(self.batch, slice(1, 2))
-        alone, self.trace_alone = self._run(middle, None)
-        self._check_independence(alone)
+        check_finite(self.logits, 0)
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(1, alone.size(1), generator=generator, dtype=torch.float64).to(alone)
-        # The other samples have no score: whatever lands in their rows still shows.
-        self.v = torch.cat([torch.zeros_like(v), v, torch.zeros_like(v)])
-        self.reference = add_gradient_squares(zeros(params), params, alone, v)
+        v = torch.randn(_SCORED, self.logits.size(1), generator=generator, dtype=torch.float64)
+        # The last sample has no score: whatever lands in its rows still shows.
+        self.v = F.pad(v.to(self.logits), (0, 0, 0, _TRIAL - _SCORED))
+        self.reference = zeros(params)
+        for n in reversed(range(_SCORED)):
+            alone, self.trace_alone = self._run(take(self.batch, slice(n, n + 1)), None)
+            self._check_independence(alone, self.logits[n : n + 1])
+            add_gradient_squares(self.reference, params, alone, self.v[n : n + 1])
 
     def _run(
         self, batch: Batch, receive: Callable[[Record, Tensor], None] | None
     ) -> tuple[Tensor, Trace]:
         names = {id(p): name for name, p in self.params.items()}
-        with Capture(names, next(iter(self.params.values())).device, receive) as capture:
+        batch = copied(batch)  # the model may work on its input in place
+        with Capture(self.model, names, receive) as capture:
             logits = checked_logits(self.model, self.forward, batch)
+        leaves = [leaf for leaf in tree_leaves(batch) if has_samples(leaf)]
+        self.overwrites_input = any(leaf._version for leaf in leaves)
         return logits, capture.trace
 
     def _receive(self, record: Record, g: Tensor) -> None:
@@ -166,13 +201,14 @@ class _Trial:
         """Samples whose recorded tensors fill the cache's neighbourhood, not the memory."""
         entries = sum(leaf.numel() for leaf in tree_leaves(self.batch) if has_samples(leaf))
         entries += sum(record.out_shape.numel() for record in self.trace.records)
-        fitting = _CHUNK_ENTRIES * _TRIAL // entries
+        weights = sum(p.numel() for p in self.params.values())
+        # Each chunk also passes once over all sums: many weights want many samples.
+        fitting = max(_CHUNK_ENTRIES, weights * 3 // 2) * _TRIAL // entries
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
 
-    def _check_independence(self, alone: Tensor) -> None:
+    def _check_independence(self, alone: Tensor, together: Tensor) -> None:
         """Raises where a sample's logits depend on its batch, or on chance."""
-        together = self.logits[1:2]
         if alone.shape == together.shape:
             masked = alone == together  # -inf
             difference = (alone - together).detach().masked_fill(masked, 0).abs()
@@ -224,6 +260,8 @@ class _Trial:
         self, name: str, p: nn.Parameter, calls: "Counter[str]", outside: set[int]
     ) -> str:
         """Why no rule can serve a parameter, or nothing."""
+        if name in self.trace.claimed and calls[name] == 1:
+            return ""
         if name in self.trace.barred:
             return self.trace.barred[name]
         if calls[name] > 1:
@@ -257,7 +295,8 @@ class _Trial:
 
     def close(self, got: Tensor, expected: Tensor) -> bool:
         """Whether squares agree but for rounding and a flipped ReLU."""
-        return bool((got - expected).abs().max() <= self.tolerance * expected.abs().max())
+        low, high = got.sub_(expected).aminmax()  # `got` has served
+        return bool(torch.maximum(-low, high) <= self.tolerance * expected.max())
 
     def vmap_failure(self, params: dict[str, nn.Parameter]) -> str:
         """Why vmap can't serve these parameters, or nothing."""

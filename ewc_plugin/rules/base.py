@@ -60,8 +60,9 @@ class LayerRule:
 
     Attributes:
         name: For `explain`.
-        function: The torch function.
-        bind: Takes the function's own arguments and returns the call; None where no rule holds.
+        function: The torch function; None for a rule of a whole layer.
+        bind: Takes the function's own arguments and returns the call; None where no
+            rule holds.
         add: (call, a [N, K, ...], g [N, K, ...], into) adds the squares, summed over n, to
             `into`; K counts the entries that a sample has folded into its axis. Both tensors come
             in the dtype of the sums.
@@ -71,8 +72,8 @@ class LayerRule:
     """
 
     name: str
-    function: Callable[..., Any]
-    bind: Callable[..., LayerCall | None]
+    function: Callable[..., Any] | None
+    bind: Callable[..., LayerCall | None] | None
     add: Callable[[LayerCall, Tensor, Tensor, Sums], None]
     pool: Callable[[LayerCall, Tensor, Tensor, Sums], None] | None = None
     poolable: Callable[[LayerCall, Tensor], bool] = lambda call, g: False

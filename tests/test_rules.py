@@ -1,0 +1,101 @@
+"""Equal forms of one rule against each other and the plain loop over samples, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from ewc_plugin.fisher import diagonal_fisher, explain
+from ewc_plugin.rules import LAYER_RULES, products, register_rule
+from ewc_plugin.rules import conv as conv_rules
+
+
+def plain(g, a):
+    return sum((g_n.T @ a_n).square() for g_n, a_n in zip(g, a, strict=True))
+
+
+@pytest.mark.parametrize("T", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("large", [1, 2**15], ids=["one by one", "in a buffer"])
+def test_product_forms_agree(T, large, monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", large)
+    monkeypatch.setitem(products._BUFFER_ENTRIES, "cpu", 40)
+    g, a = torch.randn(5, T, 3).double(), torch.randn(5, T, 4).double()
+    into = torch.ones(3, 4).double()
+    products.add_product_squares(g, a, into)
+    torch.testing.assert_close(into, 1 + plain(g, a), rtol=1e-12, atol=1e-13)
+    into.fill_(1)
+    products.add_pair_squares(g.transpose(0, 1), a.transpose(0, 1), into)
+    torch.testing.assert_close(into, 1 + plain(g, a), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["by taps", "one by one", "grouped", "unfolded"])
+def test_convolution_forms_agree(form, monkeypatch):
+    monkeypatch.setattr(conv_rules, "MAX_PAIRS", 10**6 if form == "by taps" else 0)
+    monkeypatch.setattr(conv_rules, "_LARGE", 0 if form == "one by one" else 10**9)
+    monkeypatch.setattr(conv_rules, "_FEW_CHANNELS", 0)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)).double()
+    a = torch.randn(5, 3, 4, 5).double()
+    out = layer(a)
+    g = torch.randn_like(out)
+    expected = torch.zeros_like(layer.weight)
+    for n in range(5):
+        (grad,) = torch.autograd.grad(out, layer.weight, g * _only(n, 5), retain_graph=True)
+        expected += grad.square()
+    call = conv_rules._bind(a, layer.weight, None, (2, 1), (1, 2), (1, 2))
+    into = torch.zeros_like(layer.weight).detach()
+    if form == "unfolded":
+        assert conv_rules._add_unfolded(call.options, a[:, None], g[:, None], into)
+    else:
+        conv_rules._add_weight(call.options, a[:, None], g[:, None], into)
+    torch.testing.assert_close(into, expected.detach(), rtol=1e-11, atol=1e-12)
+
+
+def _only(n, N):
+    return (torch.arange(N) == n).double()[:, None, None, None]
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.fixture
+def scale_rule():
+    yield lambda rule: register_rule(Scale)(rule)
+    LAYER_RULES.pop(Scale, None)
+
+
+def scaled():
+    torch.manual_seed(0)
+    return nn.Sequential(Scale(), nn.ReLU(inplace=True), nn.Linear(6, 4)).double()
+
+
+def test_registered_rule_serves_its_layer(scale_rule):
+    model, batch = scaled(), (torch.randn(7, 6).double(),)
+    expected = diagonal_fisher(model, [batch], "exact")
+    assert explain(model, batch)["0.scale"].engine == "vmap"
+    scale_rule(lambda layer, a, g: {"scale": (a * g).square().sum(0)})
+    assert explain(model, batch)["0.scale"].engine == "rules"
+    assert not model[0]._forward_hooks
+    got = diagonal_fisher(model, [batch], "exact", engine="rules")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=0)
+
+
+def test_wrong_registered_rule_is_left_aside(scale_rule):
+    model, batch = scaled(), (torch.randn(7, 6).double(),)
+    expected = diagonal_fisher(model, [batch])
+    scale_rule(lambda layer, a, g: {"scale": (a * g).sum(0).square()})  # squares a sum
+    served = explain(model, batch)["0.scale"]
+    assert (served.engine, served.detail) == ("vmap", "the layer rule disagrees with the loop")
+    torch.testing.assert_close(diagonal_fisher(model, [batch])["0.scale"], expected["0.scale"])
+
+
+def test_registered_rule_must_return_every_parameter(scale_rule):
+    scale_rule(lambda layer, a, g: {})
+    with pytest.raises(ValueError, match=r"registered for Scale must return .* `scale`, got None"):
+        diagonal_fisher(scaled(), [(torch.randn(7, 6).double(),)])
