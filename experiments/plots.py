@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,6 +22,8 @@ CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
 DPI = 150
 # Okabe and Ito's colours, told apart by the colour-blind; one per method in every picture.
 COLOURS = {"naive": "#D55E00", "avalanche-ewc": "#0072B2", "ewc": "#009E73", "joint": "#000000"}
+MARKERS = "os^Dv<>PX*"  # tell the cells of one method apart
+MOST_BANDS = 6  # more curves are drawn without bands
 LABELS = {
     "naive": "Naive",
     "avalanche-ewc": "Avalanche's EWC",
@@ -117,31 +120,39 @@ def _draw_matrices(group: pd.DataFrame, title: str) -> plt.Figure:
 def _draw_curves(group: pd.DataFrame, title: str) -> plt.Figure:
     cells = _cells(group)
     per_method = pd.Series([method for method, _ in cells.values()]).value_counts()
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    many = len(cells) > MOST_BANDS
+    figure, axis = plt.subplots(figsize=(9.8 if many else 6.4, 4.2), layout="constrained")
     drawn: dict[str, int] = {}
     for label, (method, matrices) in cells.items():
-        shade = 1.0 - 0.7 * drawn.get(method, 0) / per_method[method]
-        drawn[method] = drawn.get(method, 0) + 1
-        _draw_curve(axis, label, COLOURS[method], shade, matrices)
+        i = drawn[method] = drawn.get(method, -1) + 1
+        shade = 1.0 - 0.7 * i / per_method[method]
+        style = {"color": COLOURS[method], "alpha": shade, "marker": MARKERS[i % len(MARKERS)]}
+        _draw_curve(axis, label, matrices, style, band=not many)
     axis.set_xlabel("experiences trained on")
     axis.set_ylabel("average accuracy on those seen")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    axis.set_title(f"{title}\nmean over seeds, band: 95 % interval", fontsize=10)
+    if many:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set_title(f"{title}\nmean over seeds", fontsize=10)
+    else:
+        axis.legend(fontsize=8)
+        axis.set_title(f"{title}\nmean over seeds, band: 95 % interval", fontsize=10)
     return figure
 
 
-def _draw_curve(axis: Axes, label: str, colour: str, alpha: float, matrices: np.ndarray) -> None:
+def _draw_curve(
+    axis: Axes, label: str, matrices: np.ndarray, style: dict[str, Any], *, band: bool
+) -> None:
     curves = np.stack([seen_accuracy(matrix) for matrix in matrices])  # [n, T]
     n_experiences = curves.shape[1]
     label = f"{label} (n = {len(curves)})"
     if np.isnan(curves[:, :-1]).all():  # trained on everything at once: a level, not a curve
-        axis.axhline(curves[:, -1].mean(), color=colour, linestyle="--", label=label)
+        axis.axhline(curves[:, -1].mean(), color=style["color"], linestyle="--", label=label)
         return
     bands = [interval(curves[:, i]) for i in range(n_experiences)]
     x = np.arange(1, n_experiences + 1)
-    axis.plot(x, [b["mean"] for b in bands], color=colour, alpha=alpha, marker="o", label=label)
-    if len(curves) > 1:
+    axis.plot(x, [b["mean"] for b in bands], label=label, **style)
+    if band and len(curves) > 1:
         low, high = ([b[k] for b in bands] for k in ("ci_low", "ci_high"))
-        axis.fill_between(x, low, high, color=colour, alpha=0.15 * alpha, linewidth=0)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
