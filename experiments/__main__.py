@@ -25,6 +25,11 @@ Command = (
 STUDIES = {
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "data-speed": "what the fast data path saves",
+    "penalty-speed": "what the penalty costs per step, beside Avalanche's",
+    "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
+    "normalized-lambda": "whether one lambda serves for F divided by its mean",
+    "lambda-translation": "how a lambda reads under each Fisher type",
+    "importance": "which layers and pixels carry the Fisher",
 }
 
 

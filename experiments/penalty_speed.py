@@ -1,0 +1,261 @@
+"""What a penalty costs: the time of a training step, and the memory it keeps, beside Avalanche's.
+
+Every method trains the same network on the same batch inside Avalanche's own loop, one step each in
+turn, so that whatever else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from avalanche.logging import BaseLogger
+from avalanche.models import SimpleCNN, SimpleMLP
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
+from avalanche.training.supervised import Naive
+from avalanche.training.utils import ParamData
+from rich.console import Console
+from torch import Tensor, nn
+
+from ewc_plugin import DiagonalEWCPlugin
+from experiments.plots import DPI
+from experiments.tables import replace_file
+
+MIB = 2**20
+LAMBDA = 1e-3
+COLOURS = {
+    "in the gradient": "#009E73",
+    "in the loss": "#56B4E9",
+    "implicit step": "#D55E00",
+    "Avalanche": "#0072B2",
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+}
+
+
+@dataclass(frozen=True)
+class PenaltySpeed:
+    """Step time and memory of the penalty over the number of past experiences."""
+
+    past_experiences: tuple[int, ...] = (1, 10, 100)
+    """Numbers of experiences that the penalty remembers."""
+    models: tuple[str, ...] = ("mlp-512", "mlp-2x256", "mlp-2x2000", "cnn")
+    """Networks: 784-512-10, 784-256-256-10, 784-2000-2000-10, Avalanche's SimpleCNN."""
+    optimizers: tuple[str, ...] = ("sgd", "adam")
+    """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
+    batch_size: int = 128
+    """Samples per step."""
+    rounds: int = 40
+    """Rounds, in each of which every method takes one step."""
+    threads: int = 1
+    """Threads of torch; the CPU time of all of them is what is measured."""
+    avalanche_limit_mib: float = 1024
+    """Leave Avalanche's plugin out where it would keep more than this."""
+    out: str = "runs/penalty-speed"
+    """Folder of the table and the plot."""
+
+
+class _InTheLoss(DiagonalEWCPlugin):
+    """The way that is taken where other plugins see gradients first."""
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self._adds_to_gradients = False
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "in the gradient": lambda: DiagonalEWCPlugin(LAMBDA),
+    "in the loss": lambda: _InTheLoss(LAMBDA),
+    "implicit step": lambda: DiagonalEWCPlugin(LAMBDA, implicit=True),
+    "Avalanche": lambda: EWCPlugin(LAMBDA),
+}
+
+
+def run(settings: PenaltySpeed) -> pd.DataFrame:
+    """Measures; writes `penalty_speed.csv` and `penalty_speed.png`.
+
+    Args:
+        settings: What to measure.
+
+    Returns:
+        A row per model, optimizer, method and number of past experiences.
+    """
+    console = Console()
+    torch.set_num_threads(settings.threads)
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in settings.models:
+        for optimizer in settings.optimizers:
+            for T in settings.past_experiences:
+                rows += measure(settings, name, optimizer, T)
+                console.print(
+                    pd.DataFrame([
+                        r
+                        for r in rows
+                        if (r["model"], r["optimizer"], r["past_experiences"])
+                        == (name, optimizer, T)
+                    ]).to_string(index=False)
+                )
+    table = pd.DataFrame(rows)
+    replace_file(folder / "penalty_speed.csv", table.to_csv(index=False))
+    plot(table).savefig(folder / "penalty_speed.png", dpi=DPI, metadata={"Software": None})
+    return table
+
+
+def measure(settings: PenaltySpeed, name: str, optimizer: str, T: int) -> list[dict[str, Any]]:
+    """Steps of every method in turn; the ratio is that of neighbours in time, round by round."""
+    model, x = make_model(name, settings.batch_size)
+    batch = [x, torch.randint(0, 10, (len(x),))]
+    parameters = sum(p.numel() for p in model.parameters())
+    make = OPTIMIZERS[optimizer]
+    plain = make_strategy(deepcopy(model), make, None, T)
+    strategies = {
+        method: make_strategy(deepcopy(model), make, remember(plugin(), model, T), T)
+        for method, plugin in METHODS.items()
+        if method != "Avalanche" or parameters * 8 * T / MIB <= settings.avalanche_limit_mib
+    }
+    times: dict[str, list[float]] = {method: [] for method in strategies}
+    ratios: dict[str, list[float]] = {method: [] for method in strategies}
+    for _ in range(settings.rounds + 3):
+        for method, strategy in strategies.items():
+            before = step_seconds(plain, batch)
+            times[method].append(step_seconds(strategy, batch))
+            after = step_seconds(plain, batch)
+            ratios[method].append(2 * times[method][-1] / (before + after))
+    rows = []
+    for method, strategy in strategies.items():
+        low, middle, high = np.quantile(ratios[method][3:], (0.25, 0.5, 0.75))  # 3: warming up
+        rows.append({
+            "model": name,
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "batch_size": settings.batch_size,
+            "threads": settings.threads,
+            "method": method,
+            "past_experiences": T,
+            "step_ms": 1e3 * float(np.median(times[method][3:])),
+            "ratio": middle,
+            "ratio_q25": low,
+            "ratio_q75": high,
+            "state_mib": state_bytes(strategy.plugins[0]) / MIB,
+            "rounds": settings.rounds,
+        })
+    return rows
+
+
+def make_model(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """A network and a batch for it."""
+    if name == "cnn":
+        return SimpleCNN(), torch.randn(batch_size, 3, 32, 32)
+    layers, hidden = {"mlp-512": (1, 512), "mlp-2x256": (2, 256), "mlp-2x2000": (2, 2000)}[name]
+    model: Any = SimpleMLP(hidden_size=hidden, hidden_layers=layers)
+    return model, torch.randn(batch_size, 1, 28, 28)
+
+
+def make_strategy(
+    model: nn.Module, make: Callable[..., torch.optim.Optimizer], plugin: Any, T: int
+) -> Any:
+    """Avalanche's Naive, ready for steps in the middle of an experience."""
+    strategy = Naive(
+        model=model,
+        optimizer=make(model.parameters(), lr=1e-5),
+        criterion=nn.CrossEntropyLoss(),
+        plugins=[] if plugin is None else [plugin],
+        evaluator=EvaluationPlugin(loggers=[BaseLogger()]),
+    )
+    strategy.experience = SimpleNamespace(logging=lambda: None)  # without task labels
+    if plugin is not None:
+        plugin.before_training_exp(strategy)
+    strategy.clock.train_exp_counter = T
+    return strategy
+
+
+def remember(plugin: Any, model: nn.Module, T: int) -> Any:
+    """Gives a plugin T past experiences with a random Fisher, at parameters that lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    moved = deepcopy(model)
+    for t in range(T):
+        fisher = {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.add_(1e-3 * torch.randn(p.shape, generator=generator))
+        if isinstance(plugin, DiagonalEWCPlugin):
+            plugin.penalty.consolidate(moved, fisher)
+            continue
+        plugin.importances[t] = {n: _data(n, f) for n, f in fisher.items()}
+        plugin.saved_params[t] = {n: _data(n, p.detach()) for n, p in moved.named_parameters()}
+    return plugin
+
+
+def _data(name: str, tensor: Tensor) -> ParamData:
+    return ParamData(name, tensor.shape, init_tensor=tensor.clone())
+
+
+def step_seconds(strategy: Any, batch: list[Tensor]) -> float:
+    """CPU time of one training iteration in Avalanche's loop, all hooks included.
+
+    Not wall time: what another process takes from this one does not count.
+    """
+    strategy.dataloader = [list(batch)]
+    start = time.process_time()
+    strategy.training_epoch()
+    return time.process_time() - start
+
+
+def state_bytes(plugin: Any) -> int:
+    """Memory that a plugin keeps for the penalty."""
+    if isinstance(plugin, DiagonalEWCPlugin):
+        return plugin.penalty.nbytes
+    stores = [*plugin.saved_params.values(), *plugin.importances.values()]
+    tensors = [parameter.data for store in stores for parameter in store.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def plot(table: pd.DataFrame) -> plt.Figure:
+    """The ratio to a plain step over the number of past experiences, a panel per model."""
+    cells = list(table.groupby(["model", "optimizer"], sort=False))
+    columns = table["optimizer"].nunique()
+    figure, axes = plt.subplots(
+        len(cells) // columns,
+        columns,
+        figsize=(4.2 * columns, 2.6 * (len(cells) // columns)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, ((model, optimizer), rows) in zip(axes.flat, cells, strict=True):
+        for method, line in rows.groupby("method", sort=False):
+            errors = [line["ratio"] - line["ratio_q25"], line["ratio_q75"] - line["ratio"]]
+            axis.errorbar(
+                line["past_experiences"],
+                line["ratio"],
+                errors,
+                marker="o",
+                color=COLOURS[method],
+                label=method,
+                capsize=3,
+            )
+        axis.axhline(1.1, color="black", lw=0.8, ls=":")
+        axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}")
+        axis.grid(alpha=0.3, which="both")
+        axis.set_ylabel("of a plain step")
+    axes[0, 0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("past experiences")
+    figure.suptitle("Step time with a penalty (median, quartiles); dotted: 1.10")
+    return figure
