@@ -12,7 +12,8 @@ from ewc_plugin.quadratic import Quadratic, compute_dtype
 
 Pair = tuple[nn.Parameter, Quadratic]
 
-BLOCK = 1 << 18  # elements at a time on a CPU: intermediate results stay in its cache
+BLOCK = 1 << 19  # elements at a time on a CPU: intermediate results stay in its cache
+SMALL = 1 << 16  # elements below which an operation takes less time than calling it
 
 
 class PenaltyFunction(torch.autograd.Function):
@@ -53,20 +54,23 @@ def value_and_half_gradients(
 
 
 class GradientAdder:
-    """Adds scale * gradient to `.grad` in blocks that fit a CPU's cache, and sums the value up."""
+    """Adds scale * gradient to `.grad` and sums the value up.
+
+    Large tensors go in blocks that fit a CPU's cache, through memory that is kept: a new one in
+    every step costs page faults. The others go together, so that each operation is called once.
+    """
 
     def __init__(self) -> None:
-        self._scratch: Tensor | None = None  # [3, BLOCK]: a new one in every step costs page faults
+        self._scratch: Tensor | None = None  # [3, BLOCK]
 
     def __call__(self, pairs: list[Pair], scale: float) -> Tensor:
         """Adds to the gradients; returns sum d (S d + 2 B), without the constants."""
-        values = []
-        for parameter, quadratic in pairs:
-            if _has_flat_views(parameter, quadratic):
-                values += self._add_blocks(parameter, quadratic, scale)
-            else:
-                values.append(_add_whole(parameter, quadratic, scale))
-        return torch.stack(values).sum()
+        large = [pair for pair in pairs if _goes_in_blocks(*pair)]
+        others = [pair for pair in pairs if not _goes_in_blocks(*pair)] if large else pairs
+        values = [v for parameter, q in large for v in self._add_blocks(parameter, q, scale)]
+        if others:
+            values.append(_add_together(others, scale))
+        return torch.stack(values).sum() if len(values) > 1 else values[0]
 
     def _add_blocks(self, parameter: nn.Parameter, q: Quadratic, scale: float) -> list[Tensor]:
         if self._scratch is None or self._scratch.dtype != parameter.dtype:
@@ -92,26 +96,29 @@ class GradientAdder:
         return values
 
 
-def _has_flat_views(parameter: nn.Parameter, q: Quadratic) -> bool:
+def _goes_in_blocks(parameter: nn.Parameter, q: Quadratic) -> bool:
     grad = parameter.grad
-    if (
-        not parameter.requires_grad
-        or grad is None
-        or grad.layout is not torch.strided
-        or parameter.device.type != "cpu"
-    ):
+    if parameter.numel() <= SMALL or parameter.device.type != "cpu":
         return False
-    tensors = [parameter, grad, *q.tensors]
+    if not parameter.requires_grad or grad is None or grad.layout is not torch.strided:
+        return False
     return all(
         t.is_contiguous() and t.device == parameter.device and t.dtype == compute_dtype(parameter)
-        for t in tensors
+        for t in (parameter, grad, *q.tensors)
     )
 
 
-def _add_whole(parameter: nn.Parameter, q: Quadratic, scale: float) -> Tensor:
-    value, (half,) = value_and_half_gradients([parameter], [q])
-    if not parameter.requires_grad or (parameter.grad is None and q.is_at_rest(parameter)):
-        return value
-    gradient = half.mul_(2 * scale).to(parameter.dtype)
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def _add_together(pairs: list[Pair], scale: float) -> Tensor:
+    value, halves = value_and_half_gradients([p for p, _ in pairs], [q for _, q in pairs])
+    added = []
+    for (parameter, q), half in zip(pairs, halves, strict=True):
+        if not parameter.requires_grad or (parameter.grad is None and q.is_at_rest(parameter)):
+            continue
+        if parameter.grad is not None and parameter.grad.layout is torch.strided:
+            added.append((parameter.grad, half))
+            continue
+        gradient = half.mul_(2 * scale).to(parameter.dtype)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    if added:
+        torch._foreach_add_([g for g, _ in added], [h for _, h in added], alpha=2 * scale)
     return value
