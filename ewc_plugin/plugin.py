@@ -35,7 +35,9 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
     F is exact per sample: see `diagonal_fisher`. With ewc_lambda = 0, and before the first
     experience has ended, the run is the one without the plugin, to the last bit. `strategy.loss` is
-    the task's loss plus the penalty from `after_backward` on at the latest.
+    the task's loss plus the penalty from `after_backward` on at the latest. In an online stream
+    that knows its task boundaries there is one F per original experience, at its end, over all of
+    it.
 
     Args:
         ewc_lambda: Weight of the penalty; Avalanche's, half of the lambda of Kirkpatrick et al. A
@@ -96,6 +98,7 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         self._adds_to_gradients = False
         self._hooks_called = False
         self._warned = False
+        self._n_subexperiences = 0
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Makes sure that no other strategy uses this plugin."""
@@ -108,6 +111,9 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Chooses how to add the gradient."""
+        if getattr(strategy.experience, "is_first_subexp", True):
+            self._n_subexperiences = 0
+        self._n_subexperiences += 1
         self._adds_to_gradients = not self.implicit and gradients_are_ours(self, strategy)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
@@ -167,6 +173,8 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Computes F on the experience and remembers it with the parameters."""
+        if not self._is_last(strategy.experience):
+            return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         start = time.perf_counter()
@@ -216,6 +224,13 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
 
+    def _is_last(self, experience: Any) -> bool:
+        if not getattr(experience, "access_task_boundaries", False):
+            return True
+        # Avalanche says False of every part where the parts are of equal size: so they are counted.
+        counted: bool = self._n_subexperiences >= experience.sub_stream_length
+        return counted or bool(experience.is_last_subexp)
+
     @property
     def _is_active(self) -> bool:
         return self.ewc_lambda > 0 and self.penalty.n_experiences > 0
@@ -236,7 +251,10 @@ def experience_batches(strategy: Any) -> Iterator[Batch]:
     Yields:
         What the data set's `collate_fn` makes of `strategy.train_mb_size` samples.
     """
-    dataset = strategy.experience.dataset.eval()
+    experience = strategy.experience
+    if getattr(experience, "access_task_boundaries", False):  # a part, in an online stream
+        experience = experience.origin_experience
+    dataset = experience.dataset.eval()
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=strategy.train_mb_size,

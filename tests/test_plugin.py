@@ -3,6 +3,7 @@
 import pytest
 import torch
 from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from plugin_streams import Blobs, assert_same, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher
@@ -125,6 +126,20 @@ def test_eval_transforms_and_no_global_random_draw():
     assert torch.equal(state, torch.get_rng_state())
     x = torch.cat([batch[0] for batch in batches])  # in the order of the classes
     assert torch.equal(x.sort(0).values, (Blobs().x + 100).sort(0).values)
+
+
+@pytest.mark.parametrize("size", [5, 6])  # 24 samples: a part of 4 at the end, or equal parts
+def test_online_stream_has_one_fisher_per_experience_over_all_of_it(size):
+    stream = benchmark().train_stream
+    online = split_online_stream(stream, experience_size=size, access_task_boundaries=True, seed=0)
+    plugin = DiagonalEWCPlugin(ewc_lambda=1, keep_importance_data=True)
+    learner = strategy(mlp(), plugin)
+    train(learner, online)
+    assert len(plugin.penalty.history) == plugin.penalty.n_experiences == 2
+    learner.experience = stream[1]
+    whole = plugin.compute_fisher(learner)
+    for name, fisher in plugin.penalty.history[1].fisher.items():
+        assert torch.allclose(fisher, whole[name], rtol=1e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
