@@ -54,6 +54,8 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         normalize: "mean", "trace" or "max" of each F, to divide it by.
         implicit: Take the penalty as an implicit step after the optimizer's: stable for every
             ewc_lambda, see `implicit_step_`.
+        storage_dtype: Of what the penalty remembers, as `QuadraticPenalty` has it.
+        storage_device: Where it is kept, likewise.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -80,11 +82,18 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         fisher_options: Mapping[str, Any] | None = None,
         normalize: Normalization | str | None = None,
         implicit: bool = False,
+        storage_dtype: torch.dtype | None = None,
+        storage_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.ewc_lambda = checked_non_negative("ewc_lambda", ewc_lambda)
         self.penalty = QuadraticPenalty(
-            mode, decay_factor, normalize=normalize, keep_history=keep_importance_data
+            mode,
+            decay_factor,
+            normalize=normalize,
+            keep_history=keep_importance_data,
+            storage_dtype=storage_dtype,
+            storage_device=storage_device,
         )
         self.fisher_type = FisherType.parse(fisher_type)
         self.fisher_batches = fisher_batches or experience_batches

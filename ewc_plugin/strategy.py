@@ -45,6 +45,8 @@ class DiagonalEWC(SupervisedTemplate):
         fisher_options: Mapping[str, Any] | None = None,
         normalize: Normalization | str | None = None,
         implicit: bool = False,
+        storage_dtype: torch.dtype | None = None,
+        storage_device: torch.device | str | None = None,
         **base_kwargs: Any,
     ) -> None:
         ewc = DiagonalEWCPlugin(
@@ -57,6 +59,8 @@ class DiagonalEWC(SupervisedTemplate):
             fisher_options=fisher_options,
             normalize=normalize,
             implicit=implicit,
+            storage_dtype=storage_dtype,
+            storage_device=storage_device,
         )
         super().__init__(
             model=model,

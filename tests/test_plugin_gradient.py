@@ -133,6 +133,20 @@ def test_implicit_step_holds_every_lambda():
     assert float(plugin.penalty_loss) > 0
 
 
+def test_bfloat16_storage_trains_nearly_the_same():
+    stream = benchmark().train_stream
+
+    def run(**options):
+        plugin = DiagonalEWCPlugin(LAMBDA, **options)
+        learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.1)
+        return train(learner, stream), plugin.penalty.nbytes
+
+    (exact, exact_bytes), (rounded, rounded_bytes) = run(), run(storage_dtype=torch.bfloat16)
+    assert rounded_bytes * 3 == exact_bytes * 2
+    for name in exact:
+        assert torch.allclose(exact[name], rounded[name], atol=2e-3)
+
+
 def test_plugin_of_another_strategy_is_refused():
     plugin = DiagonalEWCPlugin(1)
     stream = benchmark().train_stream[:1]
