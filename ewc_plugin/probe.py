@@ -22,7 +22,7 @@ from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, z
 
 EngineName = Literal["auto", "rules", "vmap", "loop"]
 
-_CHUNK_ENTRIES = 2**22  # of the layers' outputs in one forward pass
+_CHUNK_ENTRIES = 2**23  # of the layers' outputs in one forward pass
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 512
 _TRIAL = 3  # samples
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
@@ -200,10 +200,13 @@ class _Trial:
     def chunk_size(self) -> int:
         """Samples whose recorded tensors fill the cache's neighbourhood, not the memory."""
         entries = sum(leaf.numel() for leaf in tree_leaves(self.batch) if has_samples(leaf))
-        entries += sum(record.out_shape.numel() for record in self.trace.records)
+        for record in self.trace.records:
+            # Convolutions are slower on a large batch: they keep reordered copies of their inputs.
+            copies = 2 if record.rule.name.startswith("conv") else 1
+            entries += copies * record.out_shape.numel()
         weights = sum(p.numel() for p in self.params.values())
         # Each chunk also passes once over all sums: many weights want many samples.
-        fitting = max(_CHUNK_ENTRIES, weights * 3 // 2) * _TRIAL // entries
+        fitting = max(_CHUNK_ENTRIES, 2 * weights) * _TRIAL // entries
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
 
