@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -121,8 +123,17 @@ def _in_processes(
 def _start_worker(events: Queue[Event]) -> None:
     global _events
     _events = events
+    # A killed parent can't end its workers, and they would wait for it for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # third parties' notes, once per process
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(cell: RunSettings, source: DataSource) -> RunResult:
