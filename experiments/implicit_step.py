@@ -122,5 +122,5 @@ def plot(runs: pd.DataFrame) -> plt.Figure:
         if metric == METRICS[-1]:
             axis.set_xlabel("ewc_lambda")
     n = runs["seed"].nunique()
-    figure.suptitle(f"Permuted {runs['dataset'].iloc[0]}: mean over {n} seeds, 95 % interval")
+    figure.suptitle(f"Permuted {runs['dataset'].iloc[0]}: mean over {n} seeds, band: 95 % interval")
     return figure
