@@ -60,7 +60,7 @@ class PenaltySpeed:
     """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
     batch_size: int = 128
     """Samples per step."""
-    rounds: int = 40
+    rounds: int = 20
     """Rounds, in each of which every method takes one step."""
     threads: int = 1
     """Threads of torch; the CPU time of all of them is what is measured."""
