@@ -9,6 +9,8 @@ from torch import nn
 
 from ewc_plugin.fisher import diagonal_fisher, explain
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 def data(n=7, width=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
@@ -37,6 +39,15 @@ def test_softmax_regression_has_a_closed_form(kind):
     got = diagonal_fisher(model, [(x, y)], kind)
     torch.testing.assert_close(got["weight"], second_moment.T @ x.square() / 7, rtol=1e-12, atol=0)
     torch.testing.assert_close(got["bias"], second_moment.mean(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["rules", "vmap", "loop"])
+def test_a_thousand_classes(engine):
+    model, (x, y) = seeded(lambda: nn.Linear(6, 1000)), data(3)
+    p = model(x).softmax(1).detach()
+    got = diagonal_fisher(model, [(x, y)], "exact", engine=engine)
+    expected = (p * (1 - p)).T @ x.square() / 3
+    torch.testing.assert_close(got["weight"], expected, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)

@@ -1,0 +1,43 @@
+"""The Fisher benchmark's table: what its columns hold. Blind to how fast anything is."""
+
+import pandas as pd
+import pytest
+
+from experiments.fisher_speed import FisherSpeedSettings, run
+from experiments.fisher_speed_engines import OURS, UNIT
+
+
+def test_table_holds_what_was_measured(tmp_path):
+    engines = (OURS, "sample loop", "nngeometry")
+    settings = FisherSpeedSettings(
+        networks=("mlp-512",),
+        engines=engines,
+        kinds=("predicted",),
+        rounds=2,
+        memory=False,
+        out=str(tmp_path),
+    )
+    table = run(settings).set_index("engine")
+    assert list(table.index) == [UNIT, *engines]
+    assert table.loc[UNIT, "multiple"] == 1
+    assert table.loc[OURS, "error"] < 1e-4
+    assert table.loc[OURS, "error_float64"] < 1e-12
+    assert table.loc["sample loop", "status"] == "ok"
+    assert table.loc["sample loop", "multiple"] > 2 * table.loc[OURS, "multiple"]
+    assert table.loc["nngeometry", "status"] in ("absent", "not offered")
+    stored = pd.read_csv(tmp_path / "fisher_speed.csv")
+    assert stored["multiple"].to_list()[:3] == pytest.approx(table["multiple"].to_list()[:3])
+    assert (tmp_path / "fisher_speed.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"networks": ("vgg",)}, "`networks` must be among mlp-512, .*, got 'vgg'"),
+        ({"engines": ("magic",)}, "`engines` must be among gradient pass, .*, got 'magic'"),
+        ({"rounds": 0}, "`rounds` must be >= 1, got 0"),
+    ],
+)
+def test_impossible_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(FisherSpeedSettings(**options))
