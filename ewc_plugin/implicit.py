@@ -16,6 +16,11 @@ def implicit_step_(optimizer: Optimizer, pairs: list[Pair], ewc_lambda: float) -
     of theta and the penalty's minimum, so that it neither overshoots nor grows, for every c >= 0.
     lr is each parameter group's own; an adaptive optimizer's scaling is not known to it.
 
+    On permuted MNIST (results/implicit_step): with SGD it is as good as the penalty in the gradient
+    where that is stable, and goes on where that diverges, though there it learns less and less of
+    what is new. With Adam it wants a lambda about 1,000 times as large and then is as good; a
+    lambda that is too large by a factor of 100 costs it much less.
+
     Args:
         optimizer: Whose parameter groups say lr.
         pairs: Of `QuadraticPenalty.pairs(model)`.
