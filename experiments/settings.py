@@ -56,7 +56,7 @@ TUNING_GRIDS: dict[tuple[str, str, str, str], tuple[float, ...]] = {
     ("split", "digits", "task", "ewc"): (1e5, 1e6, 1e7, 1e8, 1e9),
     ("split", "digits", "task", "avalanche-ewc"): (1e5, 1e6, 1e7, 1e8, 1e9),
     ("permuted", "digits", "domain", "ewc"): (30.0, 100.0, 300.0, 1e3, 3e3),
-    ("permuted", "digits", "domain", "avalanche-ewc"): (300.0, 1e3, 3e3, 1e4, 3e4),
+    ("permuted", "digits", "domain", "avalanche-ewc"): (3e3, 1e4, 3e4, 1e5, 3e5),
 }
 TUNING_SEEDS = (100, 101, 102)  # never reported
 
