@@ -4,6 +4,8 @@ import pytest
 import torch
 from avalanche.benchmarks import nc_benchmark
 from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.training.plugins import LwFPlugin, ReplayPlugin
+from avalanche.training.supervised import Cumulative, Naive
 from plugin_streams import Blobs, assert_same, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher
@@ -16,6 +18,18 @@ def test_lambda_zero_is_bit_identical_to_naive(make, task_labels):
     naive = train(strategy(make()), stream)
     ours = train(strategy(make(), DiagonalEWCPlugin(ewc_lambda=0)), stream)
     assert_same(naive, ours)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [(Cumulative, []), (Naive, [lambda: ReplayPlugin(8)]), (Naive, [lambda: LwFPlugin()])],
+    ids=["cumulative", "replay", "lwf"],
+)
+def test_lambda_zero_is_bit_identical_beside_other_plugins_and_strategies(kind, others):
+    stream = benchmark().train_stream
+    without = train(strategy(mlp(), *[make() for make in others], kind=kind), stream)
+    plugins = [DiagonalEWCPlugin(ewc_lambda=0), *[make() for make in others]]
+    assert_same(without, train(strategy(mlp(), *plugins, kind=kind), stream))
 
 
 def test_penalty_holds_the_weights():
