@@ -42,10 +42,10 @@ CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
     ("split", "mnist", "task", "avalanche-ewc"): 1e5,
     ("permuted", "mnist", "domain", "ewc"): 30.0,
     ("permuted", "mnist", "domain", "avalanche-ewc"): 300.0,
-    ("split", "digits", "task", "ewc"): 1e4,
-    ("split", "digits", "task", "avalanche-ewc"): 1e5,
-    ("permuted", "digits", "domain", "ewc"): 30.0,
-    ("permuted", "digits", "domain", "avalanche-ewc"): 300.0,
+    ("split", "digits", "task", "ewc"): 1e9,
+    ("split", "digits", "task", "avalanche-ewc"): 1e7,
+    ("permuted", "digits", "domain", "ewc"): 300.0,
+    ("permuted", "digits", "domain", "avalanche-ewc"): 3e4,
 }
 # A network that fits its training data has little predicted-label Fisher left, hence the digits'.
 TUNING_GRIDS: dict[tuple[str, str, str, str], tuple[float, ...]] = {
