@@ -90,16 +90,20 @@ def test_autocast_sums_in_float32():
 
 
 @pytest.mark.parametrize("build", [mlp, BareParameter], ids=["rules", "vmap"])
-def test_out_of_memory_halves_the_chunk(build):
+@pytest.mark.parametrize("where", ["forward", "backward"])  # before and after the labels are drawn
+def test_out_of_memory_halves_the_chunk(where, build):
     model, (x, y) = seeded(build), data()
     expected = diagonal_fisher(model, [(x, y)], "sampled", n_draws=3)
     sizes = []
+
+    def run_out(g):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     def forward(m, batch):
         sizes.append(len(batch[0]))
         out = m(batch[0])
         if len(batch[0]) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            run_out(None) if where == "forward" else out.register_hook(run_out)
         return out
 
     got = diagonal_fisher(model, [(x, y)], "sampled", n_draws=3, forward=forward)
