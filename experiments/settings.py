@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -151,8 +151,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid(Job):
-    """Methods x Fisher types x lambdas x seeds on one benchmark."""
+    """Methods x Fisher types x lambdas x seeds on one benchmark, in one `scenario`."""
 
+    benchmark: ClassVar[Benchmark]
     methods: tuple[Method, ...] = get_args(Method)
     """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound)."""
     fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED,)
@@ -193,26 +194,19 @@ class Grid(Job):
         for name in ("methods", "fisher_type", "seeds"):
             _require(len(getattr(self, name)) > 0, name, "a non-empty list", ())
 
-    @property
-    def stream(self) -> tuple[Benchmark, Scenario]:
-        """Which benchmark the grid runs on, and how tasks are told apart."""
-        raise NotImplementedError
-
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """The settings of every run; methods without a penalty run once per seed."""
-        benchmark, scenario = self.stream
+        epochs = DEFAULT_EPOCHS[self.benchmark, dataset] if self.epochs is None else self.epochs
         for seed in self.seeds:
             for method in self.methods:
                 base = RunSettings(
-                    benchmark,
+                    self.benchmark,
                     dataset,
-                    scenario,
+                    self.scenario,
                     method,
                     seed,
                     n_experiences=self.experiences,
-                    epochs=DEFAULT_EPOCHS[benchmark, dataset]
-                    if self.epochs is None
-                    else self.epochs,
+                    epochs=epochs,
                     **{name: getattr(self, name) for name in _SHARED},
                 )
                 yield from self._penalties(base) if method in PENALISED else (base,)
@@ -244,11 +238,7 @@ class SplitMnist(Grid):
     """Task labels and a head each (task), one head shared by all (domain), ten outputs (class)."""
 
     name = "split-mnist"
-
-    @property
-    def stream(self) -> tuple[Benchmark, Scenario]:
-        """Split, and the scenario as set."""
-        return "split", self.scenario
+    benchmark = "split"
 
 
 @dataclass(frozen=True)
@@ -259,11 +249,7 @@ class PermutedMnist(Grid):
     """Task labels and a head each (task), or one head shared by all (domain)."""
 
     name = "permuted-mnist"
-
-    @property
-    def stream(self) -> tuple[Benchmark, Scenario]:
-        """Permuted, and the scenario as set."""
-        return "permuted", self.scenario
+    benchmark = "permuted"
 
 
 @dataclass(frozen=True)
