@@ -51,7 +51,10 @@ class DiagonalEWCPlugin(SupervisedPlugin):
             data, not shuffled, with its eval transforms; data that other plugins mixed in, such as
             a replay buffer, is not in it.
         fisher_options: Keyword arguments for `diagonal_fisher`: max_samples, n_draws, engine, ...
-        normalize: "mean", "trace" or "max" of each F, to divide it by.
+        normalize: "mean", "trace" or "max" of each F, to divide it by. Recommended start:
+            normalize="mean" with ewc_lambda=0.01, which was among the best on split and on permuted
+            MNIST, for "predicted" and "exact" alike (results/normalized_lambda), where F as it is
+            wants lambdas that lie orders of magnitude apart.
         implicit: Take the penalty as an implicit step after the optimizer's: stable for every
             ewc_lambda, see `implicit_step_`.
         storage_dtype: Of what the penalty remembers, as `QuadraticPenalty` has it.
