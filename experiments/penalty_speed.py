@@ -1,7 +1,7 @@
 """What a penalty costs: the time of a training step, and the memory it keeps, beside Avalanche's.
 
-Every method trains the same network on the same batch inside Avalanche's own loop, one step each in
-turn, so that whatever else the machine does falls on all of them alike.
+Every method trains the same network on the same batch inside Avalanche's own loop, in short turns,
+so that whatever else the machine does falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from experiments.plots import DPI
 from experiments.tables import replace_file
 
 MIB = 2**20
+KEY = ["model", "optimizer", "past_experiences"]
 LAMBDA = 1e-3
 COLOURS = {
     "in the gradient": "#009E73",
@@ -61,7 +63,9 @@ class PenaltySpeed:
     batch_size: int = 128
     """Samples per step."""
     rounds: int = 20
-    """Rounds, in each of which every method takes one step."""
+    """Rounds, in each of which every method has its turn."""
+    steps: int = 5
+    """Steps in a turn, after one that is not counted."""
     threads: int = 1
     """Threads of torch; the CPU time of all of them is what is measured."""
     avalanche_limit_mib: float = 1024
@@ -86,7 +90,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def run(settings: PenaltySpeed) -> pd.DataFrame:
-    """Measures; writes `penalty_speed.csv` and `penalty_speed.png`.
+    """Measures what `penalty_speed.csv` does not hold yet; draws `penalty_speed.png`.
 
     Args:
         settings: What to measure.
@@ -98,21 +102,17 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
     torch.set_num_threads(settings.threads)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in settings.models:
-        for optimizer in settings.optimizers:
-            for T in settings.past_experiences:
-                rows += measure(settings, name, optimizer, T)
-                console.print(
-                    pd.DataFrame([
-                        r
-                        for r in rows
-                        if (r["model"], r["optimizer"], r["past_experiences"])
-                        == (name, optimizer, T)
-                    ]).to_string(index=False)
-                )
-    table = pd.DataFrame(rows)
-    replace_file(folder / "penalty_speed.csv", table.to_csv(index=False))
+    path = folder / "penalty_speed.csv"
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    held = set(table[KEY].itertuples(index=False, name=None))
+    for cell in product(settings.models, settings.optimizers, settings.past_experiences):
+        if cell in held:
+            continue
+        new = pd.DataFrame(measure(settings, *cell))
+        console.print(new.to_string(index=False))
+        table = pd.concat([table, new], ignore_index=True) if len(table) else new
+        table = table.sort_values(KEY, kind="stable", ignore_index=True)
+        replace_file(path, table.to_csv(index=False))
     plot(table).savefig(folder / "penalty_speed.png", dpi=DPI, metadata={"Software": None})
     return table
 
@@ -124,22 +124,23 @@ def measure(settings: PenaltySpeed, name: str, optimizer: str, T: int) -> list[d
     parameters = sum(p.numel() for p in model.parameters())
     make = OPTIMIZERS[optimizer]
     plain = make_strategy(deepcopy(model), make, None, T)
+    past = remember(DiagonalEWCPlugin(LAMBDA), model, T).penalty.state_dict()
     strategies = {
-        method: make_strategy(deepcopy(model), make, remember(plugin(), model, T), T)
+        method: make_strategy(deepcopy(model), make, with_past(plugin(), past, model, T), T)
         for method, plugin in METHODS.items()
         if method != "Avalanche" or parameters * 8 * T / MIB <= settings.avalanche_limit_mib
     }
     times: dict[str, list[float]] = {method: [] for method in strategies}
     ratios: dict[str, list[float]] = {method: [] for method in strategies}
-    for _ in range(settings.rounds + 3):
+    for _ in range(settings.rounds + 1):
         for method, strategy in strategies.items():
-            before = step_seconds(plain, batch)
-            times[method].append(step_seconds(strategy, batch))
-            after = step_seconds(plain, batch)
+            before = step_seconds(plain, batch, settings.steps)
+            times[method].append(step_seconds(strategy, batch, settings.steps))
+            after = step_seconds(plain, batch, settings.steps)
             ratios[method].append(2 * times[method][-1] / (before + after))
     rows = []
     for method, strategy in strategies.items():
-        low, middle, high = np.quantile(ratios[method][3:], (0.25, 0.5, 0.75))  # 3: warming up
+        low, middle, high = np.quantile(ratios[method][1:], (0.25, 0.5, 0.75))  # the first warms up
         rows.append({
             "model": name,
             "parameters": parameters,
@@ -148,7 +149,7 @@ def measure(settings: PenaltySpeed, name: str, optimizer: str, T: int) -> list[d
             "threads": settings.threads,
             "method": method,
             "past_experiences": T,
-            "step_ms": 1e3 * float(np.median(times[method][3:])),
+            "step_ms": 1e3 * float(np.median(times[method][1:])),
             "ratio": middle,
             "ratio_q25": low,
             "ratio_q75": high,
@@ -202,19 +203,30 @@ def remember(plugin: Any, model: nn.Module, T: int) -> Any:
     return plugin
 
 
+def with_past(plugin: Any, past: dict[str, Any], model: nn.Module, T: int) -> Any:
+    """`remember`, which for a penalty of ours takes it over from `past`."""
+    if not isinstance(plugin, DiagonalEWCPlugin):
+        return remember(plugin, model, T)
+    plugin.penalty.load_state_dict(past)
+    return plugin
+
+
 def _data(name: str, tensor: Tensor) -> ParamData:
     return ParamData(name, tensor.shape, init_tensor=tensor.clone())
 
 
-def step_seconds(strategy: Any, batch: list[Tensor]) -> float:
-    """CPU time of one training iteration in Avalanche's loop, all hooks included.
+def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
+    """CPU time of a training iteration in Avalanche's loop, all hooks included.
 
-    Not wall time: what another process takes from this one does not count.
+    Not wall time: what another process takes from this one does not count. The first step is not
+    counted either: it brings what the others left to their turn back into the cache.
     """
     strategy.dataloader = [list(batch)]
+    strategy.training_epoch()
+    strategy.dataloader = [list(batch) for _ in range(steps)]
     start = time.process_time()
     strategy.training_epoch()
-    return time.process_time() - start
+    return (time.process_time() - start) / steps
 
 
 def state_bytes(plugin: Any) -> int:
@@ -230,15 +242,18 @@ def plot(table: pd.DataFrame) -> plt.Figure:
     """The ratio to a plain step over the number of past experiences, a panel per model."""
     cells = list(table.groupby(["model", "optimizer"], sort=False))
     columns = table["optimizer"].nunique()
+    n_rows = -(-len(cells) // columns)
     figure, axes = plt.subplots(
-        len(cells) // columns,
+        n_rows,
         columns,
-        figsize=(4.2 * columns, 2.6 * (len(cells) // columns)),
+        figsize=(4.2 * columns, 2.6 * n_rows),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, ((model, optimizer), rows) in zip(axes.flat, cells, strict=True):
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    for axis, ((model, optimizer), rows) in zip(axes.flat, cells, strict=False):
         for method, line in rows.groupby("method", sort=False):
             errors = [line["ratio"] - line["ratio_q25"], line["ratio_q75"] - line["ratio"]]
             axis.errorbar(
