@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -246,15 +245,21 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident()
+    status = Path("/proc/self")
+    if not status.exists():
+        return float("nan")  # only Linux tells a process its own high-water mark
+    (status / "clear_refs").write_text("5")  # resets the mark to what is resident now
+    before = _high_water()
     call()
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before, 0.0)
+    return _high_water() - before
 
 
-def _resident() -> float:
-    """Resident MiB of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _high_water() -> float:
+    """Largest resident MiB since the mark was reset; `ru_maxrss` would include the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    raise RuntimeError("/proc/self/status has no VmHWM.")
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
