@@ -13,7 +13,8 @@ from rich.console import Console
 
 from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Tune
 
-NO_SOLVER = "no QP solver found"
+# About a solver that only GEM needs, and of evaluators whose results are read directly.
+AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
 
 Command = (
     Annotated[Main, tyro.conf.subcommand("main")]
@@ -37,9 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs the command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console, errors = Console(), Console(stderr=True)
-    # Avalanche's note about a solver that only GEM needs; here and in the worker processes.
-    warnings.filterwarnings("ignore", message=NO_SOLVER)
-    os.environ["PYTHONWARNINGS"] = f"ignore:{NO_SOLVER}"
+    for message in AVALANCHE_NOTES:
+        warnings.filterwarnings("ignore", message=message)
+    # The same in the worker processes.
+    os.environ["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in AVALANCHE_NOTES)
     try:
         if arguments and arguments[0] in STUDIES:
             _run_study(arguments[0], arguments[1:])

@@ -34,7 +34,8 @@ class TensorRows(Dataset[Any]):
         return tuple(column[index] for column in self.columns)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        return [column[torch.as_tensor(indices)] for column in self.columns]
+        rows = torch.as_tensor(indices)
+        return [column[rows] for column in self.columns]
 
     @staticmethod
     def collate_fn(batch: list[Tensor]) -> list[Tensor]:
@@ -130,6 +131,12 @@ def _feed(loader: Any, rows: TensorRows) -> None:
     if len(loader.datasets) > 1:
         rows = rows.rows(torch.argsort(rows.columns[2], stable=True))
     _compare(loader.datasets, rows)
+    # Before each epoch Avalanche walks through all indices of its datasets; these have none.
+    ends = torch.tensor([len(dataset) for dataset in loader.datasets]).cumsum(0).tolist()
+    loader.datasets = [
+        rows.rows(slice(end - len(dataset), end))
+        for end, dataset in zip(ends, loader.datasets, strict=True)
+    ]
 
     def make_loader(datasets: Any, batch_sampler: Any) -> DataLoader[Any]:
         return DataLoader(rows, batch_sampler=batch_sampler, collate_fn=rows.collate_fn)

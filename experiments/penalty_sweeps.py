@@ -13,12 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from experiments import tables
-from experiments.data import find_data
+from experiments import jobs, tables
 from experiments.report import write_environment
 from experiments.settings import Job
-from experiments.store import Store
-from experiments.sweep import sweep
 from experiments.tables import interval
 
 
@@ -32,12 +29,7 @@ def run_cells(job: Job, console: Console) -> tuple[pd.DataFrame, Path]:
     Returns:
         The job's rows of `runs.csv`, and the folder.
     """
-    source = find_data(job.dataset, job.data_root)
-    if source.note:
-        console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    cells = list(job.cells(source.name))
-    store = Store(Path(job.out or f"runs/{job.name}"))
-    sweep(cells, source, store, jobs=job.jobs, console=console, force=job.force)
+    store, cells, source = jobs.run_cells(job, console)
     _, runs = store.rebuild()
     tables.write(tables.summarise(runs), store.folder, tables.SUMMARY)
     write_environment(store.folder, source)
