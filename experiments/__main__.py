@@ -26,6 +26,7 @@ Command = (
 STUDIES = {
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "data-speed": "what the fast data path saves",
+    "fisher-speed": "time, memory and error of the Fisher, beside its peers",
     "penalty-speed": "what the penalty costs per step, beside Avalanche's",
     "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
     "normalized-lambda": "whether one lambda serves for F divided by its mean",

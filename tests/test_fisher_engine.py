@@ -7,6 +7,7 @@ from problems import PROBLEMS, BareParameter, DataDependent, mlp
 from reference import flags, loop_fisher, relative_error
 from torch import nn
 
+from ewc_plugin.batches import subset
 from ewc_plugin.fisher import diagonal_fisher, explain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -146,7 +147,7 @@ def test_max_samples_draws_without_replacement():
         seen.extend(batch[0][:, 0].tolist())
         return m(batch[0])
 
-    def subset(size, seed):
+    def drawn(size, seed):
         seen.clear()
         generator = torch.Generator().manual_seed(seed)
         diagonal_fisher(
@@ -154,12 +155,19 @@ def test_max_samples_draws_without_replacement():
         )
         return seen[5:]  # the trial sees three samples, and two of them alone
 
-    assert len(set(subset(10, 0))) == 10
-    assert subset(10, 0) != subset(10, 1)
-    assert subset(100, 0) == x[:, 0].tolist()
+    assert len(set(drawn(10, 0))) == 10
+    assert drawn(10, 0) != drawn(10, 1)
+    assert drawn(100, 0) == x[:, 0].tolist()
+
+
+def test_every_sample_is_as_likely_to_be_drawn():
+    positions = torch.arange(40)
+    batches = [(positions[:16],), (positions[16:],)]
     counts = torch.zeros(40)
     for seed in range(200):
-        counts += torch.tensor([value in subset(10, seed) for value in x[:, 0].tolist()])
+        for (drawn,) in subset(batches, 10, torch.Generator().manual_seed(seed)):
+            counts[drawn] += 1
+    assert counts.sum() == 200 * 10
     # Each sample is in with probability 1/4: mean 50, standard deviation 6.1; five of them.
     assert counts.min() > 19 and counts.max() < 81
 
