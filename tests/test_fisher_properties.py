@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import loop_fisher, relative_error
 from torch import nn
@@ -44,7 +44,24 @@ def differentiable(layers):
 networks = st.lists(st.sampled_from(sorted(BODY)), max_size=4).filter(differentiable)
 
 
+def worst_error(got, expected):
+    """Largest error of an entry, in units of what rounding allows it.
+
+    A scale before a norm has a gradient g that nearly cancels: its error is that of its terms,
+    about eps g_max, so F = g^2 is off by about eps g g_max, which is far more than eps F.
+    """
+    largest = max(e.max().item() for e in expected.values())
+    worst = 0.0
+    for name, e in expected.items():
+        F = e.max().item()
+        allowed = 1e-11 * F + 1e-14 * (F * largest) ** 0.5 + 1e-28 * largest
+        error = (got[name] - e).abs().max().item()
+        worst = max(worst, error / allowed if allowed else error)
+    return worst
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
+@example(["batch norm", "instance norm"], 2, "predicted", [1] * N, 1, 2)
 @given(
     layers=networks,
     classes=st.integers(2, 4),
@@ -64,7 +81,7 @@ def test_any_network_in_any_split_equals_the_loop(layers, classes, kind, sizes, 
             start += size
     got = diagonal_fisher(model, batches, kind, chunk_size=chunk)
     assert all(bool((f >= 0).all()) for f in got.values())
-    assert relative_error(got, loop_fisher(model.eval(), x, y, kind)) < 1e-11
+    assert worst_error(got, loop_fisher(model.eval(), x, y, kind)) < 1
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
