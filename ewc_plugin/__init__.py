@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ewc_plugin.fisher import diagonal_fisher
+    from ewc_plugin.fisher import diagonal_fisher, explain
     from ewc_plugin.metrics import ewc_metrics
     from ewc_plugin.penalty import QuadraticPenalty
     from ewc_plugin.plugin import DiagonalEWCPlugin
+    from ewc_plugin.rules import register_rule
     from ewc_plugin.scores import FisherType
     from ewc_plugin.stability import DivergedError
     from ewc_plugin.strategy import DiagonalEWC
@@ -25,6 +26,8 @@ __all__ = [
     "QuadraticPenalty",
     "diagonal_fisher",
     "ewc_metrics",
+    "explain",
+    "register_rule",
 ]
 
 _HOME = {
@@ -35,6 +38,8 @@ _HOME = {
     "QuadraticPenalty": "penalty",
     "diagonal_fisher": "fisher",
     "ewc_metrics": "metrics",
+    "explain": "fisher",
+    "register_rule": "rules",
 }
 
 
