@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ewc_plugin.fisher import diagonal_fisher, explain
+    from ewc_plugin.likelihoods import bernoulli_score, gaussian_score
     from ewc_plugin.metrics import ewc_metrics
     from ewc_plugin.penalty import QuadraticPenalty
     from ewc_plugin.plugin import DiagonalEWCPlugin
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
     from ewc_plugin.scores import FisherType
     from ewc_plugin.stability import DivergedError
     from ewc_plugin.strategy import DiagonalEWC
+    from ewc_plugin.window import FisherData, experience_batches
 
 __version__ = "0.1.0"
 __all__ = [
     "DiagonalEWC",
     "DiagonalEWCPlugin",
     "DivergedError",
+    "FisherData",
     "FisherType",
     "QuadraticPenalty",
+    "bernoulli_score",
     "diagonal_fisher",
     "ewc_metrics",
+    "experience_batches",
     "explain",
+    "gaussian_score",
     "register_rule",
 ]
 
@@ -34,11 +40,15 @@ _HOME = {
     "DiagonalEWC": "strategy",
     "DiagonalEWCPlugin": "plugin",
     "DivergedError": "stability",
+    "FisherData": "window",
     "FisherType": "scores",
     "QuadraticPenalty": "penalty",
+    "bernoulli_score": "likelihoods",
     "diagonal_fisher": "fisher",
     "ewc_metrics": "metrics",
+    "experience_batches": "window",
     "explain": "fisher",
+    "gaussian_score": "likelihoods",
     "register_rule": "rules",
 }
 

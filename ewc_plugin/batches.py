@@ -1,7 +1,7 @@
 """Batches as pytrees of tensors with a leading sample axis: sizes, slices, joins, a fair subset."""
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,18 @@ Batch = Any  # a tuple, list, dict, ... of tensors [N, ...]; other leaves are sh
 def has_samples(leaf: object) -> bool:
     """Whether a leaf of a batch has a leading sample axis."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def as_pytree(batch: Batch) -> Batch:
+    """A batch in which every mapping is a dict: a tokenizer's own class is opaque to pytrees."""
+    if isinstance(batch, Mapping):
+        return {key: as_pytree(value) for key, value in batch.items()}
+    if isinstance(batch, list):
+        return [as_pytree(item) for item in batch]
+    if isinstance(batch, tuple):
+        items = [as_pytree(item) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
+    return batch
 
 
 def n_samples(batch: Batch) -> int:
@@ -39,6 +51,11 @@ def n_samples(batch: Batch) -> int:
             f"got leading sizes {sorted(sizes)} in one batch."
         )
     return int(sizes.pop())
+
+
+def n_entries(batch: Batch) -> int:
+    """Number of entries of a batch's tensors."""
+    return sum(leaf.numel() for leaf in tree_flatten(batch)[0] if has_samples(leaf))
 
 
 def take(batch: Batch, index: Tensor | slice) -> Batch:

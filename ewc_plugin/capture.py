@@ -9,7 +9,6 @@ activation may overwrite.
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,114 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ewc_plugin.record import Record, Tap, Trace
 from ewc_plugin.rules import LAYER_RULES, RULES, layer_rule
-from ewc_plugin.rules.base import LayerCall, LayerRule, Layout, Sums
-
-
-class OverwrittenError(Exception):
-    """The input of a recorded call was modified in place before its gradient arrived."""
-
-
-@dataclass
-class Record:
-    """One recorded call and who receives the gradient at its output.
-
-    Attributes:
-        rule: The rule of the function called.
-        call: Its arguments.
-        out_shape: Shape of its output.
-        version: Of `call.a`: an in-place change after the call would falsify the rule.
-        receive: Takes (record, gradient).
-        g2: sum_s g_s^2 [N, K, ...] where the rule pools, else None.
-    """
-
-    rule: LayerRule
-    call: LayerCall
-    out_shape: torch.Size
-    version: int
-    receive: Callable[["Record", Tensor], None] | None
-    g2: Tensor | None = None
-
-    def fits(self, layout: Layout, N: int) -> bool:
-        """Whether input and output hold N samples in this layout."""
-        shapes = (self.out_shape, self.call.a.shape)
-        return all(
-            len(shape) > layout.dim and shape[layout.dim] == N * layout.folded for shape in shapes
-        )
-
-    def add(self, g: Tensor, layout: Layout, N: int, into: Sums, unscale: float = 1.0) -> None:
-        """Adds the squares of one score vector's gradients g to `into`, or to the pool.
-
-        Args:
-            g: Gradient at the call's output.
-            layout: Where its samples are.
-            N: How many they are.
-            into: Parameter name -> its sum.
-            unscale: What g is multiplied by.
-        """
-        dtype = self.call.sum_dtype()
-        g = layout.samples_first(g, N).to(dtype)
-        if unscale != 1.0:
-            g = g * unscale  # in the wide dtype, where nothing underflows
-        if self.rule.pool is None or not self.rule.poolable(self.call, g):
-            self.rule.add(self.call, self._input(layout, N, dtype), g, into)
-        elif self.g2 is None:
-            self.g2 = g.square()
-        else:
-            self.g2.addcmul_(g, g)
-
-    def add_pool(self, layout: Layout, N: int, into: Sums) -> None:
-        """Adds what the pool holds."""
-        if self.g2 is not None and self.rule.pool is not None:
-            self.rule.pool(self.call, self._input(layout, N, self.g2.dtype), self.g2, into)
-            self.g2 = None
-
-    def _input(self, layout: Layout, N: int, dtype: torch.dtype) -> Tensor:
-        if self.call.a._version != self.version:
-            raise OverwrittenError(", ".join(self.call.names.values()))
-        a = layout.samples_first(self.call.a.detach(), N)
-        return a.to(dtype) if a.is_floating_point() else a
-
-
-class _Tap(torch.autograd.Function):
-    """Identity; its backward shows the gradient to a record."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, record: Record) -> Tensor:
-        ctx.record = record
-        # `.data` is neither the input nor a view of it: autograd lets both in-place operations on
-        # the result pass, and the operation before never looks at its own output again.
-        return out.data
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (g,) = grads
-        ctx.record.receive(ctx.record, g)
-        return (g if ctx.needs_input_grad[0] else None), None, None
-
-
-@dataclass
-class Trace:
-    """What one forward pass recorded.
-
-    Attributes:
-        anchor: A scalar that every tap hangs on; differentiating it visits every tap.
-        records: The calls in order.
-        claimed: Parameters of layers with a registered rule, which stay in the graph.
-        barred: Parameters seen in a call that no rule can serve, each with the reason.
-    """
-
-    anchor: Tensor
-    records: list[Record] = field(default_factory=list)
-    claimed: set[str] = field(default_factory=set)
-    barred: dict[str, str] = field(default_factory=dict)
-
-    def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
-        """Sends v [N, C] back from the logits; each record receives its gradient."""
-        if self.records and logits.requires_grad:
-            torch.autograd.grad(
-                logits, [self.anchor], v, retain_graph=retain_graph, allow_unused=True
-            )
+from ewc_plugin.rules.base import LayerCall, LayerRule
 
 
 class Capture(TorchFunctionMode):
@@ -184,7 +78,7 @@ class Capture(TorchFunctionMode):
         self.trace.records.append(record)
         if self._receive is None:
             return out
-        tapped: Tensor = _Tap.apply(out, self.trace.anchor, record)
+        tapped: Tensor = Tap.apply(out, self.trace.anchor, record)
         return tapped
 
     def __torch_function__(
@@ -243,19 +137,3 @@ def _refuse_batch_statistics(
             "so its samples interact and no per-sample Fisher exists. Keep the layer in eval mode "
             "with track_running_stats=True, or use fisher_type 'batched'."
         )
-
-
-def parameters_in_graph(root: Tensor) -> set[int]:
-    """Ids of the leaves that the autograd graph of `root` reaches: uses that no tap stands for."""
-    seen: set[Any] = set()
-    found: set[int] = set()
-    stack = [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(edge for edge, _ in node.next_functions)
-    return found

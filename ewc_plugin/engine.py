@@ -7,18 +7,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ewc_plugin.batches import Batch, copied, n_samples, take
-from ewc_plugin.capture import Capture, Record, Trace, parameters_in_graph
-from ewc_plugin.probe import Plan, Served, check_finite, checked_logits
+from ewc_plugin.batches import Batch, copied, n_entries, n_samples, take
+from ewc_plugin.capture import Capture
+from ewc_plugin.logits import check_finite, checked_logits
+from ewc_plugin.matching import Served
+from ewc_plugin.plan import Plan
+from ewc_plugin.record import Record, Trace, parameters_in_graph
 from ewc_plugin.rules.base import Layout, Sums
 from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares, zeros
 from ewc_plugin.scores import Scores
 
 _VECTORS_AT_ONCE = 32  # handed to the samplewise engines, which repeat the forward pass per block
+_HELD_ENTRIES = 2**20  # of inputs that wait for the commit, where the parameters are fewer
 
 
 class EnginePass:
-    """The running sums of one pass."""
+    """The running sums of one pass.
+
+    Sums go to `pending` first, and to `sums` once in a while: where memory runs out, what is
+    pending is dropped and its inputs, still held, go through again in halves.
+    """
 
     def __init__(
         self,
@@ -33,12 +41,16 @@ class EnginePass:
         self.forward = _on_a_copy(forward) if plan.overwrites_input else forward
         self.served, self.limit = dict(plan.served), plan.chunk_size
         self.scores, self.generator = scores, generator
-        self.sums = zeros(params)
+        self.sums: Sums = {}
+        self.pending = zeros(params)
+        self.held: list[Batch] = []  # whose squares are pending
         self.N = 0
+        self._state = generator.get_state()  # before the first of them
         self._unscale = 1.0
 
     def mean(self) -> Sums:
         """The sums over samples, divided once."""
+        self._commit()
         for name, total in self.sums.items():
             if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
                 raise ValueError(
@@ -53,22 +65,45 @@ class EnginePass:
             for start in range(0, N, step):
                 self.add(take(batch, slice(start, start + step)))
             return
-        state = self.generator.get_state()
+        self.held.append(batch)
         try:
             self._add_chunk(batch, N)
-            return
         except RuntimeError as error:
             if N == 1 or not out_of_memory(error):
                 raise
+        else:
+            self.N += N
+            entries = sum(p.numel() for p in self.params.values())
+            if sum(n_entries(b) for b in self.held) > max(entries, _HELD_ENTRIES):
+                self._commit()
+            return
         # Out here the failed attempt's frames are gone, and with them the memory they held.
-        self.generator.set_state(state)
         self.limit = (N + 1) // 2
-        self.add(batch)
+        self._again()
+
+    def _commit(self) -> None:
+        if not self.sums:
+            self.sums, self.pending = self.pending, _LazyZeros(self.pending)
+        else:
+            for name, total in self.pending.items():
+                self.sums[name] += total
+                total.zero_()
+        self.held = []
+        self._state = self.generator.get_state()
+
+    def _again(self) -> None:
+        """Drops what is pending, and adds the inputs held once more."""
+        held, self.held = self.held, []
+        for total in self.pending.values():
+            total.zero_()
+        self.generator.set_state(self._state)
+        self.N -= sum(n_samples(batch) for batch in held[:-1])  # the last one was never counted
+        for batch in held:
+            self.add(batch)
 
     def _add_chunk(self, batch: Batch, N: int) -> None:
-        """Adds a chunk's squares; nothing is added to the sums before its backward is through."""
-        chunk: Sums = _LazyZeros(self.sums)
-        logits, trace = self._trace(batch, N, chunk)
+        """Adds a chunk's squares to the pending sums."""
+        logits, trace = self._trace(batch, N)
         check_finite(logits, self.N)
         if moved := self._misfits(logits, trace, N):
             for name in moved:
@@ -87,14 +122,11 @@ class EnginePass:
             if samplewise:
                 vectors.append(v)
             if vectors and (last or len(vectors) == _VECTORS_AT_ONCE):
-                self._samplewise(batch, torch.stack(vectors, 1), chunk)
+                self._samplewise(batch, torch.stack(vectors, 1))
                 vectors = []
         del logits
         for record in trace.records:
-            record.add_pool(self._layout(record), N, self.sums)
-        for name, squares in chunk.items():
-            self.sums[name] += squares
-        self.N += N
+            record.add_pool(self._layout(record), N, self.pending)
 
     def _scale(self, scores: Scores, logits: Tensor) -> float:
         """A power of two that brings half-precision score vectors to size 1, off the underflow."""
@@ -113,9 +145,9 @@ class EnginePass:
         assert layout is not None
         return layout
 
-    def _trace(self, batch: Batch, N: int, chunk: Sums) -> tuple[Tensor, Trace]:
+    def _trace(self, batch: Batch, N: int) -> tuple[Tensor, Trace]:
         def receive(record: Record, g: Tensor) -> None:
-            record.add(g, self._layout(record), N, chunk, self._unscale)
+            record.add(g, self._layout(record), N, self.pending, self._unscale)
 
         names = {id(p): name for name, p in self._served("rules").items()}
         with Capture(self.model, names, receive) as capture:
@@ -138,7 +170,7 @@ class EnginePass:
                     misfits |= set(record.call.names.values())
         return misfits | set(trace.barred)
 
-    def _samplewise(self, batch: Batch, vectors: Tensor, chunk: Sums) -> None:
+    def _samplewise(self, batch: Batch, vectors: Tensor) -> None:
         """Adds the squares of the parameters that no rule serves."""
         if params := self._served("vmap"):
             try:
@@ -150,12 +182,12 @@ class EnginePass:
                     self.served[name] = Served("loop", f"vmap: {error}")
             else:
                 for name, total in sums.items():
-                    chunk[name] += total * self._unscale**2
+                    self.pending[name] += total * self._unscale**2
         if params := self._served("loop"):
             for name, total in loop_squares(
                 self.model, self.forward, params, batch, vectors
             ).items():
-                chunk[name] += total * self._unscale**2
+                self.pending[name] += total * self._unscale**2
 
 
 def _on_a_copy(forward: Forward) -> Forward:

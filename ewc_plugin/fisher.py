@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_plugin.batched import batched_importances
-from ewc_plugin.batches import Batch, rechunk, subset
+from ewc_plugin.batches import Batch, as_pytree, rechunk, subset
 from ewc_plugin.engine import EnginePass
 from ewc_plugin.guard import evaluating
-from ewc_plugin.probe import EngineName, Served, make_plan
-from ewc_plugin.samplewise import Forward
-from ewc_plugin.scores import FisherType, Scores, score_vectors
+from ewc_plugin.matching import Served
+from ewc_plugin.plan import EngineName, Plan, make_plan
+from ewc_plugin.samplewise import Forward, in_company
+from ewc_plugin.scores import FisherType, Score, Scores, own_vectors, parsed_type, score_vectors
 
 _SEED = 0  # of the generator that is made where none is passed
 
@@ -24,7 +25,7 @@ _SEED = 0  # of the generator that is made where none is passed
 def diagonal_fisher(
     model: nn.Module,
     batches: Iterable[Batch],
-    fisher_type: FisherType | str = FisherType.PREDICTED,
+    fisher_type: FisherType | str | Score = FisherType.PREDICTED,
     *,
     forward: Forward | None = None,
     targets: Callable[[Batch], Tensor] | None = None,
@@ -48,7 +49,8 @@ def diagonal_fisher(
         batches: Yields tuples (x [N, ...], y [N] int64, ...) or other pytrees of tensors with a
             leading axis N, on the model's device. Sizes may differ; the result does not depend on
             them, except for BATCHED.
-        fisher_type: Which labels E_y runs over.
+        fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
+            `Score`, such as `gaussian_score`.
         forward: Maps (model, batch) to logits [N, C].
         targets: Maps a batch to y [N] int64; EMPIRICAL and BATCHED read it. Default: batch[1].
         criterion: BATCHED alone: maps (logits, y) to the loss. Default: the mean cross entropy.
@@ -78,12 +80,13 @@ def diagonal_fisher(
         {'weight': tensor([[0.2500],
                 [0.2500]])}
     """
-    fisher_type = FisherType.parse(fisher_type)
+    fisher_type = parsed_type(fisher_type)
     _check_arguments(fisher_type, criterion, n_draws, max_samples, chunk_size, engine)
     params = _trainable(model)
     forward = forward or _first_item
     targets = targets or _second_item
     generator = generator or torch.Generator().manual_seed(_SEED)
+    batches = map(as_pytree, batches)
     with evaluating(model):
         if fisher_type is FisherType.BATCHED:
             return batched_importances(
@@ -93,6 +96,8 @@ def diagonal_fisher(
             batches = subset(batches, max_samples, generator)
 
         def scores(batch: Batch, logits: Tensor) -> Scores:
+            if not isinstance(fisher_type, FisherType):
+                return own_vectors(logits, fisher_type, batch)
             y = None
             if fisher_type is FisherType.EMPIRICAL:
                 y = _checked_targets(targets(batch), logits)
@@ -104,7 +109,7 @@ def diagonal_fisher(
         first = next(stream, None)
         if first is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-        plan = make_plan(model, forward, params, first, engine, chunk_size)
+        forward, plan = _planned(model, forward, params, first, engine, chunk_size)
         engine_pass = EnginePass(model, forward, params, plan, scores, generator)
         started = time.monotonic()
         for chunk in rechunk(chain([first], stream), plan.chunk_size):
@@ -146,7 +151,25 @@ def explain(
     """
     params = _trainable(model)
     with evaluating(model):
-        return make_plan(model, forward or _first_item, params, batch, engine).served
+        return _planned(model, forward or _first_item, params, batch, engine)[1].served
+
+
+def _planned(
+    model: nn.Module,
+    forward: Forward,
+    params: dict[str, nn.Parameter],
+    batch: Batch,
+    engine: EngineName,
+    chunk_size: int | None = None,
+) -> tuple[Forward, Plan]:
+    """The plan, and the forward to follow it with."""
+    try:
+        return forward, make_plan(model, forward, params, batch, engine, chunk_size)
+    except Exception:  # whatever a model's code raises
+        company = in_company(model, forward, batch)
+        if company is forward:
+            raise
+    return company, make_plan(model, company, params, batch, engine, chunk_size)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -181,7 +204,7 @@ def _checked_targets(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def _check_arguments(
-    fisher_type: FisherType,
+    fisher_type: FisherType | Score,
     criterion: object,
     n_draws: int,
     max_samples: int | None,
@@ -200,14 +223,16 @@ def _check_arguments(
             raise ValueError(f"`{name}` must be >= 1, got {value}.")
     if criterion is not None and fisher_type is not FisherType.BATCHED:
         raise ValueError(
-            f"`criterion` enters fisher_type 'batched' alone, got {fisher_type.value!r}."
+            f"`criterion` enters fisher_type 'batched' alone, got {_said(fisher_type)}."
         )
     if n_draws != 1 and fisher_type is not FisherType.SAMPLED:
-        raise ValueError(
-            f"`n_draws` enters fisher_type 'sampled' alone, got {fisher_type.value!r}."
-        )
+        raise ValueError(f"`n_draws` enters fisher_type 'sampled' alone, got {_said(fisher_type)}.")
     if fisher_type is FisherType.BATCHED and (max_samples or chunk_size):
         raise ValueError(
             "`max_samples` and `chunk_size` would change what fisher_type 'batched' computes. "
             "Leave them out."
         )
+
+
+def _said(fisher_type: FisherType | Score) -> str:
+    return repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"

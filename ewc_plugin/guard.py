@@ -1,5 +1,7 @@
 """Leaves a model as it was found: every module's flag, and the global random state."""
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -28,3 +30,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 model.train(flags[0][1])  # lets an override undo what its eval() did
             for module, training in flags:
                 module.training = training
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """The CPU's global random states, put back; a transform may draw from any of them."""
+    numpy = sys.modules.get("numpy")  # where it is not loaded, nobody has drawn from it
+    python_state = random.getstate()
+    numpy_state = numpy and numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

@@ -116,3 +116,21 @@ def checked_non_negative(argument: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"`{argument}` must be finite and >= 0, got {value}.")
     return float(value)
+
+
+def checked_positive(argument: str, value: int) -> int:
+    """`value`, if it is an integer >= 1.
+
+    Args:
+        argument: Its name, for the message.
+        value: What the caller gave.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{argument}` must be an integer >= 1, got {value!r}.")
+    return value

@@ -14,6 +14,7 @@ from ewc_plugin.gradient import GradientAdder, Pair, PenaltyFunction
 from ewc_plugin.names import canonical_names, canonical_parameters
 from ewc_plugin.options import Mode, Normalization, checked_decay, normalizer, parsed
 from ewc_plugin.quadratic import Quadratic, Storage
+from ewc_plugin.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class QuadraticPenalty:
         self.history: list[Remembered] = []
         self._quadratics: dict[str, Quadratic] = {}
         self._add_gradient = GradientAdder()
+        self._seen: Structure | None = None
+        self._pairs: list[Pair] = []
 
     def consolidate(self, model: nn.Module, fisher: Mapping[str, Tensor]) -> None:
         """Remembers the model's parameters as theta*, with `fisher` as their weights.
@@ -124,6 +127,7 @@ class QuadraticPenalty:
             anchor = {name: p.detach().clone() for name, p in parameters.items()}
             self.history.append(Remembered(new, anchor))
         self.n_experiences += 1
+        self._seen = None
 
     def _fold(self, name: str, parameter: nn.Parameter, fisher: Tensor | None) -> None:
         theta = self.storage.put(parameter.detach().clone(), parameter, exact=True)
@@ -195,6 +199,8 @@ class QuadraticPenalty:
         """
         if not self._quadratics:
             return []
+        if self._seen is not None and self._seen.is_of(model):
+            return self._pairs
         parameters = canonical_parameters(model)
         if missing := self._quadratics.keys() - parameters.keys():
             raise ValueError(
@@ -203,7 +209,9 @@ class QuadraticPenalty:
             )
         for name, quadratic in self._quadratics.items():
             quadratic.fit(name, parameters[name], self.storage)
-        return [(parameters[name], q) for name, q in self._quadratics.items()]
+        self._seen = Structure(model)
+        self._pairs = [(parameters[name], q) for name, q in self._quadratics.items()]
+        return self._pairs
 
     @property
     def _constant(self) -> float:
@@ -247,9 +255,11 @@ class QuadraticPenalty:
         self.n_experiences = state["n_experiences"]
         self._quadratics = {name: Quadratic(**q) for name, q in state["quadratics"].items()}
         self.history = [Remembered(**past) for past in state["history"]]
+        self._seen = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_add_gradient": GradientAdder()}  # without its scratch memory
+        # Without scratch memory, and without the model.
+        return {**vars(self), "_add_gradient": GradientAdder(), "_seen": None, "_pairs": []}
 
 
 def _checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,33 +11,43 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from avalanche.core import BaseSGDPlugin
 from avalanche.models import avalanche_forward
-from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
-from avalanche.training.plugins.clock import Clock
-from avalanche.training.templates.base_sgd import BaseSGDTemplate, PeriodicEval
-from avalanche.training.templates.update_type import SGDUpdate
+from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from ewc_plugin.active import active_classes
+from ewc_plugin.batches import Batch
+from ewc_plugin.distributed import fisher_over_ranks, unwrapped, world_size
 from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.guard import untouched_randomness
 from ewc_plugin.implicit import implicit_step_
-from ewc_plugin.options import Mode, Normalization, checked_non_negative
+from ewc_plugin.options import (
+    Mode,
+    Normalization,
+    checked_non_negative,
+    checked_positive,
+    parsed,
+)
 from ewc_plugin.penalty import QuadraticPenalty
-from ewc_plugin.scores import FisherType
+from ewc_plugin.scores import FisherType, Score, parsed_type
 from ewc_plugin.stability import DivergedError, largest_stable_lambda
+from ewc_plugin.template import check_calls_the_hooks, gradients_are_ours, overrides, showing
+from ewc_plugin.unpacking import Unpacked, logits_of, unpack
+from ewc_plugin.window import FisherData, Window, dataset_batches
 
-Batch = Any  # what a data loader yields: (x, y), (x, y, task labels) or another pytree
 
-
-class DiagonalEWCPlugin(SupervisedPlugin):
+class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Adds ewc_lambda * sum_t F_t (theta - theta*_t)^2 to the loss of every later experience.
 
     F is exact per sample: see `diagonal_fisher`. With ewc_lambda = 0, and before the first
     experience has ended, the run is the one without the plugin, to the last bit. `strategy.loss` is
     the task's loss plus the penalty from `after_backward` on at the latest. In an online stream
     that knows its task boundaries there is one F per original experience, at its end, over all of
-    it.
+    it; in one that does not, one per `consolidate_every` experiences. In a distributed run F is
+    summed over the ranks, each of which has its share of the samples.
+
+    A model with other outputs or batches needs nothing where the strategy's own `forward` is the
+    user's; else override `unpack`, `forward` or `active_classes`.
 
     Args:
         ewc_lambda: Weight of the penalty; Avalanche's, half of the lambda of Kirkpatrick et al. A
@@ -45,16 +55,19 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         mode: "separate" or "online", as `QuadraticPenalty` has them.
         decay_factor: Weight of the past in "online".
         keep_importance_data: Keep every experience's F and theta* in `penalty.history`.
-        fisher_type: Which labels F is the Fisher of.
-        fisher_batches: Called with the strategy at the end of an experience, gives its batches
-            (x, y) or (x, y, task labels) on the model's device. Default: the experience's own
-            data, not shuffled, with its eval transforms; data that other plugins mixed in, such as
-            a replay buffer, is not in it.
+        fisher_type: Which labels F is the Fisher of; or a `Score`, such as `gaussian_score`, where
+            the model is no softmax classifier.
+        fisher_data: "experience" or "training": see `FisherData`.
+        fisher_batches: Called with the strategy at the end of an experience, gives its batches as
+            `unpack` takes them, on the model's device; in a distributed run, the rank's share.
+            Default: `fisher_data`, not shuffled, with its eval transforms.
         fisher_options: Keyword arguments for `diagonal_fisher`: max_samples, n_draws, engine, ...
         normalize: "mean", "trace" or "max" of each F, to divide it by. Recommended start:
             normalize="mean" with ewc_lambda=0.01, which was among the best on split and on permuted
             MNIST, for "predicted" and "exact" alike (results/normalized_lambda), where F as it is
             wants lambdas that lie orders of magnitude apart.
+        consolidate_every: Number of experiences that share one F, where there are no task
+            boundaries in an online stream: it is computed at the end of the last, on all of them.
         implicit: Take the penalty as an implicit step after the optimizer's: stable for every
             ewc_lambda, see `implicit_step_`.
         storage_dtype: Of what the penalty remembers, as `QuadraticPenalty` has it.
@@ -80,10 +93,12 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         decay_factor: float | None = None,
         keep_importance_data: bool = False,
         *,
-        fisher_type: FisherType | str = FisherType.PREDICTED,
+        fisher_type: FisherType | str | Score = FisherType.PREDICTED,
+        fisher_data: FisherData | str = FisherData.EXPERIENCE,
         fisher_batches: Callable[[Any], Iterable[Batch]] | None = None,
         fisher_options: Mapping[str, Any] | None = None,
         normalize: Normalization | str | None = None,
+        consolidate_every: int = 1,
         implicit: bool = False,
         storage_dtype: torch.dtype | None = None,
         storage_device: torch.device | str | None = None,
@@ -98,8 +113,8 @@ class DiagonalEWCPlugin(SupervisedPlugin):
             storage_dtype=storage_dtype,
             storage_device=storage_device,
         )
-        self.fisher_type = FisherType.parse(fisher_type)
-        self.fisher_batches = fisher_batches or experience_batches
+        self.fisher_type = parsed_type(fisher_type)
+        self.fisher_batches = fisher_batches
         self.fisher_options = _checked_options(fisher_options or {})
         self.implicit = implicit
         self.fisher: dict[str, Tensor] = {}
@@ -110,10 +125,15 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         self._adds_to_gradients = False
         self._hooks_called = False
         self._warned = False
-        self._n_subexperiences = 0
+        self._num_workers = 0
+        self._window = Window(
+            checked_positive("consolidate_every", consolidate_every),
+            parsed(FisherData, "fisher_data", fisher_data),
+        )
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        """Makes sure that no other strategy uses this plugin."""
+        """Makes sure that no other strategy uses this plugin, and that this one can."""
+        check_calls_the_hooks(strategy)
         owner = self._strategy and self._strategy()
         if owner is not None and owner is not strategy:
             raise ValueError(
@@ -121,15 +141,24 @@ class DiagonalEWCPlugin(SupervisedPlugin):
             )
         self._strategy = weakref.ref(strategy)
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuses an experience without samples."""
+        experience = strategy.experience
+        if not len(experience.dataset):
+            raise ValueError(
+                f"Experience {experience.current_experience} has no samples, so there is nothing "
+                "to train on and no Fisher. Leave it out of the stream."
+            )
+
+    def before_training_exp(self, strategy: Any, *, num_workers: int = 0, **kwargs: Any) -> None:
         """Chooses how to add the gradient."""
-        if getattr(strategy.experience, "is_first_subexp", True):
-            self._n_subexperiences = 0
-        self._n_subexperiences += 1
+        self._num_workers = num_workers
+        self._window.begin(strategy.experience)
         self._adds_to_gradients = not self.implicit and gradients_are_ours(self, strategy)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Warns, once, of a lambda that plain gradient descent cannot bear."""
+        self._window.see(strategy.dataloader)
         if not self._is_active or self.implicit or self._warned:
             return
         limit = largest_stable_lambda(strategy.optimizer, self.penalty.pairs(strategy.model))
@@ -185,42 +214,130 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Computes F on the experience and remembers it with the parameters."""
-        if not self._is_last(strategy.experience):
+        if not self._window.end(strategy.experience):
             return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
         self.penalty.consolidate(strategy.model, self.fisher)
+        self._window.clear()
         self.fisher_seconds += time.perf_counter() - start
 
     def compute_fisher(self, strategy: Any) -> dict[str, Tensor]:
         """The diagonal Fisher of the current experience, by parameter name."""
-        options = dict(self.fisher_options)
-        if self.fisher_type is FisherType.BATCHED:
-            options.setdefault("criterion", strategy._criterion)
-        with torch.random.fork_rng(devices=[]):  # a transform may draw, though eval ones should not
-            return diagonal_fisher(
-                strategy.model,
-                self.fisher_batches(strategy),
-                self.fisher_type,
-                **{"forward": self.forward, **options},
+        model = unwrapped(strategy.model)
+        batches = self.fisher_batches or self._window_batches
+        with untouched_randomness():
+            if world_size() == 1:
+                return self._fisher_of(strategy, model, batches(strategy))
+            return fisher_over_ranks(
+                lambda share, **more: self._fisher_of(strategy, model, share, **more),
+                lambda: batches(strategy),
+                {name: p for name, p in model.named_parameters() if p.requires_grad},
+                max_samples=self.fisher_options.get("max_samples"),
+                weigh_batches=self.fisher_type is FisherType.BATCHED,
             )
 
+    def _fisher_of(
+        self, strategy: Any, model: nn.Module, batches: Iterable[Batch], **more: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {
+            "forward": lambda model, batch: self._logits(strategy, model, batch),
+            "targets": lambda batch: self._targets(strategy, model, batch),
+        }
+        if self.fisher_type is FisherType.BATCHED:
+            options["criterion"] = strategy._criterion
+        options |= self.fisher_options | more
+        return diagonal_fisher(model, batches, self.fisher_type, **options)
+
+    def unpack(self, batch: Batch) -> Unpacked:
+        """(inputs, targets, task labels or None) of a batch; override it for other batches."""
+        return unpack(batch)
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [N, C] of a batch; override it for other batches or outputs."""
-        has_task_labels = len(batch) > 2  # with two items the last one is y
-        logits: Tensor = (
-            avalanche_forward(model, batch[0], batch[-1]) if has_task_labels else model(batch[0])
-        )
+        """Logits [N, C] of a batch; override it for other models."""
+        inputs, _, task_labels = self.unpack(batch)
+        if isinstance(inputs, Mapping) and isinstance(batch, Mapping):
+            output = model(**inputs)
+        elif task_labels is not None:
+            output = avalanche_forward(model, inputs, task_labels)
+        else:
+            output = model(inputs)
+        logits: Tensor = logits_of(output)
         return logits
 
+    def active_classes(self, strategy: Any, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Which classes the Fisher's labels run over, [C] or [N, C] bool; None: all.
+
+        By default those of a `MaskedCrossEntropy`, and in a multi-head model those of the sample's
+        head, which Avalanche pads with zeros up to the widest one.
+
+        Args:
+            strategy: The plugin's.
+            batch: As the data loader gave it.
+            logits: Its logits [N, C].
+
+        Returns:
+            The mask.
+        """
+        model = unwrapped(strategy.model)
+        return active_classes(
+            strategy._criterion, model, lambda: self.unpack(batch).task_labels, logits.size(1)
+        )
+
+    def _logits(self, strategy: Any, model: nn.Module, batch: Batch) -> Tensor:
+        """The strategy's own forward pass where a user wrote one and left ours alone."""
+        ours = type(self)
+        untouched = (
+            ours.forward is DiagonalEWCPlugin.forward and ours.unpack is DiagonalEWCPlugin.unpack
+        )
+        if untouched and overrides(strategy, "forward", "_unpack_minibatch"):
+            with showing(strategy, model, batch):
+                logits: Tensor = logits_of(strategy.forward())
+        else:
+            logits = self.forward(model, batch)
+        if not isinstance(self.fisher_type, FisherType) or self.fisher_type is FisherType.BATCHED:
+            return logits
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            return logits  # refused further on
+        active = self.active_classes(strategy, batch, logits)
+        return logits if active is None else logits.masked_fill(~active, -torch.inf)
+
+    def _targets(self, strategy: Any, model: nn.Module, batch: Batch) -> Tensor:
+        if type(self).unpack is DiagonalEWCPlugin.unpack and overrides(
+            strategy, "mb_y", "_unpack_minibatch"
+        ):
+            with showing(strategy, model, batch):
+                targets: Tensor = strategy.mb_y
+                return targets
+        targets = self.unpack(batch).targets
+        return targets
+
+    def _window_batches(self, strategy: Any) -> Iterator[Batch]:
+        for dataset in self._window.datasets(strategy.experience):
+            yield from dataset_batches(strategy, dataset, self._num_workers)
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and plain values."""
+        """What a resumed run needs: tensors and plain values.
+
+        Returns:
+            What `torch.load(weights_only=True)` accepts.
+
+        Raises:
+            RuntimeError: Between two experiences that share one F, of which the first one's data is
+                needed: it is no state.
+        """
+        if self._window.holds_data:
+            raise RuntimeError(
+                f"`state_dict` was called after {self._window.n_done} of the experiences that "
+                "share one Fisher. Call it after the last, or pickle the plugin with its data."
+            )
         return {
             "penalty": self.penalty.state_dict(),
             "fisher": self.fisher,
             "fisher_seconds": self.fisher_seconds,
+            "n_parts": self._window.n_done,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -235,13 +352,7 @@ class DiagonalEWCPlugin(SupervisedPlugin):
         self.penalty.load_state_dict(state["penalty"])
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
-
-    def _is_last(self, experience: Any) -> bool:
-        if not getattr(experience, "access_task_boundaries", False):
-            return True
-        # Avalanche says False of every part where the parts are of equal size: so they are counted.
-        counted: bool = self._n_subexperiences >= experience.sub_stream_length
-        return counted or bool(experience.is_last_subexp)
+        self._window.n_done = state["n_parts"]
 
     @property
     def _is_active(self) -> bool:
@@ -252,70 +363,6 @@ class DiagonalEWCPlugin(SupervisedPlugin):
 
 
 _REMEDY = "Use a smaller `ewc_lambda` or learning rate, or `implicit=True`."
-
-
-def experience_batches(strategy: Any) -> Iterator[Batch]:
-    """The current experience's samples in their order, with eval transforms, on the device.
-
-    Args:
-        strategy: Any Avalanche strategy while it trains.
-
-    Yields:
-        What the data set's `collate_fn` makes of `strategy.train_mb_size` samples.
-    """
-    experience = strategy.experience
-    if getattr(experience, "access_task_boundaries", False):  # a part, in an online stream
-        experience = experience.origin_experience
-    dataset = experience.dataset.eval()
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=strategy.train_mb_size,
-        collate_fn=getattr(dataset, "collate_fn", None),
-        generator=torch.Generator(),  # without it the iterator draws a seed from the global RNG
-    )
-    for batch in loader:
-        yield [item.to(strategy.device) for item in batch]
-
-
-def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
-    """Whether nobody sees, or rescales, a gradient before the plugin's `after_backward`.
-
-    Adding to `.grad` there is then the same as adding to the loss, and cheaper. It is not with a
-    template that has its own backward pass (a gradient scaler's), with hooks on parameters, after
-    plugins that rewrite gradients, or before plugins that rewrite the loss.
-
-    Args:
-        plugin: Ours.
-        strategy: Whose plugins it is one of.
-
-    Returns:
-        False wherever it is not certain.
-    """
-    template = type(strategy)
-    own_loop = (
-        getattr(template, "training_epoch", None) is not SGDUpdate.training_epoch
-        or template.backward is not BaseSGDTemplate.backward
-        or "backward" in vars(strategy)
-    )
-    hooked = any(p._backward_hooks or _late_hooks(p) for p in strategy.model.parameters())
-    if own_loop or hooked or plugin not in strategy.plugins:
-        return False
-    place = strategy.plugins.index(plugin)
-    before, after = strategy.plugins[:place], strategy.plugins[place + 1 :]
-    return not (
-        any(_implements(p, "after_backward") for p in before)
-        or any(_implements(p, "before_backward") for p in after)
-    )
-
-
-def _implements(plugin: Any, hook: str) -> bool:
-    if isinstance(plugin, (EvaluationPlugin, Clock, PeriodicEval)):  # they only look
-        return False
-    return getattr(type(plugin), hook, None) not in (None, getattr(BaseSGDPlugin, hook))
-
-
-def _late_hooks(parameter: nn.Parameter) -> Any:
-    return getattr(parameter, "_post_accumulate_grad_hooks", None)
 
 
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ewc_plugin.batches import Batch, has_samples, n_samples, take
+from ewc_plugin.batches import Batch, copied, has_samples, join, n_samples, take
 from ewc_plugin.rules.base import Sums, sum_dtype
 
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -77,6 +77,36 @@ def vmap_squares(
         for name, s in squared.items():
             sums[name.removeprefix("model.")] += s.sum(0)
     return sums
+
+
+def in_company(model: nn.Module, forward: Forward, batch: Batch) -> Forward:
+    """`forward`; for a model that can't take a batch of one sample, with a copy beside a lone one.
+
+    A `squeeze()` that also takes the sample axis away is the usual reason, as in Avalanche's
+    `MTSimpleCNN`.
+
+    Args:
+        model: In eval mode.
+        forward: Maps (model, batch) to logits.
+        batch: Its first sample is tried.
+
+    Returns:
+        A forward that takes a single sample, if the model takes two.
+    """
+    try:
+        with torch.no_grad():
+            logits = forward(model, copied(take(batch, slice(0, 1))))
+        if not isinstance(logits, Tensor) or (logits.dim() == 2 and len(logits) == 1):
+            return forward
+    except Exception:  # whatever a model's code raises; a real fault is raised again by two
+        pass
+
+    def beside_a_copy(model: nn.Module, batch: Batch) -> Tensor:
+        if n_samples(batch) > 1:
+            return forward(model, batch)
+        return forward(model, join([batch, copied(batch)]))[:1]
+
+    return beside_a_copy
 
 
 def loop_squares(

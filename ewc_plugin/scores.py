@@ -7,9 +7,18 @@ n's logits. What pulls the vectors back never asks which type they came from.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ewc_plugin.batches import Batch
+
+Score = Callable[[Tensor, Batch], Tensor]
+"""Any other likelihood: maps (outputs [N, D], batch) to vectors [S, N, D] or, where S = 1, [N, D].
+Each is d log p(y | x) / d outputs for one y, times the square root of the weight that y has."""
+
+_BLOCK_ENTRIES = 2**18  # of EXACT's vectors that are made at a time
 
 
 class FisherType(str, Enum):
@@ -49,7 +58,17 @@ class FisherType(str, Enum):
             return cls(value)
         except ValueError:
             allowed = ", ".join(repr(t.value) for t in cls)
-            raise ValueError(f"`fisher_type` must be one of {allowed}, got {value!r}.") from None
+            raise ValueError(
+                f"`fisher_type` must be one of {allowed}, or a function that gives score vectors, "
+                f"got {value!r}."
+            ) from None
+
+
+def parsed_type(value: "FisherType | str | Score") -> "FisherType | Score":
+    """A Fisher type looked up by its value, or the caller's own score."""
+    if callable(value):
+        return value
+    return FisherType.parse(value)
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,7 @@ def score_vectors(
         The vectors, in float32 or the logits' dtype where that is wider.
 
     Raises:
-        ValueError: BATCHED has no score vectors; EMPIRICAL without targets.
+        ValueError: BATCHED has no score vectors; EMPIRICAL without targets; fewer than 2 classes.
 
     Source: Kunstner et al. 2019, section 2 (the types); the factor follows from
         diag(p) - p p^T = D (I - q q^T) D with q = sqrt(p), D = diag(q), and a
@@ -100,6 +119,12 @@ def score_vectors(
         >>> scores.count, scores.vector(0)
         (1, tensor([[ 0.5000, -0.5000]]))
     """
+    if logits.size(1) < 2:
+        raise ValueError(
+            "`model` must return logits of at least 2 classes, got 1, whose softmax is constant. "
+            "Give a binary head two logits, or use fisher_type=bernoulli_score; for regression "
+            "gaussian_score."
+        )
     logits = logits.detach()
     p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     match fisher_type:
@@ -116,6 +141,33 @@ def score_vectors(
             return _exact(p)
         case _:
             raise ValueError(f"`fisher_type` {fisher_type.value!r} has no score vectors.")
+
+
+def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:
+    """The vectors of a caller's own score.
+
+    Args:
+        outputs: [N, D].
+        score: The caller's.
+        batch: What the outputs came from.
+
+    Returns:
+        The vectors.
+
+    Raises:
+        ValueError: Their shape does not fit the outputs, or one is not finite.
+    """
+    vectors = score(outputs.detach(), batch).detach()
+    if vectors.dim() == 2:
+        vectors = vectors[None]
+    if vectors.dim() != 3 or vectors.shape[1:] != outputs.shape:
+        raise ValueError(
+            f"`fisher_type`, a score, must give [S, N, D] or [N, D] for outputs "
+            f"{tuple(outputs.shape)}, got {tuple(vectors.shape)}."
+        )
+    if not bool(torch.isfinite(vectors).all()):
+        raise ValueError("`fisher_type`, a score, gave a vector that is not finite.")
+    return Scores(len(vectors), lambda s: vectors[s])
 
 
 def _label_scores(p: Tensor, y: Tensor) -> Tensor:
@@ -149,11 +201,17 @@ def _exact(p: Tensor) -> Scores:
     q = p[:, active].sqrt()  # [N, A]
     q_top, top = q.max(1, keepdim=True)  # [N, 1]
     base = (-q * q / (1 + q_top)).scatter_(1, top, -q_top)  # [N, A]: w_i / (1 + q_k), times -q_i
+    count = len(active) - 1
+    width = max(1, _BLOCK_ENTRIES // p.numel())  # columns made at a time
 
-    def column(s: int) -> Tensor:
-        j = torch.where(top == s, len(active) - 1, s)  # each sample leaves its own column k out
-        q_j = q.gather(1, j)
-        narrow = (base * q_j).scatter_add_(1, j, q_j)
-        return p.new_zeros(N, C).index_copy_(1, active, narrow)
+    @lru_cache(maxsize=1)
+    def block(first: int) -> tuple[Tensor, ...]:
+        s = torch.arange(first, min(first + width, count), device=p.device)[:, None, None]
+        j = torch.where(top == s, count, s)  # [S, N, 1]: each sample leaves its own column k out
+        q_j = q.expand(len(s), *q.shape).gather(2, j)
+        columns = (base * q_j).scatter_add_(2, j, q_j)  # [S, N, A]
+        if count + 1 < C:
+            columns = p.new_zeros(len(s), N, C).index_copy_(2, active, columns)
+        return columns.unbind(0)
 
-    return Scores(len(active) - 1, column)
+    return Scores(count, lambda s: block(s - s % width)[s % width])

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from ewc_plugin.options import Mode, Normalization
 from ewc_plugin.plugin import DiagonalEWCPlugin
-from ewc_plugin.scores import FisherType
+from ewc_plugin.scores import FisherType, Score
+from ewc_plugin.window import FisherData
 
 
 class DiagonalEWC(SupervisedTemplate):
@@ -40,10 +41,12 @@ class DiagonalEWC(SupervisedTemplate):
         plugins: list[Any] | None = None,
         evaluator: Any = default_evaluator,
         eval_every: int = -1,
-        fisher_type: FisherType | str = FisherType.PREDICTED,
+        fisher_type: FisherType | str | Score = FisherType.PREDICTED,
+        fisher_data: FisherData | str = FisherData.EXPERIENCE,
         fisher_batches: Callable[[Any], Iterable[Any]] | None = None,
         fisher_options: Mapping[str, Any] | None = None,
         normalize: Normalization | str | None = None,
+        consolidate_every: int = 1,
         implicit: bool = False,
         storage_dtype: torch.dtype | None = None,
         storage_device: torch.device | str | None = None,
@@ -55,9 +58,11 @@ class DiagonalEWC(SupervisedTemplate):
             decay_factor,
             keep_importance_data,
             fisher_type=fisher_type,
+            fisher_data=fisher_data,
             fisher_batches=fisher_batches,
             fisher_options=fisher_options,
             normalize=normalize,
+            consolidate_every=consolidate_every,
             implicit=implicit,
             storage_dtype=storage_dtype,
             storage_device=storage_device,

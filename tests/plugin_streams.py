@@ -4,12 +4,15 @@ import random
 
 import torch
 from avalanche.benchmarks import nc_benchmark
+from avalanche.distributed.distributed_helper import DistributedHelper
 from avalanche.logging import BaseLogger
 from avalanche.models import MTSimpleMLP, SimpleMLP
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 from torch.utils.data import Dataset
+
+from ewc_plugin import DiagonalEWCPlugin
 
 N_FEATURES = 6
 
@@ -31,12 +34,12 @@ class Blobs(Dataset):
         return self.x[index], int(self.targets[index])
 
 
-def benchmark(*, task_labels=False, dtype=torch.float32):
-    """Two experiences of two classes each."""
+def benchmark(*, task_labels=False, dtype=torch.float32, n_experiences=2):
+    """Two experiences of two classes each, or four of one."""
     return nc_benchmark(
         Blobs(dtype=dtype),
         Blobs(seed=1, dtype=dtype),
-        n_experiences=2,
+        n_experiences=n_experiences,
         task_labels=task_labels,
         shuffle=False,
         class_ids_from_zero_in_each_exp=task_labels,
@@ -55,19 +58,18 @@ def multi_head(seed=0):
 
 def quiet():
     """An evaluator that logs nothing, and does not warn of it."""
-    return EvaluationPlugin(loggers=[BaseLogger()])
+    # In a distributed run the main process alone may have loggers.
+    return EvaluationPlugin(loggers=[BaseLogger()] if DistributedHelper.is_main_process else None)
 
 
 def strategy(model, *plugins, kind=Naive, optimizer=torch.optim.Adam, lr=1e-2, **options):
     """A quiet strategy over the model."""
+    defaults = {"criterion": nn.CrossEntropyLoss(), "train_mb_size": 8, "evaluator": quiet()}
     return kind(
         model=model,
         optimizer=optimizer(model.parameters(), lr=lr),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=8,
         plugins=list(plugins),
-        evaluator=quiet(),
-        **options,
+        **defaults | options,
     )
 
 
@@ -84,3 +86,17 @@ def assert_same(left, right):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
+
+
+class InTheLoss(DiagonalEWCPlugin):
+    """The reference: the penalty goes through autograd's own graph, written out."""
+
+    def before_backward(self, strategy, **kwargs):
+        self._hooks_called = True
+        self._adds_to_gradients = False
+        if not self._is_active:
+            return
+        for parameter, q in self.penalty.pairs(strategy.model):
+            d = parameter - q.anchor
+            term = q.fisher * d.square() + (0 if q.offset is None else 2 * q.offset * d)
+            strategy.loss = strategy.loss + self.ewc_lambda * term.sum()

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ewc_plugin
 
 PACKAGE = Path(ewc_plugin.__file__).parent
-ADAPTERS = {"plugin.py", "strategy.py", "metrics.py"}
+ADAPTERS = {"active.py", "metrics.py", "plugin.py", "strategy.py", "template.py"}
 ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
 
 
@@ -30,3 +32,18 @@ def test_maths_is_had_without_avalanche():
 def test_every_exported_name_can_be_had():
     for name in ewc_plugin.__all__:
         assert getattr(ewc_plugin, name).__name__ == name
+
+
+@pytest.mark.slow
+def test_maths_takes_a_tenth_of_avalanches_import_time():
+    seconds = {}
+    for module in ("ewc_plugin.plain", "avalanche.training.plugins"):
+        code = f"import torch, {module}"
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True
+        )
+        lines = [line.split("|") for line in done.stderr.splitlines()]
+        # With what it imports, less torch. Circular imports give a module several lines.
+        seconds[module] = max(int(x[1]) / 1e6 for x in lines if x[-1].strip() == module)
+    plain, avalanche = seconds.values()
+    assert plain < avalanche / 10, seconds

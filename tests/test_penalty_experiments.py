@@ -87,7 +87,7 @@ def test_statistics():
 
 def test_training_data_is_that_of_the_experience(digits):
     _, trained = digits
-    x, y, task = trained.experiences[0].columns
+    x, y, task = trained.experiences[0][:]
     assert len(x) == len(y) == len(task)
     with torch.no_grad():
         assert float((trained.model(x).argmax(1) == y).float().mean()) > 0.9

@@ -5,10 +5,10 @@ import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import AGEMPlugin, GEMPlugin, LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Naive
-from plugin_streams import benchmark, mlp, strategy, train
+from plugin_streams import InTheLoss, benchmark, mlp, strategy, train
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
-from ewc_plugin.plugin import gradients_are_ours
+from ewc_plugin.template import gradients_are_ours
 
 LAMBDA = 5.0
 
@@ -34,26 +34,6 @@ class Scaled(Naive):
         (1024 * self.loss).backward()
         for p in self.model.parameters():
             p.grad /= 1024
-
-
-class InTheLoss(DiagonalEWCPlugin):
-    """The reference: the penalty goes through autograd's own graph."""
-
-    def before_training_exp(self, strategy, **kwargs):
-        self._adds_to_gradients = False
-
-    def before_backward(self, strategy, **kwargs):
-        super().before_backward(strategy, **kwargs)
-        if not self._is_active:
-            return
-        strategy.loss = self.task_loss_with_graph(strategy)
-        for parameter, q in self.penalty.pairs(strategy.model):
-            d = parameter - q.anchor
-            term = q.fisher * d.square() + (0 if q.offset is None else 2 * q.offset * d)
-            strategy.loss = strategy.loss + LAMBDA * term.sum()
-
-    def task_loss_with_graph(self, strategy):
-        return strategy.criterion()
 
 
 CASES = {

@@ -47,7 +47,10 @@ class Layout:
 
     def samples_first(self, t: Tensor, N: int) -> Tensor:
         """[N, folded, ...] in the order of the remaining axes."""
-        t = t.movedim(self.dim, 0)
+        if self.dim:
+            t = t.movedim(self.dim, 0)
+        if self.folded == 1:
+            return t.unsqueeze(1)
         rest = t.shape[1:]
         if self.interleaved:
             return t.reshape(self.folded, N, *rest).transpose(0, 1)

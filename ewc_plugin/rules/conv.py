@@ -98,29 +98,37 @@ def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None
             return
     if a.device.type != "cpu" and _add_unfolded(geometry, a, g, into):
         return
-    large = into.numel() >= _LARGE and geometry.groups == 1
-    step = 1 if large or a.size(2) < _FEW_CHANNELS else _GROUP
-    # Each sample a group of its own, its images [K] the batch: [K, n * I, ...] and [K, n * O, ...].
-    weight = into.new_empty(1).expand(step * into.size(0), *into.shape[1:])  # only a shape
-    for a_part, g_part in zip(a.split(step), g.split(step), strict=True):
-        n = len(a_part)
-        _, gradients, _ = torch.ops.aten.convolution_backward(
-            g_part.transpose(0, 1).flatten(1, 2),
-            a_part.transpose(0, 1).flatten(1, 2),
-            weight[: n * into.size(0)],
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding or (0,) * len(geometry.stride),
-            n * geometry.groups,
-            (False, True, False),
-        )
-        if n == 1:
-            into.addcmul_(gradients, gradients)
-        else:
-            into.add_(gradients.view(n, *into.shape).square_().sum(0))
+    if (into.numel() >= _LARGE and geometry.groups == 1) or a.size(2) < _FEW_CHANNELS:
+        for a_n, g_n in zip(a.unbind(0), g.unbind(0), strict=True):  # [K, I, ...], [K, O, ...]
+            gradient = _weight_gradient(geometry, a_n, g_n, into.shape)
+            into.addcmul_(gradient, gradient)
+        return
+    for a_part, g_part in zip(a.split(_GROUP), g.split(_GROUP), strict=True):
+        # Each sample a group of its own, its K images the batch: [K, n * I, ...].
+        n, (out_channels, *rest) = len(a_part), into.shape
+        a_part, g_part = (t.transpose(0, 1).flatten(1, 2) for t in (a_part, g_part))
+        gradients = _weight_gradient(geometry, a_part, g_part, (n * out_channels, *rest), n)
+        into.add_(gradients.view(n, *into.shape).square_().sum(0))
+
+
+def _weight_gradient(
+    geometry: _Geometry, a: Tensor, g: Tensor, shape: Sequence[int], n: int = 1
+) -> Tensor:
+    """Gradient of a weight of this shape, summed over the images; n as many groups as usual."""
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        g,
+        a,
+        g.new_empty(1).expand(*shape),  # only a shape
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding or (0,) * len(geometry.stride),
+        n * geometry.groups,
+        (False, True, False),
+    )[1]
+    return gradient
 
 
 def _add_unfolded(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:

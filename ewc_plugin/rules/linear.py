@@ -6,6 +6,8 @@ from torch import Tensor
 from ewc_plugin.rules.base import LayerCall, LayerRule, Sums
 from ewc_plugin.rules.products import add_product_squares
 
+_SQUARED = 2**17  # entries
+
 
 def _bind(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
     return LayerCall(input, {"weight": weight, "bias": bias})
@@ -13,14 +15,16 @@ def _bind(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCal
 
 def _one_position(call: LayerCall, g: Tensor) -> bool:
     """Whether each sample has one row: then g a^T has rank one and its square factorises."""
-    return g[0, ..., 0].numel() == 1
+    return g.numel() == len(g) * g.size(-1)
 
 
 def _pool(call: LayerCall, a: Tensor, g2: Tensor, into: Sums) -> None:
     """F_W += (sum_s g_s^2)^T a^2; F_b += sum_n sum_s g_s^2."""
     a, g2 = a.reshape(len(a), -1), g2.reshape(len(g2), -1)
     if name := call.names.get("weight"):
-        into[name].addmm_(g2.T, a.square())
+        rows = max(1, _SQUARED // a.size(1))  # at a time, whose squares stay in the cache
+        for a_part, g2_part in zip(a.split(rows), g2.split(rows), strict=True):
+            into[name].addmm_(g2_part.T, a_part.square())
     if name := call.names.get("bias"):
         into[name].add_(g2.sum(0))
 

@@ -1,0 +1,263 @@
+"""EWC in a plain PyTorch loop: `EWC(model, dataset)`, and the three loops around it.
+
+Names, arguments and returned values are those of the small implementation that many scripts grew
+from, so that changing the import is enough; the Fisher is the same to rounding, and also right for
+batches of any size. Avalanche is not imported.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.guard import evaluating
+from ewc_plugin.penalty import QuadraticPenalty
+from ewc_plugin.scores import FisherType
+
+
+class Penalised(Protocol):
+    """What `ewc_train` needs: an `EWC`, or anything else with a `penalty` of the model."""
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """A scalar, to be added to the loss."""
+
+
+class EWC:
+    """The model as it is now, and how much each parameter matters on `dataset`.
+
+    penalty(model) = sum_i F_i (theta_i - theta*_i)^2, with theta* the parameters at construction
+    and F the diagonal Fisher there. The loss is `cross_entropy + importance * penalty`: importance
+    is Avalanche's ewc_lambda, half of the lambda of Kirkpatrick et al.
+
+    Args:
+        model: Maps x [N, ...] to logits [N, C].
+        dataset: A list or Dataset of samples x or (x, y, ...), a tensor [N, ...], or a DataLoader
+            or other iterable of batches of them, of any sizes. They are moved to the model's
+            device.
+        fisher_type: Labels that F averages over; EMPIRICAL takes y from the dataset.
+        batched: Whether the items of `dataset` are batches. Unset: those of a DataLoader are, those
+            of a Dataset or tensor are not, and of other items the model's output on the first one
+            decides.
+        max_samples: Use only so many samples, drawn without replacement.
+        generator: Draws labels and subsets. Default: one with a fixed seed.
+
+    Raises:
+        ValueError: `dataset` is empty; its items may be samples or batches; or as
+            `diagonal_fisher`.
+
+    Attributes:
+        fisher: F by parameter name, each in its parameter's shape. Unit: nats / theta^2.
+
+    Source: Kirkpatrick et al. 2017.
+
+    Example:
+        >>> model = nn.Linear(1, 2, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> ewc = EWC(model, [torch.ones(1), torch.ones(1)])
+        >>> _ = nn.init.ones_(model.weight)
+        >>> ewc.penalty(model)
+        tensor(0.5000, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Iterable[Any] | Dataset[Any],
+        fisher_type: FisherType | str = FisherType.PREDICTED,
+        *,
+        batched: bool | None = None,
+        max_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.fisher = diagonal_fisher(
+            model,
+            _batches(model, dataset, batched),
+            fisher_type,
+            forward=lambda model, batch: model(_inputs(batch)),
+            max_samples=max_samples,
+            generator=generator,
+        )
+        self._penalty = QuadraticPenalty()
+        self._penalty.consolidate(model, self.fisher)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """sum_i F_i (theta_i - theta*_i)^2, with a gradient.
+
+        Args:
+            model: The one that this was made with, or one of the same architecture.
+
+        Returns:
+            A scalar. Unit: nats.
+        """
+        return self._penalty(model)
+
+
+def normal_train(model: nn.Module, optimizer: Optimizer, data_loader: Iterable[Batch]) -> float:
+    """One epoch of cross entropy.
+
+    Args:
+        model: Maps x [N, ...] to logits [N, C]; it is left in train mode.
+        optimizer: Of its parameters.
+        data_loader: Yields (x [N, ...], y [N] int64); moved to the model's device.
+
+    Returns:
+        Mean loss over the batches. Unit: nats.
+
+    Raises:
+        ValueError: `data_loader` is empty.
+    """
+    return _train(model, optimizer, data_loader, None, 0.0)
+
+
+def ewc_train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: Iterable[Batch],
+    ewc: Penalised,
+    importance: float,
+) -> float:
+    """One epoch of cross_entropy + importance * ewc.penalty(model).
+
+    Args:
+        model: As in `normal_train`.
+        optimizer: As in `normal_train`.
+        data_loader: As in `normal_train`.
+        ewc: Made at the end of the tasks before.
+        importance: Strength of the penalty, Avalanche's ewc_lambda.
+
+    Returns:
+        Mean loss over the batches, with the penalty. Unit: nats.
+
+    Raises:
+        ValueError: `data_loader` is empty, or `importance` is negative.
+    """
+    if not importance >= 0:
+        raise ValueError(f"`importance` must be >= 0, got {importance}.")
+    return _train(model, optimizer, data_loader, ewc, importance)
+
+
+def test(model: nn.Module, data_loader: Iterable[Batch]) -> float:
+    """Accuracy in eval mode; the modules' flags are left as they were.
+
+    Args:
+        model: As in `normal_train`.
+        data_loader: As in `normal_train`.
+
+    Returns:
+        A fraction in 0-1.
+
+    Raises:
+        ValueError: `data_loader` is empty.
+    """
+    correct = n = 0
+    with evaluating(model), torch.no_grad():
+        for x, y in _on_device(model, data_loader):
+            correct += int((model(x).argmax(1) == y).sum())
+            n += len(y)
+    return correct / _not_zero(n)
+
+
+test.__test__ = False  # type: ignore[attr-defined]  # no test of pytest's, which collects by name
+
+
+def _train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: Iterable[Batch],
+    ewc: Penalised | None,
+    importance: float,
+) -> float:
+    model.train()
+    losses = []
+    for x, y in _on_device(model, data_loader):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        if ewc is not None:
+            loss = loss + importance * ewc.penalty(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    _not_zero(len(losses))
+    return float(torch.stack(losses).double().mean())
+
+
+def _not_zero(n: int) -> int:
+    if n == 0:
+        raise ValueError("`data_loader` is empty: it needs at least one batch (x, y).")
+    return n
+
+
+def _on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _inputs(batch: Batch) -> Any:
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _batches(
+    model: nn.Module, dataset: Iterable[Any] | Dataset[Any], batched: bool | None
+) -> Iterator[Batch]:
+    """The dataset as batches on the model's device; samples as batches of one."""
+    if isinstance(dataset, DataLoader | Dataset | Tensor) and batched is None:
+        batched = isinstance(dataset, DataLoader)
+    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+        items: Iterator[Any] = (dataset[i] for i in range(len(dataset)))
+    else:
+        items = iter(cast(Iterable[Any], dataset))
+    first = next(items, None)
+    if first is None:
+        raise ValueError("`dataset` is empty: a Fisher needs at least one sample.")
+    items = chain([first], items)
+    if batched is None:
+        batched = _is_batch(model, first)
+    # `diagonal_fisher` joins small batches itself, whatever shapes the samples have.
+    return _on_device(model, items if batched else (default_collate([item]) for item in items))
+
+
+def _is_batch(model: nn.Module, item: Any) -> bool:
+    """Whether the model takes the item as a batch rather than as one sample."""
+    as_batch = _logits(model, lambda: item)
+    as_sample = _logits(model, lambda: default_collate([item]))
+    if as_batch is None and as_sample is None:
+        raise ValueError(
+            "`dataset` must hold what the model maps to logits [N, C], as samples or in batches; "
+            f"its first item, x of shape {_shape(item)}, fits neither way. Say batched=True or "
+            "batched=False to see the model's own error."
+        )
+    if as_batch is None or as_sample is None:
+        return as_sample is None
+    if as_batch.shape == as_sample.shape and torch.allclose(as_batch, as_sample):
+        return True  # one sample, with its axis
+    raise ValueError(
+        f"`dataset` may hold samples or batches: the model takes its first item, x of shape "
+        f"{_shape(item)}, both ways. Say which by batched=False or batched=True."
+    )
+
+
+def _logits(model: nn.Module, make_batch: Callable[[], Batch]) -> Tensor | None:
+    """Logits [N, C], or None where the model does not give one row per sample."""
+    try:
+        with evaluating(model), torch.no_grad():
+            (batch,) = _on_device(model, [make_batch()])
+            x = _inputs(batch)
+            logits = model(x)
+            fits = logits.dim() == 2 and len(logits) == n_samples(x)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None  # whatever a wrong shape runs into
+    return logits if fits else None
+
+
+def _shape(item: Any) -> str:
+    x = _inputs(item)
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
