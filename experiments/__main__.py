@@ -32,6 +32,9 @@ STUDIES = {
     "normalized-lambda": "whether one lambda serves for F divided by its mean",
     "lambda-translation": "how a lambda reads under each Fisher type",
     "importance": "which layers and pixels carry the Fisher",
+    "demonstration": "the plain loop: SGD against EWC on three tasks, without Avalanche",
+    "identities": "the three definitions of Fisher information, while networks train",
+    "laplace": "EWC beside the true posterior, on problems of two parameters",
 }
 
 

@@ -1,7 +1,8 @@
 """Where the images come from: torchvision's MNIST, or scikit-learn's embedded digits.
 
 MNIST is looked for under one root, verified by checksum, and downloaded by torchvision where it is
-missing. Only if no dataset was asked for by name does a missing MNIST fall back to the digits.
+missing. Only if no dataset was asked for by name does a missing MNIST fall back to the digits. The
+libraries that hold them are imported where they are needed: the parent of a sweep needs none.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from typing import Any
 
 import platformdirs
 import torch
-from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import calculate_md5, check_integrity
 
 DATA_ROOT_VARIABLE = "EWC_DATA_ROOT"
 DOWNLOAD_TIMEOUT_S = 20.0
@@ -35,8 +33,6 @@ UNPACKED_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-
-MNIST_ARCHIVES = TensorMNIST.resources  # (file name, MD5), kept by torchvision
 
 
 class DataUnavailableError(ValueError):
@@ -117,12 +113,16 @@ def find_data(dataset: str | None, data_root: str | None) -> DataSource:
 def load_images(source: DataSource) -> tuple[ImageDataset, ImageDataset]:
     """Training and test images of a verified source, in that order."""
     if source.name == "digits":
+        from sklearn.datasets import load_digits
+
         digits = load_digits()
         images = ImageDataset(
             torch.from_numpy(digits.images), torch.from_numpy(digits.target).long(), scale=16.0
         )
         n_train = len(images) - N_DIGITS_TEST
         return images.part(slice(0, n_train)), images.part(slice(n_train, None))
+    from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
+
     sets = (TensorMNIST(root=source.root, train=train) for train in (True, False))
     train, test = (ImageDataset(s.data, s.targets, scale=255.0) for s in sets)
     return train, test
@@ -139,6 +139,8 @@ def _cache_root() -> Path:
 
 
 def _digits(note: str = "") -> DataSource:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     checksum = hashlib.md5(digits.images.tobytes() + digits.target.tobytes()).hexdigest()
     return DataSource("digits", None, checksum, note)
@@ -150,7 +152,7 @@ def _mnist(root: Path) -> DataSource:
         root, raw = _copy_to_cache(raw)
     if not _unpacked(raw):
         _download(root, raw)
-    bad = [name for name, md5 in UNPACKED_MD5.items() if calculate_md5(raw / name) != md5]
+    bad = [name for name, md5 in UNPACKED_MD5.items() if not _intact(raw / name, md5)]
     if bad:
         raise DataUnavailableError(
             f"`{raw}` holds a corrupt MNIST file ({', '.join(bad)}: wrong checksum); "
@@ -164,6 +166,17 @@ def _unpacked(raw: Path) -> bool:
     return all((raw / name).is_file() for name in UNPACKED_MD5)
 
 
+def _archives() -> list[tuple[str, str]]:
+    """MNIST's files and their MD5, as torchvision keeps them."""
+    from torchvision.datasets import MNIST
+
+    return list(MNIST.resources)
+
+
+def _intact(file: Path, md5: str) -> bool:
+    return file.is_file() and hashlib.md5(file.read_bytes()).hexdigest() == md5
+
+
 def _writable(folder: Path) -> bool:
     """Whether the folder wants to be written to: its mode counts for root, too."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
@@ -174,8 +187,8 @@ def _copy_to_cache(raw: Path) -> tuple[Path, Path]:
     cache = _cache_root()
     cache_raw = cache / "MNIST" / "raw"
     cache_raw.mkdir(parents=True, exist_ok=True)
-    for name, md5 in MNIST_ARCHIVES:
-        if check_integrity(raw / name, md5) and not check_integrity(cache_raw / name, md5):
+    for name, md5 in _archives():
+        if _intact(raw / name, md5) and not _intact(cache_raw / name, md5):
             shutil.copyfile(raw / name, cache_raw / name)
     return cache, cache_raw
 
@@ -186,7 +199,9 @@ def _download(root: Path, raw: Path) -> None:
     Raises:
         DataUnavailableError: With the folder, the first cause and the remedy.
     """
-    found = {n: check_integrity(raw / n, md5) for n, md5 in MNIST_ARCHIVES if (raw / n).exists()}
+    from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
+
+    found = {n: _intact(raw / n, md5) for n, md5 in _archives() if (raw / n).exists()}
     present = [name if good else f"{name} with a wrong checksum" for name, good in found.items()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)

@@ -15,7 +15,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.streams import Stream
+from experiments.streams import Images, Stream
 
 N_COMPARED = 20  # items per dataset that are compared with the classic path before it is replaced
 FISHER_BATCH = 1024
@@ -24,32 +24,39 @@ FISHER_BATCH = 1024
 class TensorRows(Dataset[Any]):
     """Samples (x [N, ...], y [N], task label [N]) that are fetched a batch at a time."""
 
-    def __init__(self, x: Tensor, y: Tensor, task: Tensor) -> None:
-        self.columns = (x, y, task)
+    def __init__(self, x: Tensor | Images, y: Tensor, task: Tensor) -> None:
+        self.x = x
+        self.y = y
+        self.task = task
 
     def __len__(self) -> int:
-        return len(self.columns[1])
+        return len(self.y)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(column[index] for column in self.columns)
+    def __getitem__(self, rows: int | slice | Tensor) -> list[Tensor]:
+        return [self.x[rows], self.y[rows], self.task[rows]]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        rows = torch.as_tensor(indices)
-        return [column[rows] for column in self.columns]
+        return self[torch.as_tensor(indices)]
+
+    @property
+    def transforms(self) -> Any:
+        """Ends Avalanche's search for FFCV, which else walks through every index on each pass."""
+        raise TypeError("`TensorRows` has no transforms: its samples are transformed already.")
 
     @staticmethod
     def collate_fn(batch: list[Tensor]) -> list[Tensor]:
         """`__getitems__` has collated already."""
         return batch
 
-    def rows(self, indices: Tensor | slice) -> TensorRows:
-        """A part of the samples."""
-        return TensorRows(*(column[indices] for column in self.columns))
+    def part(self, rows: slice | Tensor) -> TensorRows:
+        """Some of the samples."""
+        x = self.x.part(rows) if isinstance(self.x, Images) else self.x[rows]
+        return TensorRows(x, self.y[rows], self.task[rows])
 
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
-        """The samples in their order, in batches of views."""
+        """The samples in their order."""
         for start in range(0, len(self), batch_size):
-            yield [column[start : start + batch_size] for column in self.columns]
+            yield self[start : start + batch_size]
 
 
 class FastData(SupervisedPlugin):
@@ -118,7 +125,9 @@ def _concatenate(parts: list[TensorRows]) -> TensorRows:
     if len(parts) == 1:
         return parts[0]
     return TensorRows(
-        *(torch.cat(column) for column in zip(*(p.columns for p in parts), strict=True))
+        Images.concatenate([part.x for part in parts if isinstance(part.x, Images)]),
+        torch.cat([part.y for part in parts]),
+        torch.cat([part.task for part in parts]),
     )
 
 
@@ -129,12 +138,11 @@ def _feed(loader: Any, rows: TensorRows) -> None:
     the groups' concatenation; a single group is in stream order already.
     """
     if len(loader.datasets) > 1:
-        rows = rows.rows(torch.argsort(rows.columns[2], stable=True))
+        rows = rows.part(torch.argsort(rows.task, stable=True))
     _compare(loader.datasets, rows)
-    # Before each epoch Avalanche walks through all indices of its datasets; these have none.
     ends = torch.tensor([len(dataset) for dataset in loader.datasets]).cumsum(0).tolist()
     loader.datasets = [
-        rows.rows(slice(end - len(dataset), end))
+        rows.part(slice(end - len(dataset), end))
         for end, dataset in zip(ends, loader.datasets, strict=True)
     ]
 

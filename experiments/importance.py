@@ -75,7 +75,7 @@ def run(settings: Importance) -> pd.DataFrame:
     trained = train(cell, source)
     fishers = [trained.fisher(t, settings.fisher_type) for t in range(cell.n_experiences)]
     table = pd.DataFrame([row for t, f in enumerate(fishers) for row in layer_rows(t, f)])
-    pictures = [e.columns[0].mean(dim=(0, 1)) for e in trained.experiences]
+    pictures = [e[:][0].mean(dim=(0, 1)) for e in trained.experiences]
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "importance.csv", table.to_csv(index=False))

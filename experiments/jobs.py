@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from experiments.data import DataSource, find_data
+from experiments.parity import checked_cells
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
 from experiments.store import Store
@@ -15,8 +17,10 @@ from experiments.sweep import sweep
 
 def run_job(job: Job, console: Console) -> None:
     """Makes the runs of a job that are not there yet, then its tables, plots and summary."""
-    store, cells, source = run_cells(job, console)
-    write_report(job, store, cells, source, console)
+    store, cells, source = _prepare(job, console)
+    checks = checked_cells(job, cells)
+    numerical = _sweep(job, store, cells, source, checks, console)
+    write_report(job, store, cells, source, numerical, console)
 
 
 def run_cells(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
@@ -29,10 +33,25 @@ def run_cells(job: Job, console: Console) -> tuple[Store, list[RunSettings], Dat
     Returns:
         Where the results are, the cells, and what they ran on.
     """
+    store, cells, source = _prepare(job, console)
+    _sweep(job, store, cells, source, [], console)
+    return store, cells, source
+
+
+def _prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
     source = find_data(job.dataset, job.data_root)
     if source.note:
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    cells = list(job.cells(source.name))
-    store = Store(Path(job.out or f"runs/{job.name}"))
-    sweep(cells, source, store, jobs=job.jobs, console=console, force=job.force)
-    return store, cells, source
+    return Store(Path(job.out or f"runs/{job.name}")), list(job.cells(source.name)), source
+
+
+def _sweep(
+    job: Job,
+    store: Store,
+    cells: list[RunSettings],
+    source: DataSource,
+    checks: list[RunSettings],
+    console: Console,
+) -> list[dict[str, Any]]:
+    options = {"jobs": job.jobs, "console": console, "force": job.force}
+    return sweep(cells, source, store, checks=checks, **options)

@@ -1,35 +1,20 @@
 """Checks against Avalanche's built-in EWC.
 
-The same numbers where the definitions agree; paired differences of results where they don't.
+The same numbers where the definitions agree (`parity_checks`); paired differences of results where
+they don't.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from avalanche.models import avalanche_forward
-from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EWCPlugin
-from avalanche.training.supervised import Naive
-from torch import Tensor, nn
 
-from ewc_plugin import diagonal_fisher
 from experiments import tables
-from experiments.data import DataSource
-from experiments.fast_data import FastData, TensorRows, experience_rows
-from experiments.models import make_model
-from experiments.settings import RunSettings
-from experiments.streams import make_stream
+from experiments.settings import PENALISED, STREAM, Job, RunSettings
 
-N_BATCHED, N_SINGLE = 2000, 200  # samples of the numerical checks
-FLOAT64_TOLERANCE = 1e-12
 COMPARED = ("average_accuracy", "forgetting")
-STREAM = ["benchmark", "dataset", "scenario"]
 SETTINGS_OF_A_PAIR = [
     name
     for name in tables.RUNS.columns
@@ -37,42 +22,25 @@ SETTINGS_OF_A_PAIR = [
 ]
 
 
-def parity_table(
-    runs: pd.DataFrame, cells: Sequence[RunSettings], source: DataSource
-) -> pd.DataFrame:
+def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:
+    """One cell per benchmark, dataset and scenario, if the job compares both EWC methods."""
+    if not (job.compares and {cell.method for cell in cells} >= set(PENALISED)):
+        return []
+    return list({tuple(getattr(cell, name) for name in STREAM): cell for cell in cells}.values())
+
+
+def parity_table(runs: pd.DataFrame, numerical: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """All checks of a job.
 
     Args:
         runs: Rows of `runs.csv`.
-        cells: The job's runs; the numerical checks are made once per benchmark and scenario.
-        source: Where the images are.
+        numerical: Rows of `parity_checks.numerical_checks`.
 
     Returns:
         Rows of `parity.csv`.
     """
-    streams = {(c.benchmark, c.dataset, c.scenario): c for c in cells}
-    rows = [row for cell in streams.values() for row in numerical_checks(cell, source)]
-    return tables.frame([*rows, *paired_differences(runs)], tables.PARITY)
-
-
-def numerical_checks(cell: RunSettings, source: DataSource) -> Iterator[dict[str, Any]]:
-    """Importances of the built-in beside ours, on a network trained on the first experience.
-
-    The built-in squares the gradient of a mini-batch's mean loss. `batched` is that definition; at
-    batch size 1 it is the empirical Fisher; at batch size 1 on the model's own predictions as
-    labels it is the Fisher from predicted labels.
-    """
-    model, rows = _trained(cell, source)
-    some = rows.rows(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)))
-    batched = some.rows(slice(0, N_BATCHED))
-    yield _compare(cell, "batched", model, batched, cell.batch_size, tolerance=0.0)
-    with _float64():  # Avalanche's multi-head allocates its output in the default dtype
-        model = model.double()
-        x, y, task = some.rows(slice(0, N_SINGLE)).columns
-        single = TensorRows(x.double(), y, task)
-        yield _compare(cell, "empirical", model, single, 1, tolerance=FLOAT64_TOLERANCE)
-        predicted = TensorRows(single.columns[0], _predictions(model, single), task)
-        yield _compare(cell, "predicted", model, predicted, 1, tolerance=FLOAT64_TOLERANCE)
+    order = sorted(numerical, key=lambda row: [row[name] for name in STREAM])
+    return tables.frame([*order, *paired_differences(runs)], tables.PARITY)
 
 
 def paired_differences(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -105,82 +73,3 @@ def paired_differences(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
                 "tolerance": tables.MARGIN,
                 "verdict": tables.equivalence(higher_is_better),
             }
-
-
-def _trained(cell: RunSettings, source: DataSource) -> tuple[nn.Module, TensorRows]:
-    """A network after one epoch on (part of) the first experience, and that experience."""
-    stream = make_stream(cell, source)
-    RNGManager.set_random_seeds(cell.seed)
-    model = make_model(cell, stream)
-    experience = stream.benchmark.train_stream[0]
-    rows = experience_rows(stream, experience)
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=cell.learning_rate),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=cell.batch_size,
-        plugins=[FastData(stream)],
-        evaluator=None,
-    )
-    strategy.train(experience, eval_streams=[])
-    return model, rows
-
-
-def _compare(
-    cell: RunSettings,
-    fisher_type: str,
-    model: nn.Module,
-    rows: TensorRows,
-    batch_size: int,
-    *,
-    tolerance: float,
-) -> dict[str, Any]:
-    """Largest difference between the two importances, relative to the built-in's largest."""
-    builtin = EWCPlugin(1.0).compute_importances(
-        model, nn.CrossEntropyLoss(), _no_optimizer(model), rows, torch.device("cpu"), batch_size
-    )
-    ours = diagonal_fisher(
-        model,
-        list(rows.batches(batch_size)),
-        fisher_type,
-        forward=lambda m, batch: avalanche_forward(m, batch[0], batch[2]),
-    )
-    pairs = [(fisher, builtin[name].data) for name, fisher in ours.items()]
-    scale = max(float(b.abs().max()) for _, b in pairs)
-    difference = max(float((a - b).abs().max()) for a, b in pairs) / scale
-    dtype = str(pairs[0][1].dtype).removeprefix("torch.")
-    return {
-        **{name: getattr(cell, name) for name in STREAM},
-        "check": f"importances, {fisher_type}, {dtype}, against built-in at batch {batch_size}",
-        "quantity": "sum of importances; largest relative difference",
-        "n": len(rows),
-        "ours": sum(float(a.sum(dtype=torch.float64)) for a, _ in pairs),
-        "builtin": sum(float(b.sum(dtype=torch.float64)) for _, b in pairs),
-        "difference": difference,
-        "ci_low": np.nan,
-        "ci_high": np.nan,
-        "tolerance": tolerance,
-        "verdict": "equal" if difference <= tolerance else "different",
-    }
-
-
-def _no_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The built-in only calls its `zero_grad`."""
-    return torch.optim.SGD(model.parameters(), lr=0.0)
-
-
-@torch.no_grad()
-def _predictions(model: nn.Module, rows: TensorRows) -> Tensor:
-    x, _, task = rows.columns
-    model.eval()
-    return avalanche_forward(model, x, task).argmax(dim=1)
-
-
-@contextmanager
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -179,7 +179,7 @@ def make_strategy(
         plugins=[] if plugin is None else [plugin],
         evaluator=EvaluationPlugin(loggers=[BaseLogger()]),
     )
-    strategy.experience = SimpleNamespace(logging=lambda: None)  # without task labels
+    strategy.experience = SimpleNamespace(logging=lambda: None, dataset=[])  # without task labels
     if plugin is not None:
         plugin.before_training_exp(strategy)
     strategy.clock.train_exp_counter = T

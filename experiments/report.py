@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from experiments import tables
 from experiments.data import DataSource
 from experiments.parity import parity_table
 from experiments.plots import LABELS, plot_all
-from experiments.settings import PENALISED, Job, RunSettings, Tune
+from experiments.settings import Job, RunSettings, Tune
 from experiments.store import Store
 
 SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
@@ -33,6 +34,7 @@ def write_report(
     store: Store,
     cells: Sequence[RunSettings],
     source: DataSource,
+    numerical: Sequence[dict[str, Any]],
     console: Console,
 ) -> None:
     """Writes every table and plot of the folder, and prints the summary and the comparison.
@@ -42,6 +44,7 @@ def write_report(
         store: The folder's results.
         cells: What the job consisted of.
         source: Where the images came from.
+        numerical: Rows of the numerical checks against the built-in; none if nothing is compared.
         console: Where to print.
     """
     accuracy, runs = store.rebuild()
@@ -53,9 +56,9 @@ def write_report(
     print_summary(summary[summary["config_hash"].isin(mine)], console)
     if isinstance(job, Tune):
         print_chosen(summary, console)
-    if job.compares and {cell.method for cell in cells} >= set(PENALISED):
-        console.print("Comparing with Avalanche's built-in EWC ...")
-        parity = parity_table(runs, cells, source)
+    if numerical:
+        console.print("Compared with Avalanche's built-in EWC:")
+        parity = parity_table(runs, numerical)
         tables.write(parity, store.folder, tables.PARITY)
         print_parity(parity, console)
     print_troubles(runs[runs["config_hash"].isin(mine)], console)
@@ -65,8 +68,8 @@ def write_report(
     )
 
 
-def write_environment(folder: Path, source: DataSource) -> None:
-    """Writes what the numbers were computed with to `environment.json`."""
+def write_environment(folder: Path, source: DataSource | None) -> None:
+    """Writes what the numbers were computed with to `environment.json`; None: data were drawn."""
     environment = {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m experiments", *sys.argv[1:]]),
@@ -78,8 +81,8 @@ def write_environment(folder: Path, source: DataSource) -> None:
         "processor": platform.processor() or platform.machine(),
         "threads_per_run": 1,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "dataset": source.name,
-        "dataset_checksum_md5": source.checksum,
+        "dataset": source and source.name,
+        "dataset_checksum_md5": source and source.checksum,
         "packages": {name: _version(name) for name in PACKAGES},
     }
     tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from experiments.data import DataSource
 from experiments.fast_data import FastData
 from experiments.metrics import METRICS, continual_metrics
 from experiments.models import make_model
+from experiments.result import RunResult
 from experiments.settings import RunSettings
 from experiments.streams import Stream, make_stream
 
@@ -34,19 +35,6 @@ EVAL_METRIC = re.compile(r"(Top1_Acc|Loss)_Exp/eval_phase/test_stream/.*Exp(\d+)
 MIB = 2**20
 
 Observer = Callable[[int, float], None]  # (experiences done, mean accuracy on those)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What one run leaves behind, as plain data.
-
-    Attributes:
-        record: The run's row of `runs.csv`.
-        rows: Its rows of `accuracy.csv`.
-    """
-
-    record: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(

@@ -27,6 +27,7 @@ Optimizer = Literal["adam", "sgd"]
 DataPath = Literal["fast", "classic"]
 N_CLASSES = 10
 PENALISED: tuple[Method, ...] = ("avalanche-ewc", "ewc")
+STREAM = ("benchmark", "dataset", "scenario")  # the settings that name a stream
 
 # Enough passes for Naive to forget what it has learned.
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
@@ -35,11 +36,12 @@ DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("permuted", "mnist"): 1,
     ("permuted", "digits"): 20,
 }
+DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 256, "digits": 128}
 # What `python -m experiments tune` chose on validation data for the settings of the main job; a
 # test holds these numbers to results/tuning.
 CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
-    ("split", "mnist", "task", "ewc"): 1e5,
-    ("split", "mnist", "task", "avalanche-ewc"): 1e5,
+    ("split", "mnist", "task", "ewc"): 1e4,
+    ("split", "mnist", "task", "avalanche-ewc"): 1e6,
     ("permuted", "mnist", "domain", "ewc"): 30.0,
     ("permuted", "mnist", "domain", "avalanche-ewc"): 300.0,
     ("split", "digits", "task", "ewc"): 1e9,
@@ -172,8 +174,8 @@ class Grid(Job):
     epochs: int | None = None
     """Passes over the data of each experience. Unset: 4 on split MNIST (at one, Naive has not
     forgotten yet), 1 on permuted MNIST, 40 and 20 on the digits."""
-    batch_size: int = 128
-    """Samples per training mini-batch."""
+    batch_size: int | None = None
+    """Samples per training mini-batch. Unset: 256 on MNIST, 128 on the digits."""
     optimizer: Optimizer = "adam"
     """Optimizer; no weight decay, no momentum for sgd."""
     learning_rate: float = 1e-3
@@ -197,6 +199,7 @@ class Grid(Job):
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """The settings of every run; methods without a penalty run once per seed."""
         epochs = DEFAULT_EPOCHS[self.benchmark, dataset] if self.epochs is None else self.epochs
+        batch_size = DEFAULT_BATCH_SIZE[dataset] if self.batch_size is None else self.batch_size
         for seed in self.seeds:
             for method in self.methods:
                 base = RunSettings(
@@ -207,6 +210,7 @@ class Grid(Job):
                     seed,
                     n_experiences=self.experiences,
                     epochs=epochs,
+                    batch_size=batch_size,
                     **{name: getattr(self, name) for name in _SHARED},
                 )
                 yield from self._penalties(base) if method in PENALISED else (base,)
@@ -225,7 +229,7 @@ class Grid(Job):
 
 
 _SHARED = (  # fields of `Grid` and of `RunSettings` alike
-    *("batch_size", "optimizer", "learning_rate", "model", "hidden_size"),
+    *("optimizer", "learning_rate", "model", "hidden_size"),
     *("hidden_layers", "dropout", "validation", "data_path", "device"),
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import tables
-from experiments.run import RunResult
+from experiments.result import RunResult
 
 PARTS = "parts"
 

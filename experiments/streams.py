@@ -6,8 +6,9 @@ whole-array operations; `fast_data` compares the two on real items before it use
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,57 @@ from experiments.settings import N_CLASSES, RunSettings
 MNIST_NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
 
 
-Samples = Callable[[str, int], tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class Images:
+    """Images that are picked, and their pixels permuted, when they are asked for.
+
+    Every experience shares `images`, so that a stream of many needs no more memory than one.
+
+    Attributes:
+        images: All normalised images of the dataset, [M, 1, H, W] float32.
+        indices: Those meant, in their order, [N] int64.
+        pixels: Orders of the pixels, [E, H * W] int64; None where they stay as they are.
+        which: The row of `pixels` for each image, [N] int64; all zero if E is 1.
+    """
+
+    images: Tensor
+    indices: Tensor
+    pixels: Tensor | None = None
+    which: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
+        """The images at `rows`: [1, H, W] for an int, else [N, 1, H, W]."""
+        if isinstance(rows, int):
+            return self[torch.tensor([rows])][0]
+        picked = self.images.index_select(0, self.indices[rows])
+        if self.pixels is None:
+            return picked
+        assert self.which is not None
+        flat = picked.flatten(1)
+        if len(self.pixels) == 1:
+            return flat.index_select(1, self.pixels[0]).view_as(picked)
+        return flat.gather(1, self.pixels.index_select(0, self.which[rows])).view_as(picked)
+
+    def part(self, rows: slice | Tensor) -> Images:
+        """The images at `rows`, not made yet."""
+        which = None if self.which is None else self.which[rows]
+        return replace(self, indices=self.indices[rows], which=which)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Images]) -> Images:
+        """Parts of the same dataset, one after the other."""
+        indices = torch.cat([part.indices for part in parts])
+        if parts[0].pixels is None:
+            return Images(parts[0].images, indices)
+        pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
+        which = [torch.full_like(part.indices, e) for e, part in enumerate(parts)]
+        return Images(parts[0].images, indices, pixels, torch.cat(which))
+
+
+Samples = Callable[[str, int], tuple[Images, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +89,8 @@ class Stream:
 
     Attributes:
         benchmark: Avalanche's, with `train_stream` and `test_stream`.
-        samples: (stream name, experience) -> transformed images [N, 1, H, W] float32 and classes
-            [N] int64, in the order of the experience's dataset.
+        samples: (stream name, experience) -> transformed images and classes [N] int64, in the
+            order of the experience's dataset.
         image_size: Pixels per image.
         classes_per_experience: Size of a head that serves one experience.
     """
@@ -80,7 +131,7 @@ def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str 
     ordered = _ordered_samples(benchmark, train, test)
     per_experience = N_CLASSES // run.n_experiences
 
-    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
         images, classes = ordered(stream, experience)
         from_zero = options["class_ids_from_zero_in_each_exp"]
         return images, classes - experience * per_experience if from_zero else classes
@@ -116,10 +167,11 @@ def _permuted(
         )
     ordered = _ordered_samples(benchmark, train, test)
 
-    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
         images, classes = ordered(stream, experience)
         # Normalising is elementwise, so that it commutes with permuting.
-        return images.flatten(1)[:, permutations[experience]].view_as(images), classes
+        pixels = permutations[experience].unsqueeze(0)
+        return replace(images, pixels=pixels, which=torch.zeros_like(classes)), classes
 
     return Stream(benchmark, samples, size, N_CLASSES)
 
@@ -138,15 +190,12 @@ def _ordered_samples(benchmark: Any, train: ImageDataset, test: ImageDataset) ->
         for name, part in (("train", train), ("test", test))
     }
 
-    last: dict[str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # permuted MNIST mostly repeats it
-
-    def samples(stream: str, experience: int) -> tuple[Tensor, Tensor]:
+    @functools.cache
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
         images, classes = columns[stream]
         # With a dataset per experience, Avalanche counts on through their concatenation.
         indices = torch.as_tensor(patterns[stream][experience]) % len(classes)
-        if stream not in last or not torch.equal(last[stream][0], indices):
-            last[stream] = indices, (images[indices], classes[indices])
-        return last[stream][1]
+        return Images(images, indices), classes[indices]
 
     return samples
 

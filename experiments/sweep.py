@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
-import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,17 +22,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments import worker
 from experiments.data import DataSource
-from experiments.run import RunResult, run
+from experiments.result import RunResult
 from experiments.settings import RunSettings
 from experiments.store import Store
 
 POLL_S = 0.25
 RATE_WINDOW_S = 600.0  # the time left is estimated from the last ten minutes
 
-Event = tuple[str, int, float]  # run id, experiences done, mean accuracy on them
-
-_events: Queue[Event] | None = None  # in a worker process: where it tells how far it is
+Outcome = RunResult | list[dict[str, Any]]  # of a run, or of a check
 
 
 class WorkerDiedError(ChildProcessError):
@@ -50,7 +46,8 @@ def sweep(
     jobs: int,
     console: Console,
     force: bool = False,
-) -> None:
+    checks: Sequence[RunSettings] = (),
+) -> list[dict[str, Any]]:
     """Runs what the store does not hold yet; each result is stored as soon as it is there.
 
     Args:
@@ -61,6 +58,10 @@ def sweep(
             on their number.
         console: Where progress is shown.
         force: Repeat what the store holds.
+        checks: Cells on whose streams our importances are compared with the built-in's.
+
+    Returns:
+        The rows of those numerical checks.
 
     Raises:
         WorkerDiedError: A process was killed or ran out of memory.
@@ -69,39 +70,57 @@ def sweep(
     wanted = [cell for cell in cells if cell.run_id not in finished]
     if held := len(cells) - len(wanted):
         console.print(f"{held} of {len(cells)} runs are done already (--force repeats them).")
-    if not wanted:
-        return
+    rows: list[dict[str, Any]] = []
+    if not wanted and not checks:
+        return rows
     run_all = _here if jobs == 1 else _in_processes
     with _Display(wanted, console) as display:
-        for result in run_all(wanted, source, display, min(jobs, len(wanted))):
-            store.add(result)
-            display.finish(result)
+        for outcome in run_all(wanted, checks, source, display, min(jobs, len(wanted + [*checks]))):
+            if isinstance(outcome, RunResult):
+                store.add(outcome)
+                display.finish(outcome)
+            else:
+                rows += outcome
+    return rows
 
 
 def _here(
-    cells: Sequence[RunSettings], source: DataSource, display: _Display, jobs: int
-) -> Iterator[RunResult]:
+    cells: Sequence[RunSettings],
+    checks: Sequence[RunSettings],
+    source: DataSource,
+    display: _Display,
+    jobs: int,
+) -> Iterator[Outcome]:
     """One run after the other in this process, with one thread as in the others."""
+    from experiments.run import run  # and with it Avalanche
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for cell in cells:
             display.update(cell.run_id, 0, 0.0)
             yield run(cell, source, functools.partial(display.update, cell.run_id))
+        for cell in checks:
+            yield worker.check_cell(cell, source)
     finally:
         torch.set_num_threads(threads)
 
 
 def _in_processes(
-    cells: Sequence[RunSettings], source: DataSource, display: _Display, jobs: int
-) -> Iterator[RunResult]:
-    """Runs as they end, in processes that are given up when the caller stops asking."""
+    cells: Sequence[RunSettings],
+    checks: Sequence[RunSettings],
+    source: DataSource,
+    display: _Display,
+    jobs: int,
+) -> Iterator[Outcome]:
+    """Outcomes as they come, from processes that are given up when the caller stops asking."""
     context = multiprocessing.get_context("spawn")
-    events: Queue[Event] = context.Queue()
-    executor = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(events,))
-    pending: set[Future[RunResult]] = set()
+    events: Queue[worker.Event] = context.Queue()
+    executor = ProcessPoolExecutor(jobs, context, initializer=worker.start, initargs=(events,))
+    pending: set[Future[Outcome]] = set()
     try:
-        pending = {executor.submit(_run, cell, source) for cell in cells}
+        pending = {executor.submit(worker.run_cell, cell, source) for cell in cells}
+        pending |= {executor.submit(worker.check_cell, cell, source) for cell in checks}
         while pending:
             done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
             while not events.empty():
@@ -118,29 +137,6 @@ def _in_processes(
             for process in list((executor._processes or {}).values()):
                 process.terminate()
         executor.shutdown(cancel_futures=True)
-
-
-def _start_worker(events: Queue[Event]) -> None:
-    global _events
-    _events = events
-    # A killed parent can't end its workers, and they would wait for it for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # third parties' notes, once per process
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run(cell: RunSettings, source: DataSource) -> RunResult:
-    assert _events is not None
-    send = _events.put
-    send((cell.run_id, 0, 0.0))
-    return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)))
 
 
 class _Display:
