@@ -141,11 +141,14 @@ def _demonstration() -> dict[str, Any]:
         row = {"method": label}
         for task in sorted(last["eval_task"].unique()):
             values = accuracy.get_group((method, task))
-            row[f"task {task + 1}"] = f"{values.mean():.3f} ({values.min():.3f}-{values.max():.3f})"
+            spread = f" ({values.min():.3f}-{values.max():.3f})" if len(values) > 1 else ""
+            row[f"task {task + 1}"] = f"{values.mean():.3f}{spread}"
         rows.append(row)
     return {
         "demonstration_table": _markdown(pd.DataFrame(rows)),
-        "demonstration_seeds": last["seed"].nunique(),
+        "demonstration_seeds": "one seed"
+        if last["seed"].nunique() == 1
+        else f"mean and range of {last['seed'].nunique()} seeds",
         "loop_ratio_low": f"{fisher['ratio'].min():.0f}",
         "loop_ratio_high": f"{fisher['ratio'].max():.0f}",
         "loop_difference": f"{fisher['largest_difference'].max():.0e}",
