@@ -59,6 +59,8 @@ def _count(minimum: int) -> pa.Column:
 _SETTINGS = _setting_columns()
 SETTING_NAMES = tuple(_SETTINGS)
 
+# Of `ewc_plugin.TidyCSVLogger`'s files alone: our own runs test on one stream.
+LOGGER_COLUMNS = ("stream", "task")
 ACCURACY = pa.DataFrameSchema(
     {
         "run_id": _text(),
@@ -69,8 +71,10 @@ ACCURACY = pa.DataFrameSchema(
         "accuracy": _number(_FRACTION),
         "loss": _number(nullable=True),
         "n_samples": _count(1),
+        "stream": _text(required=False),
+        "task": pa.Column("Int64", nullable=True, coerce=True, required=False),
     },
-    unique=["run_id", "train_exp", "eval_exp"],
+    unique=["run_id", "stream", "train_exp", "eval_exp"],
     strict=True,
     name="accuracy.csv",
 )
@@ -140,13 +144,12 @@ class TableError(ValueError):
 
 def empty(schema: Schema) -> pd.DataFrame:
     """A table of the schema without rows."""
-    return pd.DataFrame(columns=list(schema.columns))
+    return pd.DataFrame(columns=[name for name in schema.columns if name not in LOGGER_COLUMNS])
 
 
 def frame(rows: Iterable[dict[str, Any]], schema: Schema) -> pd.DataFrame:
     """The rows as a table, columns in the schema's order and types; checked."""
-    table = pd.DataFrame(list(rows), columns=list(schema.columns))
-    return check(table, schema)
+    return check(pd.DataFrame(list(rows), columns=list(empty(schema))), schema)
 
 
 def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
