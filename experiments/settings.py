@@ -111,6 +111,20 @@ class RunSettings:
         name = f"{self.benchmark}-{self.dataset}-{self.scenario}-{self.method}"
         return f"{name}-{self.config_hash}-s{self.seed}"
 
+    @property
+    def stream(self) -> RunSettings:
+        """The settings that decide the stream: what has the same ones can share it."""
+        return RunSettings(
+            self.benchmark,
+            self.dataset,
+            self.scenario,
+            "naive",
+            # The classes are split in the same order whatever the seed.
+            self.seed if self.benchmark == "permuted" else 0,
+            n_experiences=self.n_experiences,
+            validation=self.validation,
+        )
+
 
 @dataclass(frozen=True)
 class Job:
