@@ -11,7 +11,8 @@ from typing import Annotated, get_type_hints
 import tyro
 from rich.console import Console
 
-from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Tune
+from experiments.command_line import checked_arguments, unknown
+from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
@@ -20,8 +21,10 @@ Command = (
     Annotated[Main, tyro.conf.subcommand("main")]
     | Annotated[SplitMnist, tyro.conf.subcommand("split-mnist")]
     | Annotated[PermutedMnist, tyro.conf.subcommand("permuted-mnist")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
+JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
@@ -63,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_job(arguments: list[str], console: Console) -> None:
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["main", *arguments]  # options without a command are the main job's
+    if arguments and not arguments[0].startswith("-"):
+        name, *rest = arguments
+        if name not in JOBS:
+            raise unknown(name, "a command", [*JOBS, *STUDIES])
+        arguments = [name, *checked_arguments(name, JOBS[name], rest)]
     studies = "".join(f"\n    {name}: {what}" for name, what in STUDIES.items())
     job: Job = tyro.cli(
         Command,  # type: ignore[arg-type]
@@ -74,16 +82,18 @@ def _run_job(arguments: list[str], console: Console) -> None:
     )
     from experiments.jobs import run_job  # after --help and errors, which need not wait for it
 
+    console.quiet = job.quiet
     run_job(job, console)
 
 
 def _run_study(name: str, arguments: list[str]) -> None:
     module = import_module(f"experiments.{name.replace('-', '_')}")
+    kind = get_type_hints(module.run)["settings"]
     settings = tyro.cli(
-        get_type_hints(module.run)["settings"],
+        kind,
         prog=f"python -m experiments {name}",
         description=module.__doc__,
-        args=arguments,
+        args=checked_arguments(name, kind, arguments),
         config=(tyro.conf.EnumChoicesFromValues,),
     )
     module.run(settings)

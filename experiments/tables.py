@@ -6,8 +6,7 @@ their bytes are on the disk, so that a reader sees the old table or the new one,
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,6 +16,7 @@ import pandas as pd
 import pandera.pandas as pa
 from scipy import stats
 
+from experiments.files import replace_file
 from experiments.metrics import METRICS
 from experiments.settings import RunSettings
 
@@ -183,7 +183,10 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         return empty(schema)
     texts = {name: str for name, c in schema.columns.items() if c.dtype.type is str}
     try:
-        table = pd.read_csv(path, float_precision="round_trip", dtype=texts)
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("its last line is not complete")
+        table = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype=texts)
         return check(table, schema)
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
@@ -204,21 +207,6 @@ def load(folder: str | Path) -> dict[str, pd.DataFrame]:
     if not tables:
         raise TableError(f"`{folder}` holds none of {', '.join(SCHEMAS)}.")
     return tables
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes beside the file, forces the bytes to the disk, then renames over it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
