@@ -2,6 +2,10 @@
 
 import csv
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -217,3 +221,26 @@ def test_without_the_loss_it_is_empty(tmp_path):
     )
     learner.eval(benchmark().test_stream)
     assert tables.load(tmp_path)["accuracy"]["loss"].isna().all()
+
+
+def start(folder, *places):
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).parent / "killed_run.py"
+    command = [sys.executable, "-W", "ignore", str(script), str(folder), *places]
+    return subprocess.run(command, cwd=script.parents[1]).returncode
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole) == 0
+    places = ("evaluation", "training")
+    assert start(killed, *places) == -signal.SIGKILL
+    assert keys(killed / "accuracy.csv")[-2:] == [(1, 3), (2, 0)]
+    assert start(killed, *places) == -signal.SIGKILL
+    assert start(killed, *places) == 0
+    ours, expected = (torch.load(f / "weights.pt", weights_only=True) for f in (killed, whole))
+    for name, weight in expected.items():
+        assert torch.equal(ours[name], weight), name
+    assert (killed / "accuracy.csv").read_bytes() == (whole / "accuracy.csv").read_bytes()
+    assert len(tables.load(killed)["accuracy"]) == 5 * 4
