@@ -11,7 +11,7 @@ from typing import Annotated, get_type_hints
 import tyro
 from rich.console import Console
 
-from experiments.command_line import checked_arguments, unknown
+from experiments.command_line import checked_arguments, parse, unknown
 from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
@@ -60,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ChildProcessError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        line = f"error: {error.strerror or error}{where}; what was finished is stored."
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        return 2
     return 0
 
 
@@ -72,13 +77,12 @@ def _run_job(arguments: list[str], console: Console) -> None:
             raise unknown(name, "a command", [*JOBS, *STUDIES])
         arguments = [name, *checked_arguments(name, JOBS[name], rest)]
     studies = "".join(f"\n    {name}: {what}" for name, what in STUDIES.items())
-    job: Job = tyro.cli(
-        Command,  # type: ignore[arg-type]
+    job: Job = parse(
+        Command,
+        arguments,
         prog="python -m experiments",
         description=f"{__doc__}\n\nFurther commands (each with its own --help):{studies}",
         default=Main(),
-        args=arguments,
-        config=(tyro.conf.EnumChoicesFromValues,),
     )
     from experiments.jobs import run_job  # after --help and errors, which need not wait for it
 
@@ -89,12 +93,11 @@ def _run_job(arguments: list[str], console: Console) -> None:
 def _run_study(name: str, arguments: list[str]) -> None:
     module = import_module(f"experiments.{name.replace('-', '_')}")
     kind = get_type_hints(module.run)["settings"]
-    settings = tyro.cli(
+    settings = parse(
         kind,
+        checked_arguments(name, kind, arguments),
         prog=f"python -m experiments {name}",
         description=module.__doc__,
-        args=checked_arguments(name, kind, arguments),
-        config=(tyro.conf.EnumChoicesFromValues,),
     )
     module.run(settings)
 

@@ -5,14 +5,19 @@ What is misspelt is said in one line with the nearest valid name, before the par
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +51,39 @@ def checked_arguments(command: str, settings: type, arguments: list[str]) -> lis
     from_file = list(_from_file(file, command, valid))
     _check(command, valid, from_file)
     return [*from_file, *arguments]
+
+
+def parse(kind: Any, arguments: list[str], **options: Any) -> Any:
+    """What the parser makes of arguments, whose errors become one line.
+
+    Args:
+        kind: Dataclass, or union of such.
+        arguments: To parse.
+        options: Of `tyro.cli`.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        ValueError: An argument is not valid.
+    """
+    printed = io.StringIO()
+    config = (tyro.conf.EnumChoicesFromValues,)
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=arguments, config=config, **options)
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        raise ValueError(_out_of_its_box(printed.getvalue())) from None
+
+
+def _out_of_its_box(text: str) -> str:
+    """The first paragraph of a framed message with a title."""
+    _, *lines = [line.strip(" │╭╮╰╯") for line in text.strip().splitlines()]
+    paragraphs = groupby(lines, key=lambda line: bool(line.strip("─-")))  # else it is a rule
+    first = next((list(some) for is_text, some in paragraphs if is_text), [text])
+    return re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(first))
 
 
 def unknown(name: str, what: str, valid: Iterable[str]) -> ValueError:

@@ -30,9 +30,10 @@ def run_cells(job: Job, console: Console) -> tuple[pd.DataFrame, Path]:
         The job's rows of `runs.csv`, and the folder.
     """
     store, cells, source = jobs.run_cells(job, console)
-    _, runs = store.rebuild()
-    tables.write(tables.summarise(runs), store.folder, tables.SUMMARY)
-    write_environment(store.folder, source)
+    with store.lock:
+        _, runs = store.rebuild()
+        tables.write(tables.summarise(runs), store.folder, tables.SUMMARY)
+        write_environment(store.folder, source)
     return runs[runs["run_id"].isin([cell.run_id for cell in cells])], store.folder
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.metrics import Matrix, seen_accuracy
-from experiments.tables import interval
+from experiments.tables import distinctions, interval
 
 GROUP = ["benchmark", "dataset", "scenario"]
 CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
@@ -46,30 +46,33 @@ def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     done = runs.loc[runs["status"] == "ok", ["run_id", "config_hash"]]
     rows = accuracy.merge(done, on="run_id")
+    told = distinctions(runs[runs["status"] == "ok"])
     files = []
     for key, group in rows.groupby(GROUP, sort=False):
         name, title = "-".join(map(str, key)), f"{key[0]} {key[1]}, {key[2]}-incremental"
         for kind, draw in (("matrix", _draw_matrices), ("accuracy", _draw_curves)):
-            figure = draw(group, title)
+            figure = draw(group, title, told)
             files.append(folder / f"{kind}-{name}.png")
             figure.savefig(files[-1], dpi=DPI, bbox_inches="tight", metadata={"Software": None})
             plt.close(figure)
     return files
 
 
-def _cells(group: pd.DataFrame) -> dict[str, tuple[str, np.ndarray]]:
+def _cells(group: pd.DataFrame, told: dict[str, str]) -> dict[str, tuple[str, np.ndarray]]:
     """Per cell of the grid its label, its method and its matrices over seeds [n, T + 1, T]."""
     cells = {}
     several = group.groupby("method")["config_hash"].nunique()
     order = sorted(
         group.groupby(CELL_OF_GROUP, dropna=False), key=lambda kv: list(LABELS).index(kv[0][0])
     )
-    for (method, fisher_type, ewc_lambda, _), cell in order:
+    for (method, fisher_type, ewc_lambda, config_hash), cell in order:
         label = LABELS[method]
         if pd.notna(ewc_lambda):
             label += f", λ = {ewc_lambda:g}"
         if several[method] > 1 and pd.notna(fisher_type):
             label += f", {fisher_type}"
+        if told[config_hash]:
+            label += f", {told[config_hash]}"
         cells[label] = (method, np.stack([_matrix(run) for _, run in cell.groupby("run_id")]))
     return cells
 
@@ -81,8 +84,8 @@ def _matrix(run: pd.DataFrame) -> Matrix:
     return matrix
 
 
-def _draw_matrices(group: pd.DataFrame, title: str) -> plt.Figure:
-    cells = _cells(group)
+def _draw_matrices(group: pd.DataFrame, title: str, told: dict[str, str]) -> plt.Figure:
+    cells = _cells(group, told)
     columns = min(len(cells), 4)
     rows = -(-len(cells) // columns)
     figure, axes = plt.subplots(
@@ -117,8 +120,8 @@ def _draw_matrices(group: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def _draw_curves(group: pd.DataFrame, title: str) -> plt.Figure:
-    cells = _cells(group)
+def _draw_curves(group: pd.DataFrame, title: str, told: dict[str, str]) -> plt.Figure:
+    cells = _cells(group, told)
     per_method = pd.Series([method for method, _ in cells.values()]).value_counts()
     many = len(cells) > MOST_BANDS
     figure, axis = plt.subplots(figsize=(9.8 if many else 6.4, 4.2), layout="constrained")

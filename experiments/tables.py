@@ -232,6 +232,33 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return frame(rows, SUMMARY)
 
 
+def distinctions(runs: pd.DataFrame) -> dict[str, str]:
+    """What tells the cells of a grid apart besides their label, by config hash.
+
+    Args:
+        runs: Rows of `runs.csv`.
+
+    Returns:
+        Such as `epochs 4, mode online`: the settings in which a cell differs from others of its
+        benchmark, dataset, scenario and method; "" where there are none.
+    """
+    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
+    told = {}
+    for _, alike in runs.groupby(["benchmark", "dataset", "scenario", "method"], sort=False):
+        cells = alike.drop_duplicates("config_hash")
+        varied = [name for name in names if cells[name].nunique(dropna=False) > 1]
+        for cell in cells.to_dict("records"):
+            values = [f"{n.replace('_', ' ')} {_shown(cell[n])}" for n in varied]
+            told[cell["config_hash"]] = ", ".join(values)
+    return told
+
+
+def _shown(value: Any) -> str:
+    if pd.isna(value):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def interval(values: np.ndarray[Any, Any], confidence: float = CONFIDENCE) -> dict[str, float]:
     """n, mean, sample standard deviation and Student's interval for the mean.
 
