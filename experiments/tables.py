@@ -27,6 +27,7 @@ MARGIN = 0.01  # of the equivalence tests, in accuracy; fixed before any run
 
 _FRACTION = pa.Check.in_range(0, 1)
 _SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
+_INT_OR_NONE = pd.Int64Dtype()
 
 
 def _setting_columns() -> dict[str, pa.Column]:
@@ -39,7 +40,10 @@ def _setting_columns() -> dict[str, pa.Column]:
         kind = next(k for k in kinds if k is not type(None))
         # Not required where it may be None: a setting can be added and old tables still be read.
         columns[name] = pa.Column(
-            _SETTING_TYPES[kind], nullable=nullable, coerce=True, required=not nullable
+            _INT_OR_NONE if kind is int and nullable else _SETTING_TYPES[kind],
+            nullable=nullable,
+            coerce=True,
+            required=not nullable,
         )
     return columns
 
@@ -116,11 +120,12 @@ PARITY = pa.DataFrameSchema(
         "difference": _number(nullable=True),
         "ci_low": _number(nullable=True),
         "ci_high": _number(nullable=True),
-        "tolerance": _number(pa.Check.ge(0)),
+        "tolerance": _number(pa.Check.ge(0), nullable=True),
         "verdict": _text(
             checks=pa.Check.isin([
                 "equal",
                 "different",
+                "measured",
                 "equivalent",
                 "better",
                 "worse",
