@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.comparison import checked_cells
 from experiments.data import DataSource, find_data
-from experiments.parity import checked_cells
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
 from experiments.store import Store

@@ -183,7 +183,7 @@ class Trial:
 
 
 class _Watch(SupervisedPlugin):
-    """Notes when the last epoch ended; stops a run whose loss is not finite, or after so many steps."""
+    """Notes when the last epoch ended; stops a run that diverged or has all its iterations."""
 
     def __init__(self, iterations: int | None) -> None:
         super().__init__()

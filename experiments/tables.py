@@ -136,7 +136,34 @@ PARITY = pa.DataFrameSchema(
     strict=True,
     name="parity.csv",
 )
-SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY)}
+REPRODUCE = pa.DataFrameSchema(
+    {
+        "protocol": _text(),
+        "source": _text(),
+        "setting": _text(),
+        "reduced": _text(nullable=True),
+        "arm": _text(unique=True),
+        **{k: _SETTINGS[k] for k in ("scenario", "method", "fisher_type", "ewc_lambda")},
+        "reference": _number(_FRACTION, nullable=True),
+        "reference_where": _text(nullable=True),
+        "rule": _text(nullable=True),
+        "n": _count(0),
+        "diverged": _count(0),
+        **{k: _number(nullable=True) for k in ("mean", "std", "ci_low", "ci_high")},
+        "run_s": _number(pa.Check.ge(0), nullable=True),
+        "fisher_s": _number(pa.Check.ge(0), nullable=True),
+        "against": _text(nullable=True),
+        **{f"difference{k}": _number(nullable=True) for k in ("", "_ci_low", "_ci_high")},
+        "verdict": _text(
+            nullable=True,
+            checks=pa.Check.isin(["equivalent", "better", "worse", "undecided"]),
+        ),
+        "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
+    },
+    strict=True,
+    name="reproduce.csv",
+)
+SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY, REPRODUCE)}
 
 
 class TableError(ValueError):
@@ -192,7 +219,7 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
 
 
 def load(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`).
+    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`, ...).
 
     Raises:
         TableError: The folder holds none of them, or one that does not fit its schema.

@@ -1,16 +1,14 @@
 """Permuted MNIST, ten tasks: does EWC with predicted labels average 0.94?
 
 The source leaves the network's width, the optimizer, its rate and lambda open. The search tried
-larger networks, more epochs, other rates and SGD on validation images; none of what was affordable
-beat two layers of 256 in one epoch by much.
+wider networks, more epochs and lower rates on validation images; none of what was affordable passed
+0.915.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
 
 ONLINE = {"mode": "online", "decay_factor": 1.0}
-SEPARATE = {"mode": "separate"}
 PREDICTED = {"method": "ewc", "fisher_type": "predicted"}
-SGD = {"optimizer": "sgd", "learning_rate": 0.1, "penalty_step": "implicit"}
 WIDE = {"hidden_size": 800, "epochs": 1}
 WIDER = {"hidden_size": 400, "epochs": 3}
 NAIVE = "Naive"
@@ -52,15 +50,6 @@ PROTOCOL = Protocol(
             {**PREDICTED, **ONLINE, **WIDE, "learning_rate": rate, "ewc_lambda": ewc_lambda}
             for rate, ewc_lambda in ((3e-4, 30.0), (3e-4, 100.0), (1e-3, 30.0))
         ),
-        {**PREDICTED, **ONLINE, **SGD, "hidden_size": 400, "epochs": 2, "ewc_lambda": 10.0},
-        {
-            **PREDICTED,
-            **ONLINE,
-            "hidden_size": 800,
-            "epochs": 2,
-            "learning_rate": 1e-4,
-            "ewc_lambda": 300.0,
-        },
     ),
     digits={"epochs": 10, "hidden_size": 32, "batch_size": 32, "n_experiences": 3},
 )
