@@ -118,8 +118,9 @@ class InBuiltinOrder(DiagonalEWCPlugin):
             ]
         if scale > 0:
             self.trace.gradient_error = max(self.trace.gradient_error, max(errors) / scale)
-        if float(total) > 0:
-            error = abs(value - float(total)) / float(total)
+        wanted_value = float(total.detach())
+        if wanted_value > 0:
+            error = abs(value - wanted_value) / wanted_value
             self.trace.value_error = max(self.trace.value_error, error)
 
 
@@ -383,6 +384,6 @@ def total(tensors: Tensors) -> float:
 def _words(run: RunSettings, double: bool) -> str:
     rate = f"{run.optimizer} {run.learning_rate:g}"
     drop = f", dropout {run.dropout:g}" if run.dropout else ""
-    size = f"{run.hidden_layers}x{run.hidden_size}"
+    size = f"{run.hidden_layers}x{run.hidden_size}, batch {run.batch_size}"
     dtype = "float64" if double else "float32"
     return f"{run.mode}, {rate}{drop}, {size}, λ = {run.ewc_lambda:g}, {dtype}"
