@@ -53,6 +53,8 @@ class Parity(Job):
     """Of the curves over lambda."""
     hidden_size: int = 100
     """Units per hidden layer in the numerical checks and the curves."""
+    tables_only: bool = False
+    """Run nothing: write tables and pictures of what is there."""
 
     name = "parity"
 
@@ -116,6 +118,7 @@ def run(settings: Parity) -> pd.DataFrame:
     console = Console()
     folder = settings.folder
     source = find_data(settings.dataset, settings.data_root)
+    make = not settings.tables_only
     rows = _numerical(settings, source, console)
     if "curves" in settings.parts:
         curves = Curves(
@@ -123,10 +126,11 @@ def run(settings: Parity) -> pd.DataFrame:
             seeds=settings.curve_seeds,
             hidden_size=settings.hidden_size,
         )
-        run_curves(curves, console)
+        run_curves(curves, console, make=make)
     if "behaviour" in settings.parts:
-        run_cells(_Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds), console)
-        runs, _ = run_cells(settings, console)
+        tuning = _Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds)
+        run_cells(tuning, console, make=make)
+        runs, _ = run_cells(settings, console, make=make)
         plot_all(tables.read(folder, tables.ACCURACY), runs, folder / "plots")
     runs = tables.read(folder, tables.RUNS)
     table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], tables.PARITY)
@@ -144,7 +148,8 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
     rows = []
     for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
         file = kept / f"{name}.json"
-        if "numerical" in settings.parts and (settings.force or not file.exists()):
+        wanted = "numerical" in settings.parts and not settings.tables_only
+        if wanted and (settings.force or not file.exists()):
             tables.replace_file(file, json.dumps(list(make())))
             console.print(f"{name}: done", highlight=False)
         if file.exists():

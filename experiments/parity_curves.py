@@ -83,17 +83,18 @@ WAYS: dict[str, dict[str, Any]] = {
 COLOURS = dict(zip(WAYS, [*TYPES.values(), *BUILTIN.values()], strict=True))
 
 
-def run_curves(settings: Curves, console: Console) -> pd.DataFrame:
+def run_curves(settings: Curves, console: Console, *, make: bool = True) -> pd.DataFrame:
     """Runs the grid; writes `lambda_curves.csv` and `lambda_curves.png`.
 
     Args:
         settings: The grid.
         console: Where progress is shown.
+        make: Whether to make runs; else those that are there have to do.
 
     Returns:
         A row per way, metric and lambda.
     """
-    runs, folder = run_cells(settings, console)
+    runs, folder = run_cells(settings, console, make=make)
     table = curves(runs)
     replace_file(folder / "lambda_curves.csv", table.to_csv(index=False))
     figure = plot(table)

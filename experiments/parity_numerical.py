@@ -21,18 +21,19 @@ Rows = Callable[[], Iterator[dict[str, Any]]]
 N_LOOP = 300  # samples that the loop goes through
 FLOAT64_TOLERANCE, FLOAT32_TOLERANCE = 1e-12, 1e-4
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.05}
+GENTLE: dict[str, Any] = {**SGD, "ewc_lambda": 10.0}  # at 100, permuted MNIST diverges
 ADAM: dict[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "dropout": 0.2}
 SEPARATE: dict[str, Any] = {"mode": "separate"}
 ONLINE: dict[str, Any] = {"mode": "online", "decay_factor": 0.9}
 # Every mode with every optimizer on one head or several; what two cores have time for.
 RUNS = (
     ("split", "task", SEPARATE, SGD, ("float32", "float64")),
-    ("permuted", "domain", SEPARATE, ADAM, ("float32",)),
+    ("split", "task", SEPARATE, ADAM, ("float32",)),
     ("split", "task", ONLINE, ADAM, ("float32",)),
-    ("permuted", "domain", ONLINE, SGD, ("float32",)),
     ("split", "domain", SEPARATE, ADAM, ("float32", "float64")),
     ("split", "domain", ONLINE, SGD, ("float32",)),
-    ("split", "task", SEPARATE, ADAM, ("float32",)),
+    ("permuted", "domain", SEPARATE, ADAM, ("float32",)),
+    ("permuted", "domain", ONLINE, GENTLE, ("float32",)),
     ("permuted", "task", ONLINE, ADAM, ("float32",)),
 )
 BATCH = {"split": 256, "permuted": 512}
@@ -58,11 +59,9 @@ def checks(source: DataSource, *, hidden_size: int, seed: int) -> dict[str, Rows
             "ewc",
             seed,
             fisher_type="batched",
-            ewc_lambda=100.0,
             batch_size=BATCH[benchmark] if source.name == "mnist" else 32,
             hidden_size=hidden_size,
-            **mode,
-            **optimizer,
+            **{"ewc_lambda": 100.0, **mode, **optimizer},
         )
         for dtype in dtypes:
             name = f"{benchmark}-{scenario}-{run.mode}-{run.optimizer}"

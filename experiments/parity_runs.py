@@ -62,7 +62,7 @@ class SameDraws(SupervisedPlugin):
 class InBuiltinOrder(DiagonalEWCPlugin):
     """Ours with the penalty summed parameter by parameter and experience by experience.
 
-    Beside it, at the same weights, stands the folded penalty.
+    The folded penalty is evaluated beside it, at the same weights.
     """
 
     def __init__(self, *args: Any, trace: Trace, **options: Any) -> None:
@@ -109,7 +109,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
         pairs = self.penalty.pairs(model)
         with torch.no_grad():
             value, halves = value_and_half_gradients([p for p, _ in pairs], [q for _, q in pairs])
-            value = float(value) + sum(q.constant for _, q in pairs)
+            folded = float(value) + sum(q.constant for _, q in pairs)
             scale = max(float(g.abs().max()) for g in reference.values())
             errors = [
                 float((2 * half - reference[id(p)]).abs().max())
@@ -120,7 +120,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
             self.trace.gradient_error = max(self.trace.gradient_error, max(errors) / scale)
         wanted_value = float(total.detach())
         if wanted_value > 0:
-            error = abs(value - wanted_value) / wanted_value
+            error = abs(folded - wanted_value) / wanted_value
             self.trace.value_error = max(self.trace.value_error, error)
 
 

@@ -36,6 +36,9 @@ class Reproduce(Job):
     search: bool = False
     """Try the candidates for what the source leaves open, on validation images, instead."""
 
+    tables_only: bool = False
+    """Run nothing: write tables and pictures of the runs that are there."""
+
     compares = False
 
     @property
@@ -66,7 +69,7 @@ def run(settings: Reproduce) -> pd.DataFrame:
     if settings.search:
         return _search(settings, console)
     console.print(f"{protocol.source}\n{protocol.in_words()}", highlight=False, markup=False)
-    runs, folder = run_cells(settings, console)
+    runs, folder = run_cells(settings, console, make=not settings.tables_only)
     return write(protocol, runs, folder, console)
 
 
@@ -94,7 +97,7 @@ def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console
 
 
 def _search(settings: Reproduce, console: Console) -> pd.DataFrame:
-    run_cells(settings, console)
+    run_cells(settings, console, make=not settings.tables_only)
     summary = tables.load(settings.out or f"runs/{settings.name}")["summary"]
     rows = summary[summary["metric"] == "average_accuracy"].sort_values("mean", ascending=False)
     console.print(rows[["config_hash", "method", "ewc_lambda", "n", "mean"]].to_string(index=False))

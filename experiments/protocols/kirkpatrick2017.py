@@ -40,7 +40,7 @@ PROTOCOL = Protocol(
         ),
     ),
     seeds=(0, 1, 2),
-    reduced="one epoch and two hidden layers of 256, which is what two shared cores had time for",
+    reduced="one epoch, two hidden layers of 256; λ of the five-task benchmark's validation",
     search=(
         *(
             {**PREDICTED, **ONLINE, **WIDER, "learning_rate": rate, "ewc_lambda": ewc_lambda}
