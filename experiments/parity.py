@@ -59,12 +59,13 @@ class Parity(Job):
     name = "parity"
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """The paired runs, each method at its own lambda."""
+        """The paired runs, each method at its own lambda; seed by seed, for complete pairs."""
         chosen = self.chosen(dataset)
-        for benchmark, scenario in BENCHMARKS:
-            for method in PENALISED:
-                ewc_lambda = chosen[benchmark, scenario, method]
-                yield from _grid(benchmark, scenario, method, (ewc_lambda,), self.seeds, dataset)
+        for seed in self.seeds:
+            for benchmark, scenario in BENCHMARKS:
+                for method in PENALISED:
+                    ewc_lambda = chosen[benchmark, scenario, method]
+                    yield from _grid(benchmark, scenario, method, (ewc_lambda,), (seed,), dataset)
 
     def chosen(self, dataset: Dataset) -> dict[tuple[str, str, str], float]:
         """The lambda that were best on validation images."""

@@ -2,7 +2,7 @@
 
 from experiments.protocol import Arm, Protocol, Reference
 
-WHERE = "continual-learning-baselines, README, permuted MNIST"
+WHERE = "continual-learning-baselines, permuted MNIST, as quoted in the issue"
 NAIVE = "Naive"
 BUILTIN = {"mode": "separate", "method": "avalanche-ewc"}
 PREDICTED = {"mode": "separate", "method": "ewc", "fisher_type": "predicted"}
