@@ -28,6 +28,8 @@ JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tun
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
+    "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
+    "reproduce": "a published experiment and whether its number comes out",
     "data-speed": "what the fast data path saves",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
     "penalty-speed": "what the penalty costs per step, beside Avalanche's",

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.comparison import checked_cells
 from experiments.data import DataSource, find_data
-from experiments.parity import checked_cells
 from experiments.plan import print_plan
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
@@ -24,18 +24,22 @@ def run_job(job: Job, console: Console) -> None:
     write_report(job, store, cells, source, numerical, console)
 
 
-def run_cells(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
+def run_cells(
+    job: Job, console: Console, *, make: bool = True
+) -> tuple[Store, list[RunSettings], DataSource]:
     """Makes the runs of a job that are not there yet.
 
     Args:
         job: Whose `cells` are wanted.
         console: Where progress is shown.
+        make: Whether to; else what is there has to do.
 
     Returns:
         Where the results are, the cells, and what they ran on.
     """
     store, cells, source = _prepare(job, console)
-    _sweep(job, store, cells, source, [], console)
+    if make:
+        _sweep(job, store, cells, source, [], console)
     return store, cells, source
 
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import tables
+from experiments.comparison import parity_table
 from experiments.data import DataSource
-from experiments.parity import parity_table
 from experiments.plots import LABELS, plot_all
 from experiments.settings import Job, RunSettings, Tune
 from experiments.store import Store

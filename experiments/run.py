@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import torch
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from experiments.builtin import BuiltinEWC, in_order
 from experiments.checkpoint import read_checkpoint, restore, write_checkpoint
 from experiments.data import DataSource
-from experiments.fast_data import FastData
+from experiments.fast_data import FISHER_BATCH, FastData
 from experiments.metrics import continual_metrics
 from experiments.models import make_model
 from experiments.result import NO_SECONDS, RunResult, run_record
@@ -132,14 +134,17 @@ class Trial:
         optimizer = _OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
         fast = FastData(stream) if settings.data_path == "fast" else None
         self.method_plugins = _method_plugins(settings, fast)
-        watch = _Watch()
+        watch = _Watch(settings.iterations)
         template = JointTraining if settings.method == "joint" else Naive
         strategy = template(
             model=model,
             optimizer=optimizer,
             criterion=nn.CrossEntropyLoss(),
             train_mb_size=settings.batch_size,
-            train_epochs=settings.epochs,
+            # With a number of iterations, more epochs than they can fill: the last one is stopped.
+            train_epochs=settings.epochs
+            if settings.iterations is None
+            else settings.iterations + 1,
             eval_mb_size=EVAL_BATCH,
             device=settings.device,
             plugins=[*([fast] if fast else []), *self.method_plugins, watch],
@@ -196,19 +201,22 @@ class Trial:
 
 
 class _Watch(SupervisedPlugin):
-    """Notes when the last epoch ended, and stops a run whose loss is not finite."""
+    """Notes when the last epoch ended; stops a run that diverged or has all its iterations."""
 
-    def __init__(self) -> None:
+    def __init__(self, iterations: int | None) -> None:
         super().__init__()
+        self.iterations = iterations
         self.epochs_end = 0.0
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        clock = strategy.clock
         if not torch.isfinite(strategy.loss).all():
-            clock = strategy.clock
             raise DivergedError(
                 f"the loss is {strategy.loss.item()} in experience {clock.train_exp_counter}, "
                 f"iteration {clock.train_exp_iterations}"
             )
+        if clock.train_exp_iterations + 1 == self.iterations:  # the clock counts this one later
+            strategy.stop_training()
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         self.epochs_end = time.perf_counter()
@@ -219,7 +227,7 @@ _OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
     if settings.method == "avalanche-ewc":
-        return [EWCPlugin(settings.ewc_lambda, settings.mode, settings.decay_factor)]
+        return [BuiltinEWC(settings)]
     if settings.method == "ewc":
         return [
             DiagonalEWCPlugin(
@@ -227,12 +235,21 @@ def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
                 settings.mode,
                 settings.decay_factor,
                 fisher_type=settings.fisher_type,
-                fisher_batches=fast.fisher_batches if fast else None,
+                fisher_batches=functools.partial(_fisher_batches, settings) if fast else None,
                 normalize=settings.normalize,
                 implicit=settings.penalty_step == "implicit",
             )
         ]
     return []
+
+
+def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[torch.Tensor]]:
+    """The current experience's samples; in Avalanche's mini-batches where F depends on them."""
+    rows = in_order(strategy.experience.dataset, settings.importance_order)
+    batched = settings.fisher_type == "batched"
+    return rows.batches(
+        settings.importance_batch or settings.batch_size if batched else FISHER_BATCH
+    )
 
 
 def _state_bytes(plugin: Any) -> int:

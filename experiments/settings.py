@@ -92,6 +92,10 @@ class RunSettings:
     device: str = "cpu"
     normalize: str | None = None  # our EWC alone: what each Fisher is divided by
     penalty_step: str | None = None  # our EWC alone: "implicit", or in the gradient
+    iterations: int | None = None  # of training per experience, instead of `epochs`
+    # Mini-batches of Avalanche's definition of F alone; unset, those of training, in class order.
+    importance_batch: int | None = None
+    importance_order: str | None = None  # "shuffled"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -446,9 +450,24 @@ def _check(run: RunSettings) -> None:
     if run.ewc_lambda is not None:
         fits = math.isfinite(run.ewc_lambda) and run.ewc_lambda >= 0
         _require(fits, "ewc_lambda", ">= 0 and finite", run.ewc_lambda)
+    _check_importances(run)
     if run.mode == "online":
         given = run.decay_factor is not None and 0 <= run.decay_factor <= 1
         _require(given, "decay_factor", "between 0 and 1 in mode online", run.decay_factor)
     else:
         rule = "unset in mode separate"
         _require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)
+
+
+def _check_importances(run: RunSettings) -> None:
+    for name in ("iterations", "importance_batch"):
+        value = getattr(run, name)
+        _require(value is None or value >= 1, name, ">= 1", value)
+    order = run.importance_order
+    _require(order in (None, "shuffled"), "importance_order", "unset or 'shuffled'", order)
+    if run.importance_batch is not None or order is not None:
+        batched = run.method == "avalanche-ewc" or run.fisher_type == "batched"
+        name = "importance_batch" if order is None else "importance_order"
+        rule = "unset where F is exact per sample"
+        _require(batched, name, rule, run.importance_batch if order is None else order)
+        _require(run.data_path == "fast", "data_path", f"fast with `{name}`", run.data_path)

@@ -27,6 +27,7 @@ MARGIN = 0.01  # of the equivalence tests, in accuracy; fixed before any run
 
 _FRACTION = pa.Check.in_range(0, 1)
 _SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
+_INT_OR_NONE = pd.Int64Dtype()
 
 
 def _setting_columns() -> dict[str, pa.Column]:
@@ -39,7 +40,10 @@ def _setting_columns() -> dict[str, pa.Column]:
         kind = next(k for k in kinds if k is not type(None))
         # Not required where it may be None: a setting can be added and old tables still be read.
         columns[name] = pa.Column(
-            _SETTING_TYPES[kind], nullable=nullable, coerce=True, required=not nullable
+            _INT_OR_NONE if kind is int and nullable else _SETTING_TYPES[kind],
+            nullable=nullable,
+            coerce=True,
+            required=not nullable,
         )
     return columns
 
@@ -120,11 +124,12 @@ PARITY = pa.DataFrameSchema(
         "difference": _number(nullable=True),
         "ci_low": _number(nullable=True),
         "ci_high": _number(nullable=True),
-        "tolerance": _number(pa.Check.ge(0)),
+        "tolerance": _number(pa.Check.ge(0), nullable=True),
         "verdict": _text(
             checks=pa.Check.isin([
                 "equal",
                 "different",
+                "measured",
                 "equivalent",
                 "better",
                 "worse",
@@ -135,7 +140,34 @@ PARITY = pa.DataFrameSchema(
     strict=True,
     name="parity.csv",
 )
-SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY)}
+REPRODUCE = pa.DataFrameSchema(
+    {
+        "protocol": _text(),
+        "source": _text(),
+        "setting": _text(),
+        "reduced": _text(nullable=True),
+        "arm": _text(unique=True),
+        **{k: _SETTINGS[k] for k in ("scenario", "method", "fisher_type", "ewc_lambda")},
+        "reference": _number(_FRACTION, nullable=True),
+        "reference_where": _text(nullable=True),
+        "rule": _text(nullable=True),
+        "n": _count(0),
+        "diverged": _count(0),
+        **{k: _number(nullable=True) for k in ("mean", "std", "ci_low", "ci_high")},
+        "run_s": _number(pa.Check.ge(0), nullable=True),
+        "fisher_s": _number(pa.Check.ge(0), nullable=True),
+        "against": _text(nullable=True),
+        **{f"difference{k}": _number(nullable=True) for k in ("", "_ci_low", "_ci_high")},
+        "verdict": _text(
+            nullable=True,
+            checks=pa.Check.isin(["equivalent", "better", "worse", "undecided"]),
+        ),
+        "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
+    },
+    strict=True,
+    name="reproduce.csv",
+)
+SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY, REPRODUCE)}
 
 
 class TableError(ValueError):
@@ -193,7 +225,7 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
 
 
 def load(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`).
+    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`, ...).
 
     Raises:
         TableError: The folder holds none of them, or one that does not fit its schema.
