@@ -24,6 +24,7 @@ Command = (
 )
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
+    "report": "one HTML page about results folders, and its pictures for papers",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "data-speed": "what the fast data path saves",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
@@ -36,6 +37,8 @@ STUDIES = {
     "identities": "the three definitions of Fisher information, while networks train",
     "laplace": "EWC beside the true posterior, on problems of two parameters",
 }
+
+MODULES = {"report": "page"}  # where the module is called otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +81,7 @@ def _run_job(arguments: list[str], console: Console) -> None:
 
 
 def _run_study(name: str, arguments: list[str]) -> None:
-    module = import_module(f"experiments.{name.replace('-', '_')}")
+    module = import_module(f"experiments.{MODULES.get(name, name.replace('-', '_'))}")
     settings = tyro.cli(
         get_type_hints(module.run)["settings"],
         prog=f"python -m experiments {name}",

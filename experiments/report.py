@@ -95,6 +95,7 @@ class Cell:
     Attributes:
         metrics: Its rows of `summary.csv` by metric.
         n: Seeds.
+        config_hash: Of its settings.
     """
 
     benchmark: str
@@ -105,6 +106,7 @@ class Cell:
     ewc_lambda: str
     metrics: pd.DataFrame
     n: int
+    config_hash: str
 
 
 def by_cell(summary: pd.DataFrame) -> list[Cell]:
@@ -124,6 +126,7 @@ def by_cell(summary: pd.DataFrame) -> list[Cell]:
                 ewc_lambda=f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
                 metrics=by_metric,
                 n=int(by_metric["n"].get("average_accuracy", 0)),
+                config_hash=first["config_hash"],
             ),
         ))
     return [cell for *_, cell in sorted(cells, key=lambda entry: entry[:-1])]
