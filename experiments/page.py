@@ -198,13 +198,17 @@ def _pictures(
         drawn.append(("accuracy", plots.draw_curves(cells, title)))
     drawn += plots_runs.figures(runs, title)
     for kind, figure in drawn:
+        _settle(figure)
         _save(figure, target / f"{kind}-{_slug(title)}")
         svg = _inline(figure, f"{name}-{kind}", f"{title}: {CAPTIONS[kind]}")
         # A picture with its legend beside it, or with two panels, needs the page's width.
         wide = kind in WIDE or figure.get_figwidth() > 7
         yield Picture(CAPTIONS[kind], [svg], wide=wide)
     if cells:
-        _save(plots.draw_matrices(cells, title), target / f"matrix-{_slug(title)}")
+        together = plots.draw_matrices(cells, title)
+        _settle(together)
+        _save(together, target / f"matrix-{_slug(title)}")
+        plt.close(together)
         svgs = [
             _inline(_one_matrix(label, matrices), f"{name}-matrix-{i}", f"{title}: R of {label}")
             for i, (label, (_, matrices)) in enumerate(cells.items())
@@ -219,15 +223,18 @@ def _one_matrix(label: str, matrices: Any) -> plt.Figure:
     return figure
 
 
+def _settle(figure: plt.Figure) -> None:
+    """Arranges the figure's parts once for all its files, which takes longer than drawing them."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     """PNG on white, and SVG whose words are outlines, so that it looks alike everywhere."""
-    options: dict[str, Any] = {"bbox_inches": "tight", "facecolor": "white"}
-    figure.savefig(
-        path.with_suffix(".png"), dpi=2 * plots.DPI, metadata={"Software": None}, **options
-    )
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    figure.savefig(png, dpi=2 * plots.DPI, facecolor="white", metadata={"Software": None})
     with plt.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, **options)
-    plt.close(figure)
+        figure.savefig(svg, facecolor="white", metadata={"Date": None})
 
 
 def _inline(figure: plt.Figure, name: str, title: str) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,11 @@ import pandas as pd
 from experiments import tables
 from experiments.metrics import METRICS
 from experiments.plots import LABELS
+from experiments.report import SHOWN
 from experiments.table import best_cells
 
-SUMMARY_METRICS = (
-    *("average_accuracy", "forgetting", "learning_accuracy"),
-    *("backward_transfer", "forward_transfer"),
-)
+SUMMARY_METRICS = (*SHOWN, "forward_transfer")
+LONG = 30  # letters; a longer text may be broken into lines
 MOST_ROWS = 3000  # of a CSV; the page says what it leaves out
 
 
@@ -60,8 +60,7 @@ def summary_tables(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Page
 
     A cell none of whose runs ended well is a row too, with n = 0.
     """
-    best = {metric: best_cells(runs, metric) for metric in ("average_accuracy", "forgetting")}
-    best["learning_accuracy"] = best_cells(runs, "learning_accuracy")
+    best = {metric: best_cells(runs, metric) for metric in SHOWN}
     order = {method: i for i, method in enumerate(LABELS)}
     for (benchmark, dataset, scenario), group in runs.groupby(tables.CELL[:3], sort=False):
         varied = tables.varied_settings(group)
@@ -73,7 +72,7 @@ def summary_tables(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Page
         columns = ["method", "Fisher", "λ", *varied, *SUMMARY_METRICS, "n", "lost", "seconds"]
         numeric = [name not in ("method", "Fisher") and name not in varied for name in columns]
         rows = [_summary_row(cell, varied, best) for cell in cells]
-        yield title, group, PageTable(title, _words(columns), numeric, rows)
+        yield title, group, PageTable("Mean ± 95 % interval", _words(columns), numeric, rows)
 
 
 def _summary_row(
@@ -81,7 +80,7 @@ def _summary_row(
 ) -> list[Entry]:
     first, done = cell.iloc[0], cell[cell["status"] == "ok"]
     row = [_entry(LABELS[first["method"]]), _entry(first["fisher_type"])]
-    row += [_entry(first["ewc_lambda"]), *(_entry(first[name]) for name in varied)]
+    row += [_lambda(first["ewc_lambda"]), *(_entry(first[name]) for name in varied)]
     for metric in SUMMARY_METRICS:
         is_best = first["config_hash"] in best.get(metric, ())
         row.append(_interval(done[metric].dropna().to_numpy(float), is_best))
@@ -91,13 +90,17 @@ def _summary_row(
     return [*row, Entry(f"{seconds:.1f}" if pd.notna(seconds) else "–", _key(seconds))]
 
 
+def _lambda(value: float) -> Entry:
+    return Entry("" if pd.isna(value) else f"{value:g}", _key(value))
+
+
 def _interval(values: np.ndarray[Any, Any], is_best: bool) -> Entry:
     if not len(values):
         return Entry("–", "")
     found = tables.interval(values)
     half = found["ci_high"] - found["mean"]
     text = f"{found['mean']:.4f}" + (f" ± {half:.4f}" if pd.notna(half) else "")
-    return Entry(text, repr(found["mean"]), "best" if is_best else "")
+    return Entry(_signed(text), repr(found["mean"]), "best" if is_best else "")
 
 
 def trouble_table(runs: pd.DataFrame) -> PageTable | None:
@@ -110,7 +113,17 @@ def trouble_table(runs: pd.DataFrame) -> PageTable | None:
 
 def parity_page_table(parity: pd.DataFrame) -> PageTable:
     """The comparisons with the built-in, with their verdicts."""
-    return from_frame(parity, "Compared with Avalanche's built-in EWC")
+    words = parity[["benchmark", "dataset", "scenario"]].agg(" ".join, axis=1)
+    frame = parity.drop(columns=["benchmark", "dataset", "scenario"])
+    frame.insert(0, "verdict", frame.pop("verdict"))
+    frame.insert(0, "stream", words)
+    bounds = zip(frame.pop("ci_low"), frame.pop("ci_high"), strict=True)
+    frame["95 % interval"] = [_bounds(low, high) for low, high in bounds]
+    return from_frame(frame, "Ours compared with Avalanche's built-in EWC")
+
+
+def _bounds(low: float, high: float) -> str | None:
+    return None if pd.isna(low) else _signed(f"[{low:+.4f}, {high:+.4f}]")
 
 
 def runs_table(runs: pd.DataFrame) -> PageTable:
@@ -157,9 +170,15 @@ def _entry(value: Any, column: str = "") -> Entry:
     if isinstance(value, bool | np.bool_):
         return Entry("yes" if value else "no", str(int(value)))
     if isinstance(value, float | np.floating):
-        return Entry(f"{value:.4g}", _key(float(value)))
-    mark = str(value) if column in ("verdict", "status") else ""
-    return Entry(str(value), str(value), mark)
+        return Entry(_signed(f"{value:.4g}"), _key(float(value)))
+    text = str(value)
+    mark = text if column in ("verdict", "status") else "long" if len(text) > LONG else ""
+    return Entry(text, text, mark)
+
+
+def _signed(number: str) -> str:
+    """With a minus sign as printers have it."""
+    return re.sub(r"(?<!e)-", "−", number)
 
 
 def _key(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experiments.tables import interval, varied_settings
 GROUP = ["benchmark", "dataset", "scenario"]
 CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
 DPI = 150
+TITLE_WIDTH = 32  # letters above a matrix
 INK = "#111111"  # of words and axes
 # Okabe and Ito's colours, told apart by the colour-blind; one per method in every picture.
 COLOURS = {"naive": "#D55E00", "avalanche-ewc": "#0072B2", "ewc": "#009E73", "joint": INK}
@@ -28,6 +30,7 @@ STYLE: dict[str, Any] = {
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "grid.color": INK,
     "legend.frameon": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -158,7 +161,7 @@ def draw_matrix(axis: Axes, label: str, matrices: np.ndarray) -> Any:
                 column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
             )
     n = mean.shape[1]
-    axis.set_title(f"{label}\nn = {len(matrices)}", fontsize=9)
+    axis.set_title(f"{textwrap.fill(label, TITLE_WIDTH)}\nn = {len(matrices)}", fontsize=9)
     axis.set_xticks(range(n), [str(j + 1) for j in range(n)])
     axis.set_yticks(range(n + 1), ["none", *(str(j + 1) for j in range(n))])
     axis.spines[:].set_visible(False)
@@ -169,7 +172,7 @@ def draw_curves(cells: Cells, title: str) -> plt.Figure:
     """Average accuracy on the experiences seen, as they come."""
     per_method = pd.Series([method for method, _ in cells.values()]).value_counts()
     many = len(cells) > MOST_BANDS
-    figure, axis = plt.subplots(figsize=(9.8 if many else 6.4, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.8 if many else 5.4, 4.2), layout="constrained")
     drawn: dict[str, int] = {}
     for label, (method, matrices) in cells.items():
         i = drawn[method] = drawn.get(method, -1) + 1
@@ -179,7 +182,7 @@ def draw_curves(cells: Cells, title: str) -> plt.Figure:
     axis.set_xlabel("experiences trained on")
     axis.set_ylabel("average accuracy on those seen")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=0.12)
     if many:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.set_title(f"{title}\nmean over seeds", fontsize=10)

@@ -27,6 +27,7 @@ FISHER_COLOURS = {
     "batched": "#8C6D31",
 }
 LINES = ("-", "--", ":", "-.")
+LONG_NAME = 30  # letters; longer ones stand below each other in a legend
 OVER_LAMBDA = ("average_accuracy", "forgetting")
 
 
@@ -80,9 +81,10 @@ def draw_over_lambda(runs: pd.DataFrame, title: str) -> plt.Figure | None:
         for family in shown:
             _over_lambda(axis, family, metric)
         axis.set(xscale="log", xlabel="λ", ylabel=metric.replace("_", " "))
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=0.12)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=min(len(names), 3))
+    columns = 2 if max(map(len, names)) > LONG_NAME else min(len(names), 4)
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
     figure.suptitle(f"{title}\nmean over seeds, band: 95 % interval; ×: runs diverged", fontsize=10)
     return figure
 
@@ -125,7 +127,7 @@ def draw_time(runs: pd.DataFrame, title: str) -> plt.Figure | None:
     """Average accuracy against the seconds of training and Fisher: points as above."""
     return _draw_scatter(
         runs.assign(seconds=runs["train_s"] + runs["fisher_s"]),
-        ("seconds", "seconds of training and Fisher (runs share the machine)"),
+        ("seconds", "seconds of training and Fisher"),
         ("average_accuracy", "average accuracy"),
         title,
     )
@@ -137,7 +139,7 @@ def _draw_scatter(
     done = runs[(runs["status"] == "ok") & runs[x[0]].notna() & runs[y[0]].notna()]
     if done.empty:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.4, 4.5), layout="constrained")
     for family in families(done):
         style: dict[str, Any] = {"color": family.colour, "marker": family.marker, "linewidths": 0}
         for i, (_, cell) in enumerate(family.runs.groupby("config_hash")):
@@ -145,23 +147,23 @@ def _draw_scatter(
             axis.scatter(a, b, s=14, alpha=0.45, **style)
             label = family.label if i == 0 else None
             axis.scatter(a.mean(), b.mean(), s=60, label=label, **style)
-    _name_lambdas(axis, done, x[0], y[0])
+        _name_lambdas(axis, family, x[0], y[0])
     axis.set(xlabel=x[1], ylabel=y[1])
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=0.12)
     axis.set_title(f"{title}\nsmall: a run, large: mean over seeds", fontsize=10)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    _, names = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, names)) > LONG_NAME else 2
+    figure.legend(fontsize=8, loc="outside lower center", ncols=columns)
     return figure
 
 
-def _name_lambdas(axis: Axes, done: pd.DataFrame, x: str, y: str) -> None:
-    """Writes lambda beside the means where one method has several."""
-    for _, rows in done.dropna(subset=["ewc_lambda"]).groupby("method"):
-        if rows["ewc_lambda"].nunique() > 1:
-            for value, cell in rows.groupby("ewc_lambda"):
-                at = (cell[x].mean(), cell[y].mean())
-                axis.annotate(
-                    f"{value:g}", at, (5, 4), textcoords="offset points", fontsize=6.5, alpha=0.8
-                )
+def _name_lambdas(axis: Axes, family: Family, x: str, y: str) -> None:
+    """Writes lambda beside the means where a family has several."""
+    if family.runs["ewc_lambda"].nunique() > 1:
+        for value, cell in family.runs.groupby("ewc_lambda"):
+            at = (cell[x].mean(), cell[y].mean())
+            style: dict[str, Any] = {"fontsize": 6.5, "color": family.colour}
+            axis.annotate(f"{value:g}", at, (5, 4), textcoords="offset points", **style)
 
 
 def figures(runs: pd.DataFrame, title: str) -> Iterator[tuple[str, plt.Figure]]:

@@ -39,9 +39,7 @@ def inline_svg(figure: plt.Figure, name: str, title: str) -> str:
     """
     buffer = io.StringIO()
     with plt.rc_context(INLINE):
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=NO_METADATA, bbox_inches="tight"
-        )
+        figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<(metadata|style)[ >].*?</\1>", "", text, flags=re.DOTALL)
