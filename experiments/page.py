@@ -108,8 +108,12 @@ def run(settings: Report) -> Path:
             shown = [_folder(folder, i, figures) for i, folder in enumerate(folders)]
         tables.replace_file(out, _render(shown, figures))
     except OSError as error:
-        raise ValueError(f"`out` must be a file that can be written, got {out} ({error}).") from None
-    console.print(f"Report: {out}   Pictures for papers: {figures}", highlight=False, soft_wrap=True)
+        raise ValueError(
+            f"`out` must be a file that can be written, got {out} ({error})."
+        ) from None
+    console.print(
+        f"Report: {out}   Pictures for papers: {figures}", highlight=False, soft_wrap=True
+    )
     return out
 
 

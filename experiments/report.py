@@ -63,8 +63,10 @@ def write_report(
         print_parity(parity, console)
     print_troubles(runs[runs["config_hash"].isin(mine)], console)
     console.print(
-        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)",
+        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)   "
+        f"As a page: python -m experiments report {store.folder}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
