@@ -27,6 +27,7 @@ Command = (
 JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
+    "report": "one HTML page about results folders, and its pictures for papers",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
     "reproduce": "a published experiment and whether its number comes out",
@@ -41,6 +42,8 @@ STUDIES = {
     "identities": "the three definitions of Fisher information, while networks train",
     "laplace": "EWC beside the true posterior, on problems of two parameters",
 }
+
+MODULES = {"report": "page"}  # where the module is called otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +96,7 @@ def _run_job(arguments: list[str], console: Console) -> None:
 
 
 def _run_study(name: str, arguments: list[str]) -> None:
-    module = import_module(f"experiments.{name.replace('-', '_')}")
+    module = import_module(f"experiments.{MODULES.get(name, name.replace('-', '_'))}")
     kind = get_type_hints(module.run)["settings"]
     settings = parse(
         kind,

@@ -67,8 +67,10 @@ def write_report(
     troubles = Console(stderr=True) if job.quiet else console
     print_troubles(runs[runs["config_hash"].isin(mine)], troubles)
     console.print(
-        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)",
+        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)   "
+        f"As a page: python -m experiments report {store.folder}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -99,6 +101,7 @@ class Cell:
     Attributes:
         metrics: Its rows of `summary.csv` by metric.
         n: Seeds.
+        config_hash: Of its settings.
     """
 
     benchmark: str

@@ -291,6 +291,14 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def varied_settings(runs: pd.DataFrame) -> list[str]:
+    """The settings that tell cells of one method apart, besides Fisher type and lambda."""
+    cells = runs.drop_duplicates("config_hash")
+    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
+    by = cells.groupby([*CELL[:4]])
+    return [name for name in names if (by[name].nunique(dropna=False) > 1).any()]
+
+
 def interval(values: np.ndarray[Any, Any], confidence: float = CONFIDENCE) -> dict[str, float]:
     """n, mean, sample standard deviation and Student's interval for the mean.
 
