@@ -31,7 +31,6 @@ from experiments.settings import (
     RunSettings,
     SplitMnist,
 )
-from experiments.store import PARTS
 
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
@@ -144,7 +143,7 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
     """Rows of the numerical checks; each check is kept when it is done."""
     from experiments.parity_numerical import checks  # and with it Avalanche
 
-    kept = settings.folder / PARTS / "numerical"
+    kept = settings.folder / "numerical"
     kept.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
