@@ -27,6 +27,7 @@ STUDIES = {
     "report": "one HTML page about results folders, and its pictures for papers",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "data-speed": "what the fast data path saves",
+    "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
     "penalty-speed": "what the penalty costs per step, beside Avalanche's",
     "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
