@@ -32,6 +32,7 @@ STUDIES = {
     "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
     "reproduce": "a published experiment and whether its number comes out",
     "data-speed": "what the fast data path saves",
+    "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
     "penalty-speed": "what the penalty costs per step, beside Avalanche's",
     "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
