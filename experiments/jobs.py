@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments.comparison import checked_cells
 from experiments.data import DataSource, find_data
+from experiments.logs import logs_of
 from experiments.plan import print_plan
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
@@ -75,4 +76,5 @@ def _sweep(
         checks=checks,
         scheduler=job.scheduler,
         checkpoint=job.checkpoint,
+        logs=logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb),
     )

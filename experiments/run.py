@@ -6,6 +6,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from ewc_plugin.metrics import ewc_metrics
 from experiments.builtin import BuiltinEWC, in_order
 from experiments.checkpoint import read_checkpoint, restore, write_checkpoint
 from experiments.data import DataSource
 from experiments.fast_data import FISHER_BATCH, FastData
+from experiments.logs import Logs
 from experiments.metrics import continual_metrics
 from experiments.models import make_model
 from experiments.result import NO_SECONDS, RunResult, run_record
@@ -43,6 +46,8 @@ def run(
     source: DataSource,
     observe: Observer = lambda done, accuracy: None,
     checkpoint: Path | None = None,
+    *,
+    logs: Logs | None = None,
 ) -> RunResult:
     """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
 
@@ -52,6 +57,7 @@ def run(
         observe: Called after each experience, for a progress display.
         checkpoint: File for the state after each experience but the last; a run that finds its own
             goes on from there, to the same bits.
+        logs: What else is told how it goes.
 
     Returns:
         The rows; those that were complete if the run diverged or failed.
@@ -59,7 +65,8 @@ def run(
     trial = Trial(settings, source)
     status, reason = "ok", ""
     try:
-        trial.run(observe, checkpoint)
+        with logs.open(settings) if logs else nullcontext([]) as trial.loggers:
+            trial.run(observe, checkpoint)
     except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
@@ -77,6 +84,7 @@ class Trial:
         self.seconds = dict(NO_SECONDS)
         self.peak_rss = 0
         self.method_plugins: Sequence[Any] = ()
+        self.loggers: list[Any] = []
         self.model: nn.Module = nn.Identity()
 
     def run(self, observe: Observer, checkpoint: Path | None = None) -> None:
@@ -148,11 +156,17 @@ class Trial:
             eval_mb_size=EVAL_BATCH,
             device=settings.device,
             plugins=[*([fast] if fast else []), *self.method_plugins, watch],
-            evaluator=EvaluationPlugin(
-                accuracy_metrics(experience=True), loss_metrics(experience=True), loggers=[]
-            ),
+            evaluator=self._evaluator(),
         )
         return strategy, watch
+
+    def _evaluator(self) -> EvaluationPlugin:
+        """What the rows need; more where somebody watches the training."""
+        watched = bool(self.loggers)
+        metrics = [m(epoch=watched, experience=True) for m in (accuracy_metrics, loss_metrics)]
+        if watched and self.settings.method == "ewc":
+            metrics.append(ewc_metrics())
+        return EvaluationPlugin(*metrics, loggers=self.loggers)
 
     def _train(self, strategy: Any, watch: _Watch, experience: Any) -> None:
         start = time.perf_counter()

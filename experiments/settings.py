@@ -159,6 +159,10 @@ class Job:
     """Say what would run, what exists already, and about how long it takes; run nothing."""
     quiet: bool = False
     """Print nothing but errors and runs that did not end well."""
+    tensorboard: bool = False
+    """Log the runs for TensorBoard, each in OUT/logs/RUN."""
+    wandb: bool = False
+    """Log the runs for Weights & Biases, offline, each in OUT/logs/RUN; `wandb sync` uploads."""
 
     def __post_init__(self) -> None:
         _require(self.jobs >= 1, "jobs", ">= 1", self.jobs)

@@ -13,6 +13,7 @@ from experiments import worker
 from experiments.data import DataSource
 from experiments.display import Display
 from experiments.lanes import Cluster, Here, Lane, OneProcess
+from experiments.logs import Logs
 from experiments.result import RunResult, failed
 from experiments.schedule import Task, next_task
 from experiments.settings import RunSettings
@@ -39,6 +40,7 @@ def sweep(
     checks: Sequence[RunSettings] = (),
     scheduler: str | None = None,
     checkpoint: bool = False,
+    logs: Logs | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what the store does not hold yet; each result is stored as soon as it is there.
 
@@ -53,6 +55,7 @@ def sweep(
         checks: Cells on whose streams our importances are compared with the built-in's.
         scheduler: Address of a Dask scheduler whose workers take the place of the processes.
         checkpoint: Keep the state of runs that go on, and take up what a killed one left.
+        logs: What else is told how the runs go.
 
     Returns:
         The rows of those numerical checks.
@@ -75,7 +78,8 @@ def sweep(
     with Display(wanted, console) as display:
         lanes = _open_lanes(min(jobs, len(tasks)), scheduler, display)
         try:
-            for outcome in _outcomes(tasks, lanes, source, store if checkpoint else None, display):
+            kept = store if checkpoint else None
+            for outcome in _outcomes(tasks, lanes, source, kept, logs, display):
                 if isinstance(outcome, RunResult):
                     store.add(outcome)
                     display.finish(outcome)
@@ -98,6 +102,7 @@ def _outcomes(
     lanes: Sequence[Lane],
     source: DataSource,
     store: Store | None,
+    logs: Logs | None,
     display: Display,
 ) -> Iterator[Outcome]:
     """What becomes of each task, once, in the order in which they end."""
@@ -113,7 +118,7 @@ def _outcomes(
                 task = next_task(waiting, held.get(lane), others)
                 waiting.remove(task)
                 held[lane] = task.cell.stream
-                running[_submit(lane, task, source, store)] = lane, task
+                running[_submit(lane, task, source, store, logs)] = lane, task
                 n_running += 1
         done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
         for lane in lanes:
@@ -144,12 +149,14 @@ def _outcomes(
 _MEMORY = "it was killed, or short of memory, of which fewer --jobs need less"
 
 
-def _submit(lane: Lane, task: Task, source: DataSource, store: Store | None) -> Future[Outcome]:
+def _submit(
+    lane: Lane, task: Task, source: DataSource, store: Store | None, logs: Logs | None
+) -> Future[Outcome]:
     cell = task.cell
     if task.is_check:
         return lane.submit(worker.check_cell, cell, source)
     path = store.checkpoint(cell.run_id) if store else None
-    return lane.submit(worker.run_cell, cell, source, path, lane.tell)
+    return lane.submit(worker.run_cell, cell, source, path, logs, lane.tell)
 
 
 def _lost(task: Task, reason: str) -> RunResult:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from experiments.data import DataSource
+from experiments.logs import Logs
 from experiments.result import RunResult
 from experiments.settings import RunSettings
 
@@ -52,7 +53,11 @@ def tell_cluster(event: Event) -> None:
 
 
 def run_cell(
-    cell: RunSettings, source: DataSource, checkpoint: Path | None, tell: Tell
+    cell: RunSettings,
+    source: DataSource,
+    checkpoint: Path | None,
+    logs: Logs | None,
+    tell: Tell,
 ) -> RunResult:
     """One run, with `tell` called when it begins and after each experience."""
     from experiments.run import run
@@ -60,7 +65,11 @@ def run_cell(
     with _alone():
         tell((cell.run_id, 0, 0.0))
         return run(
-            cell, source, lambda done, accuracy: tell((cell.run_id, done, accuracy)), checkpoint
+            cell,
+            source,
+            lambda done, accuracy: tell((cell.run_id, done, accuracy)),
+            checkpoint,
+            logs=logs,
         )
 
 
