@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.data import DataSource, find_data
+from experiments.logs import logs_of
 from experiments.parity import checked_cells
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
@@ -54,4 +55,5 @@ def _sweep(
     console: Console,
 ) -> list[dict[str, Any]]:
     options = {"jobs": job.jobs, "console": console, "force": job.force}
-    return sweep(cells, source, store, checks=checks, **options)
+    logs = logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb)
+    return sweep(cells, source, store, checks=checks, logs=logs, **options)

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +22,10 @@ from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from ewc_plugin.metrics import ewc_metrics
 from experiments.data import DataSource
 from experiments.fast_data import FastData
+from experiments.logs import Logs
 from experiments.metrics import METRICS, continual_metrics
 from experiments.models import make_model
 from experiments.result import RunResult
@@ -38,7 +41,11 @@ Observer = Callable[[int, float], None]  # (experiences done, mean accuracy on t
 
 
 def run(
-    settings: RunSettings, source: DataSource, observe: Observer = lambda done, accuracy: None
+    settings: RunSettings,
+    source: DataSource,
+    observe: Observer = lambda done, accuracy: None,
+    *,
+    logs: Logs | None = None,
 ) -> RunResult:
     """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
 
@@ -46,6 +53,7 @@ def run(
         settings: What to run.
         source: Where the images are.
         observe: Called after each experience, for a progress display.
+        logs: What else is told how it goes.
 
     Returns:
         The rows; those that were complete if the run diverged or failed.
@@ -53,7 +61,8 @@ def run(
     trial = Trial(settings, source)
     status, reason = "ok", ""
     try:
-        trial.run(observe)
+        with logs.open(settings) if logs else nullcontext([]) as trial.loggers:
+            trial.run(observe)
     except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
@@ -71,6 +80,7 @@ class Trial:
         self.seconds = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
         self.peak_rss = 0
         self.method_plugins: Sequence[Any] = ()
+        self.loggers: list[Any] = []
         self.model: nn.Module = nn.Identity()
 
     def run(self, observe: Observer) -> None:
@@ -126,11 +136,17 @@ class Trial:
             eval_mb_size=EVAL_BATCH,
             device=settings.device,
             plugins=[*([fast] if fast else []), *self.method_plugins, watch],
-            evaluator=EvaluationPlugin(
-                accuracy_metrics(experience=True), loss_metrics(experience=True), loggers=[]
-            ),
+            evaluator=self._evaluator(),
         )
         return strategy, watch
+
+    def _evaluator(self) -> EvaluationPlugin:
+        """What the rows need; more where somebody watches the training."""
+        watched = bool(self.loggers)
+        metrics = [m(epoch=watched, experience=True) for m in (accuracy_metrics, loss_metrics)]
+        if watched and self.settings.method == "ewc":
+            metrics.append(ewc_metrics())
+        return EvaluationPlugin(*metrics, loggers=self.loggers)
 
     def _train(self, strategy: Any, watch: _Watch, experience: Any) -> None:
         start = time.perf_counter()

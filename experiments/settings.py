@@ -128,6 +128,10 @@ class Job:
     """Where to train: cpu, cuda, cuda:1, ..."""
     data_path: DataPath = "fast"
     """Tensors made once and fed in batches, or Avalanche's per-sample transforms: same bits."""
+    tensorboard: bool = False
+    """Log the runs for TensorBoard, each in OUT/logs/RUN."""
+    wandb: bool = False
+    """Log the runs for Weights & Biases, offline, each in OUT/logs/RUN; `wandb sync` uploads."""
 
     def __post_init__(self) -> None:
         _require(self.jobs >= 1, "jobs", ">= 1", self.jobs)

@@ -24,6 +24,7 @@ from rich.progress import (
 
 from experiments import worker
 from experiments.data import DataSource
+from experiments.logs import Logs
 from experiments.result import RunResult
 from experiments.settings import RunSettings
 from experiments.store import Store
@@ -47,6 +48,7 @@ def sweep(
     console: Console,
     force: bool = False,
     checks: Sequence[RunSettings] = (),
+    logs: Logs | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what the store does not hold yet; each result is stored as soon as it is there.
 
@@ -59,6 +61,7 @@ def sweep(
         console: Where progress is shown.
         force: Repeat what the store holds.
         checks: Cells on whose streams our importances are compared with the built-in's.
+        logs: What else is told how the runs go.
 
     Returns:
         The rows of those numerical checks.
@@ -75,7 +78,8 @@ def sweep(
         return rows
     run_all = _here if jobs == 1 else _in_processes
     with _Display(wanted, console) as display:
-        for outcome in run_all(wanted, checks, source, display, min(jobs, len(wanted + [*checks]))):
+        jobs = min(jobs, len(wanted + [*checks]))
+        for outcome in run_all(wanted, checks, source, display, jobs, logs):
             if isinstance(outcome, RunResult):
                 store.add(outcome)
                 display.finish(outcome)
@@ -90,6 +94,7 @@ def _here(
     source: DataSource,
     display: _Display,
     jobs: int,
+    logs: Logs | None,
 ) -> Iterator[Outcome]:
     """One run after the other in this process, with one thread as in the others."""
     from experiments.run import run  # and with it Avalanche
@@ -99,7 +104,7 @@ def _here(
     try:
         for cell in cells:
             display.update(cell.run_id, 0, 0.0)
-            yield run(cell, source, functools.partial(display.update, cell.run_id))
+            yield run(cell, source, functools.partial(display.update, cell.run_id), logs=logs)
         for cell in checks:
             yield worker.check_cell(cell, source)
     finally:
@@ -112,6 +117,7 @@ def _in_processes(
     source: DataSource,
     display: _Display,
     jobs: int,
+    logs: Logs | None,
 ) -> Iterator[Outcome]:
     """Outcomes as they come, from processes that are given up when the caller stops asking."""
     context = multiprocessing.get_context("spawn")
@@ -119,7 +125,7 @@ def _in_processes(
     executor = ProcessPoolExecutor(jobs, context, initializer=worker.start, initargs=(events,))
     pending: set[Future[Outcome]] = set()
     try:
-        pending = {executor.submit(worker.run_cell, cell, source) for cell in cells}
+        pending = {executor.submit(worker.run_cell, cell, source, logs) for cell in cells}
         pending |= {executor.submit(worker.check_cell, cell, source) for cell in checks}
         while pending:
             done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)

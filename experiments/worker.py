@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from experiments.data import DataSource
+from experiments.logs import Logs
 from experiments.result import RunResult
 from experiments.settings import RunSettings
 
@@ -33,14 +34,14 @@ def start(events: Queue[Event]) -> None:
     warnings.simplefilter("ignore")  # third parties' notes, once per process
 
 
-def run_cell(cell: RunSettings, source: DataSource) -> RunResult:
+def run_cell(cell: RunSettings, source: DataSource, logs: Logs | None) -> RunResult:
     """One run, whose progress goes to the parent."""
     from experiments.run import run
 
     assert _events is not None
     send = _events.put
     send((cell.run_id, 0, 0.0))
-    return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)))
+    return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)), logs=logs)
 
 
 def check_cell(cell: RunSettings, source: DataSource) -> list[dict[str, Any]]:
