@@ -20,7 +20,7 @@ class PlainDocstrings(griffe.Extension):
 
 
 def as_markdown(docstring: str) -> str:
-    """The docstring with its stars escaped outside of code.
+    """The docstring with its stars and brackets made literal outside of code.
 
     Args:
         docstring: Plain text with Google's sections.
@@ -29,12 +29,16 @@ def as_markdown(docstring: str) -> str:
         Markdown with Google's sections.
 
     Example:
-        >>> as_markdown("`*args`: theta* and 2 * theta")
-        '`*args`: theta\\\\* and 2 \\\\* theta'
+        >>> as_markdown("`*args`: theta* and x[0] [N]")
+        '`*args`: theta&#42; and x&#91;0] &#91;N]'
     """
     parts, end = [], 0
     for code in CODE.finditer(docstring):
-        parts += [docstring[end : code.start()].replace("*", "\\*"), code[0]]
+        parts += [_literal(docstring[end : code.start()]), code[0]]
         end = code.end()
-    text = "".join(parts) + docstring[end:].replace("*", "\\*")
+    text = "".join(parts) + _literal(docstring[end:])
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
+def _literal(text: str) -> str:
+    return text.replace("*", "&#42;").replace("[", "&#91;")

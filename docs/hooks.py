@@ -25,6 +25,7 @@ import quoted  # noqa: E402  (it lies beside this file)
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+PICTURE = re.compile(r'(<img [^>]*src="(results/[^"]+)"[^>]*>)')
 FRAME_STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)
 
 
@@ -49,7 +50,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Formulas as MathML, which browsers draw by themselves."""
+    """Formulas as MathML, which browsers draw by themselves; pictures that open in full size."""
+    content = PICTURE.sub(r'<a href="\2">\1</a>', content)
     return FORMULA.sub(_mathml, content)
 
 

@@ -27,6 +27,12 @@
 # images; the test images are kept for the last cell.
 
 # %%
+import warnings
+
+# Of a progress bar that is not shown, and of evaluators whose results are read directly.
+warnings.filterwarnings("ignore", message="IProgress not found|No loggers specified")
+
+# %%
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -114,13 +120,22 @@ curve.assign(mean=curve.mean(axis=1)).round(3)
 # %%
 learned = table[table["trained"] == table["tested"]].groupby(["lambda", "seed"])["accuracy"].mean()
 figure, axis = plt.subplots(figsize=(6, 3.6), dpi=80, layout="constrained")
-for name, values in {"after the last task": curve, "right after learning": learned.unstack()}.items():
+for name, values in {
+    "after the last task": curve,
+    "right after learning": learned.unstack(),
+}.items():
     with_ewc = values.drop(index=0)
     (line,) = axis.plot(with_ewc.index, with_ewc.mean(axis=1), marker="o", label=f"EWC, {name}")
     axis.fill_between(
-        with_ewc.index, with_ewc.min(axis=1), with_ewc.max(axis=1), color=line.get_color(), alpha=0.2
+        with_ewc.index,
+        with_ewc.min(axis=1),
+        with_ewc.max(axis=1),
+        color=line.get_color(),
+        alpha=0.2,
     )
-axis.axhline(curve.loc[0].mean(), color="0.4", linestyle="--", label="no penalty, after the last task")
+axis.axhline(
+    curve.loc[0].mean(), color="0.4", linestyle="--", label="no penalty, after the last task"
+)
 axis.set(xscale="log", xlabel="λ, with F divided by its mean", ylabel="validation accuracy")
 axis.legend(fontsize=8)
 axis.grid(alpha=0.3)

@@ -51,6 +51,7 @@ def _lambda() -> dict[str, Any]:
     normalised = _csv("normalized_lambda/normalized_lambda")
     implicit = _csv("implicit_step/runs")
     sgd = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].isna()]
+    adam = implicit[implicit["optimizer"] == "adam"]
     diverged = sgd.loc[sgd["status"] == "diverged", "ewc_lambda"]
     steady = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].notna()]
     return {
@@ -62,6 +63,8 @@ def _lambda() -> dict[str, Any]:
         "diverged_from": f"{diverged.min():g}",
         "n_diverged": len(diverged),
         "n_explicit": len(sgd),
+        "adam_explicit": f"{_best_lambda(adam[adam['penalty_step'].isna()]):g}",
+        "adam_implicit": f"{_best_lambda(adam[adam['penalty_step'].notna()]):g}",
         "implicit_to": f"{steady['ewc_lambda'].max():g}",
         "n_implicit": len(steady),
         "n_implicit_ok": int((steady["status"] == "ok").sum()),
@@ -90,13 +93,15 @@ def _how() -> dict[str, Any]:
         "mean_share_end": f"{tanh.loc['predicted', 'squared_mean_share']:.2%}",
         "tanh_accuracy": f"{tanh.loc['predicted', 'accuracy']:.0%}",
         "square_predicted": f"{tanh.loc['predicted', 'mean_square_of_own']:.2%}",
+        "times_smaller": f"{1 / tanh.loc['predicted', 'mean_square_of_own']:.0f}",
         "square_cosine": f"{tanh.loc['predicted', 'cosine_with_own']:.2f}",
         "logistic_accuracy": f"{_identities('logistic regression').loc['own', 'accuracy']:.1%}",
         "logistic_predicted": _share("logistic regression", "predicted"),
         "logistic_empirical": _share("logistic regression", "empirical"),
         "curvature_peak": f"{curvature.max():.2f}",
         "curvature_peak_step": int(curvature.idxmax()),
-        "curvature_end": f"{curvature.iloc[-1]:.2f}",
+        "curvature_true": f"{tanh.loc['empirical', 'curvature_of_own']:.2f}",
+        "square_true": f"{tanh.loc['empirical', 'mean_square_of_own']:.2%}",
         **_laplace(),
         **_demonstration(),
     }
@@ -116,9 +121,9 @@ def _laplace() -> dict[str, Any]:
         middle = at_bayes.groupby(["n", "quadratic"])[["excess_nats", "total_variation"]].median()
         for quadratic, name in names.items():
             found[f"{short}_{name}_nats"] = f"{middle.loc[(100, quadratic), 'excess_nats']:.2g}"
-        for n in (found["small"], found["large"]):
-            variation = middle.loc[(n, "full"), "total_variation"]
-            found[f"{short}_variation_{n}"] = f"{variation:.2g}"
+        for size in ("small", "large"):
+            variation = middle.loc[(found[size], "full"), "total_variation"]
+            found[f"{short}_variation_{size}"] = f"{variation:.2g}"
         factor = rows[(rows["n"] == 100) & (rows["quadratic"] == "diagonal, exact")]
         best = factor.groupby("factor")["excess_nats"].median()
         found[f"{short}_best_factor"] = f"{best.idxmin():.2g}"
@@ -145,6 +150,10 @@ def _demonstration() -> dict[str, Any]:
         "loop_ratio_high": f"{fisher['ratio'].max():.0f}",
         "loop_difference": f"{fisher['largest_difference'].max():.0e}",
     }
+
+
+def _best_lambda(runs: pd.DataFrame) -> float:
+    return float(runs.groupby("ewc_lambda")["average_accuracy"].mean().idxmax())
 
 
 def _chosen() -> pd.DataFrame:
