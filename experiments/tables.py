@@ -176,7 +176,8 @@ class TableError(ValueError):
 
 def empty(schema: Schema) -> pd.DataFrame:
     """A table of the schema without rows."""
-    return pd.DataFrame(columns=[name for name in schema.columns if name not in LOGGER_COLUMNS])
+    columns = schema.columns.items()
+    return pd.DataFrame(columns=[n for n, c in columns if c.required or n not in LOGGER_COLUMNS])
 
 
 def frame(rows: Iterable[dict[str, Any]], schema: Schema) -> pd.DataFrame:
