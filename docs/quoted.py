@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.report import chosen_lambdas, format_interval
-from experiments.table import render, summary_table
+from experiments.table import SummaryTable, render, summary_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 TYPES = ["predicted", "empirical", "sampled", "exact"]
@@ -29,7 +29,8 @@ def of_page(name: str) -> dict[str, Any]:
 
 
 def _index() -> dict[str, Any]:
-    return {"main_table": _markdown(summary_table(_csv("main/summary")))}
+    table = summary_table(_csv("main/summary"), _csv("main/runs"))
+    return {"main_table": render(table, "markdown")}
 
 
 def _fisher() -> dict[str, Any]:
@@ -240,7 +241,8 @@ def _csv(name: str) -> pd.DataFrame:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    return render(table, "markdown")
+    plain = pd.DataFrame(False, index=table.index, columns=table.columns)
+    return render(SummaryTable(table, plain), "markdown")
 
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
