@@ -80,6 +80,7 @@ def _csv_page() -> dict[str, Any]:
 def _how() -> dict[str, Any]:
     table = _csv("identities/identities")
     own = table[table["labels"] == "own"]
+    differences = ["variance_difference", "curvature_difference"]
     start = table[(table["step"] == 0) & (table["labels"] == "predicted")]
     tanh = _identities("tanh network")
     network = table[(table["problem"] == "tanh network") & (table["labels"] == "predicted")]
@@ -88,8 +89,7 @@ def _how() -> dict[str, Any]:
         "n_seeds": table["seed"].nunique(),
         "steps": f"{table['step'].max():,}",
         "own_squared_mean": f"{own['squared_mean_share'].max():.0e}",
-        "own_variance": f"{own['variance_difference'].max():.0e}",
-        "own_curvature": f"{own['curvature_difference'].max():.0e}",
+        "own_difference": f"{own[differences].max(axis=None):.0e}",
         "mean_share_start": f"{start['squared_mean_share'].mean():.0%}",
         "mean_share_end": f"{tanh.loc['predicted', 'squared_mean_share']:.2%}",
         "tanh_accuracy": f"{tanh.loc['predicted', 'accuracy']:.0%}",
