@@ -3,9 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments import tables
 from experiments.protocol import PROTOCOLS, Arm, Protocol, Reference, load_protocol
-from experiments.reproduce import Reproduce, run
 from experiments.reproduce_table import reproduce_table
 from experiments.settings import TUNING_SEEDS
 
@@ -94,15 +92,3 @@ def test_the_table_pairs_seeds_and_says_what_did_not_run():
     assert row["mean"] == pytest.approx(0.955)
     assert row["difference"] == pytest.approx((0.06 + 0.15) / 2)  # seeds 0 and 1 alone
     assert row["verdict"] == "undecided"
-
-
-@pytest.mark.slow
-def test_a_protocol_runs_end_to_end_on_the_digits(tmp_path, capsys):
-    table = run(Reproduce("kirkpatrick2017", dataset="digits", out=str(tmp_path), jobs=1))
-    assert list(table["n"]) == [3, 3, 3]
-    read = tables.load(tmp_path)
-    pd.testing.assert_frame_equal(read["reproduce"], table)
-    naive, ours, _ = table["mean"]
-    assert ours > naive
-    assert (tmp_path / "plots" / "tasks.png").exists()
-    assert len(read["runs"]) == 9
