@@ -121,10 +121,11 @@ def test_streams_and_runs_are_kept_apart(tmp_path):
     }
 
 
-def test_a_results_folder_takes_the_rows_in(tmp_path):
+def test_a_sweep_refuses_a_loggers_folder_and_leaves_it_alone(tmp_path):
     logged(tmp_path / "accuracy.csv").eval(benchmark().test_stream)
     before = (tmp_path / "accuracy.csv").read_text()
-    Store(tmp_path)
+    with pytest.raises(tables.TableError, match=r"which runs\.csv lacks"):
+        Store(tmp_path)
     assert (tmp_path / "accuracy.csv").read_text() == before
 
 
