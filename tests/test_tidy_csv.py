@@ -150,8 +150,11 @@ def test_online_stream_counts_its_parts(tmp_path):
 def test_evaluation_in_the_middle_of_training_is_no_row(tmp_path, mode):
     path, bench = tmp_path / "accuracy.csv", benchmark()
     learner = logged(path, train_epochs=2, eval_every=1, peval_mode=mode)
+    learner.eval(bench.test_stream)
     for experience in bench.train_stream:
+        before = csv_rows(path)
         learner.train(experience, eval_streams=[bench.test_stream])
+        assert csv_rows(path)[: len(before)] == before
         learner.eval(bench.test_stream)
     assert keys(path) == [(i, j) for i in (-1, 0, 1) for j in range(2)]
 
@@ -186,12 +189,13 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 def test_a_checkpoint_may_be_older_than_the_file(tmp_path):
     path, bench = tmp_path / "accuracy.csv", benchmark()
     learner = logged(path)
+    learner.eval(bench.test_stream)
     train(learner, bench.train_stream[:1])
     saved = pickle.dumps(learner)
     learner.eval(bench.test_stream)  # and then it was killed
     again = pickle.loads(saved)
     again.eval(bench.test_stream)
-    assert keys(path) == [(0, 0), (0, 1)]
+    assert keys(path) == [(-1, 0), (-1, 1), (0, 0), (0, 1)]
 
 
 def test_files_and_names_that_cannot_be_are_refused(tmp_path):
