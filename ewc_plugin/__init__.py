@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ewc_plugin.scores import FisherType
     from ewc_plugin.stability import DivergedError
     from ewc_plugin.strategy import DiagonalEWC
+    from ewc_plugin.tidy_csv import TidyCSVLogger
     from ewc_plugin.window import FisherData, experience_batches
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "FisherData",
     "FisherType",
     "QuadraticPenalty",
+    "TidyCSVLogger",
     "bernoulli_score",
     "diagonal_fisher",
     "ewc_metrics",
@@ -43,6 +45,7 @@ _HOME = {
     "FisherData": "window",
     "FisherType": "scores",
     "QuadraticPenalty": "penalty",
+    "TidyCSVLogger": "tidy_csv",
     "bernoulli_score": "likelihoods",
     "diagonal_fisher": "fisher",
     "ewc_metrics": "metrics",

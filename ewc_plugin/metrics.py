@@ -69,8 +69,9 @@ class _AfterExperience(PluginMetric[float]):
 def ewc_metrics(*, epoch: bool = True, experience: bool = True) -> list[PluginMetric[float]]:
     """Metrics of a strategy that has a `DiagonalEWCPlugin`.
 
-    Pass them to `EvaluationPlugin`. The interactive, text, TensorBoard and W&B loggers show them;
-    Avalanche's `CSVLogger` writes fixed columns and has no place for them.
+    Pass them to `EvaluationPlugin`. The TensorBoard and W&B loggers show them, and the interactive
+    and text loggers, which print with the next epoch or evaluation; Avalanche's `CSVLogger` writes
+    fixed columns and has no place for them.
 
     Args:
         epoch: EWC_Penalty (ewc_lambda times the penalty) and EWC_TaskLoss (without it), means over

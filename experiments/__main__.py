@@ -11,7 +11,8 @@ from typing import Annotated, get_type_hints
 import tyro
 from rich.console import Console
 
-from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Tune
+from experiments.command_line import checked_arguments, parse, unknown
+from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
@@ -20,12 +21,16 @@ Command = (
     Annotated[Main, tyro.conf.subcommand("main")]
     | Annotated[SplitMnist, tyro.conf.subcommand("split-mnist")]
     | Annotated[PermutedMnist, tyro.conf.subcommand("permuted-mnist")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
+JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
     "report": "one HTML page about results folders, and its pictures for papers",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
+    "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
+    "reproduce": "a published experiment and whether its number comes out",
     "data-speed": "what the fast data path saves",
     "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
@@ -61,34 +66,44 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ChildProcessError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        line = f"error: {error.strerror or error}{where}; what was finished is stored."
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        return 2
     return 0
 
 
 def _run_job(arguments: list[str], console: Console) -> None:
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["main", *arguments]  # options without a command are the main job's
+    if arguments and not arguments[0].startswith("-"):
+        name, *rest = arguments
+        if name not in JOBS:
+            raise unknown(name, "a command", [*JOBS, *STUDIES])
+        arguments = [name, *checked_arguments(name, JOBS[name], rest)]
     studies = "".join(f"\n    {name}: {what}" for name, what in STUDIES.items())
-    job: Job = tyro.cli(
-        Command,  # type: ignore[arg-type]
+    job: Job = parse(
+        Command,
+        arguments,
         prog="python -m experiments",
         description=f"{__doc__}\n\nFurther commands (each with its own --help):{studies}",
         default=Main(),
-        args=arguments,
-        config=(tyro.conf.EnumChoicesFromValues,),
     )
     from experiments.jobs import run_job  # after --help and errors, which need not wait for it
 
+    console.quiet = job.quiet
     run_job(job, console)
 
 
 def _run_study(name: str, arguments: list[str]) -> None:
     module = import_module(f"experiments.{MODULES.get(name, name.replace('-', '_'))}")
-    settings = tyro.cli(
-        get_type_hints(module.run)["settings"],
+    kind = get_type_hints(module.run)["settings"]
+    settings = parse(
+        kind,
+        checked_arguments(name, kind, arguments),
         prog=f"python -m experiments {name}",
         description=module.__doc__,
-        args=arguments,
-        config=(tyro.conf.EnumChoicesFromValues,),
     )
     module.run(settings)
 

@@ -39,6 +39,10 @@ class DataUnavailableError(ValueError):
     """The dataset that was asked for can't be had; the message says what was tried."""
 
 
+class CorruptDataError(DataUnavailableError):
+    """A file is there with the wrong content: never a reason to take another dataset."""
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A dataset that is at hand and verified.
@@ -101,6 +105,8 @@ def find_data(dataset: str | None, data_root: str | None) -> DataSource:
     root = Path(data_root or os.environ.get(DATA_ROOT_VARIABLE) or _cache_root()).expanduser()
     try:
         return _mnist(root)
+    except CorruptDataError:
+        raise
     except DataUnavailableError as error:
         if dataset == "mnist":
             raise
@@ -154,7 +160,7 @@ def _mnist(root: Path) -> DataSource:
         _download(root, raw)
     bad = [name for name, md5 in UNPACKED_MD5.items() if not _intact(raw / name, md5)]
     if bad:
-        raise DataUnavailableError(
+        raise CorruptDataError(
             f"`{raw}` holds a corrupt MNIST file ({', '.join(bad)}: wrong checksum); "
             "delete it and run again"
         )

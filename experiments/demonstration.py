@@ -261,7 +261,7 @@ def plot(curves: pd.DataFrame) -> plt.Figure:
                 axis.axvline(boundary * length, color="0.4", linewidth=0.8, linestyle=":")
     axes[0, 0].set(ylabel="test accuracy", ylim=(0, 1))
     axes[1, 0].set(ylabel="test loss (nats)", ylim=(0, None))
-    axes[0, -1].legend(fontsize=8, loc="upper left")
+    axes[0, -1].legend(fontsize=8, loc="lower left")  # where the last task has no curve yet
     seeds = curves["seed"].nunique()
     figure.suptitle(
         f"Permuted {curves['dataset'].iloc[0]}, seeds: {seeds}; line: mean, band: range; "

@@ -98,11 +98,6 @@ class FastData(SupervisedPlugin):
             self._test[index] = experience_rows(self.stream, experience)
         _feed(strategy.dataloader, self._test[index])
 
-    @staticmethod
-    def fisher_batches(strategy: Any) -> Iterator[list[Tensor]]:
-        """The current experience's samples for `DiagonalEWCPlugin(fisher_batches=...)`."""
-        return strategy.experience.dataset.batches(FISHER_BATCH)
-
 
 def experience_rows(stream: Stream, experience: Any) -> TensorRows:
     """The samples of one of the stream's experiences."""

@@ -284,8 +284,8 @@ def plot(table: pd.DataFrame, path: Path) -> None:
                 rows["multiple_q3"] - rows["multiple"],
             ]
             axis.errorbar(
-                x, rows["multiple"], yerr=[s.clip(lower=0) for s in spread], fmt="o", markersize=5,
-                color=colours[name], label=name,
+                x, rows["multiple"], yerr=[s.clip(lower=0).to_numpy() for s in spread], fmt="o",
+                markersize=5, color=colours[name], label=name,
             )  # fmt: skip
             wrong = rows[rows["status"] != "ok"]
             crossed = [networks.index(network) + offset for network in wrong["network"]]

@@ -74,7 +74,7 @@ def run(settings: ImplicitStep) -> pd.DataFrame:
     Returns:
         A row per optimizer, way, metric and lambda.
     """
-    console = Console()
+    console = Console(quiet=settings.quiet)
     runs, folder = run_cells(settings, console)
     parts = []
     for (optimizer, way, metric), part in curves(runs).items():

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.comparison import checked_cells
 from experiments.data import DataSource, find_data
 from experiments.logs import logs_of
-from experiments.parity import checked_cells
+from experiments.plan import print_plan
 from experiments.report import write_report
 from experiments.settings import Job, RunSettings
 from experiments.store import Store
@@ -24,26 +25,37 @@ def run_job(job: Job, console: Console) -> None:
     write_report(job, store, cells, source, numerical, console)
 
 
-def run_cells(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
+def run_cells(
+    job: Job, console: Console, *, make: bool = True
+) -> tuple[Store, list[RunSettings], DataSource]:
     """Makes the runs of a job that are not there yet.
 
     Args:
         job: Whose `cells` are wanted.
         console: Where progress is shown.
+        make: Whether to; else what is there has to do.
 
     Returns:
         Where the results are, the cells, and what they ran on.
     """
     store, cells, source = _prepare(job, console)
-    _sweep(job, store, cells, source, [], console)
+    if make:
+        _sweep(job, store, cells, source, [], console)
     return store, cells, source
 
 
 def _prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
+    """Where the results go, what to run and on what; after a dry run there is nothing to do."""
     source = find_data(job.dataset, job.data_root)
     if source.note:
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    return Store(Path(job.out or f"runs/{job.name}")), list(job.cells(source.name)), source
+    if job.left_out:
+        console.print(f"NOTE: {job.left_out}", style="bold yellow", soft_wrap=True)
+    folder, cells = Path(job.out or f"runs/{job.name}"), list(job.cells(source.name))
+    if job.dry_run:
+        print_plan(cells, folder, job.jobs, job.force, console)
+        raise SystemExit(0)
+    return Store(folder), cells, source
 
 
 def _sweep(
@@ -54,6 +66,15 @@ def _sweep(
     checks: list[RunSettings],
     console: Console,
 ) -> list[dict[str, Any]]:
-    options = {"jobs": job.jobs, "console": console, "force": job.force}
-    logs = logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb)
-    return sweep(cells, source, store, checks=checks, logs=logs, **options)
+    return sweep(
+        cells,
+        source,
+        store,
+        jobs=job.jobs,
+        console=console,
+        force=job.force,
+        checks=checks,
+        scheduler=job.scheduler,
+        checkpoint=job.checkpoint,
+        logs=logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb),
+    )

@@ -82,7 +82,7 @@ def run(settings: NormalizedLambda) -> pd.DataFrame:
     Returns:
         Average accuracy per benchmark, Fisher type, normalisation and lambda.
     """
-    console = Console()
+    console = Console(quiet=settings.quiet)
     runs, folder = run_cells(settings, console)
     runs = runs.assign(normalize=runs["normalize"].fillna(AS_IT_IS))
     parts = [

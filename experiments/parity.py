@@ -1,75 +1,163 @@
-"""Checks against Avalanche's built-in EWC.
+"""Parity with Avalanche's built-in EWC: the same numbers where definitions agree, or how far apart.
 
-The same numbers where the definitions agree (`parity_checks`); paired differences of results where
-they don't.
+Numerical checks over whole runs; paired seeds with an equivalence verdict, each method at its own
+lambda, chosen on validation images with seeds that are not reported; curves over lambda.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
+from rich.console import Console
 
 from experiments import tables
-from experiments.settings import PENALISED, STREAM, Job, RunSettings
+from experiments.comparison import paired_differences
+from experiments.data import DataSource, find_data
+from experiments.parity_curves import Curves, run_curves
+from experiments.penalty_sweeps import run_cells
+from experiments.plots import plot_all
+from experiments.report import chosen_lambdas, print_parity
+from experiments.settings import (
+    PENALISED,
+    TUNING_GRIDS,
+    Dataset,
+    Job,
+    PermutedMnist,
+    RunSettings,
+    SplitMnist,
+)
 
-COMPARED = ("average_accuracy", "forgetting")
-SETTINGS_OF_A_PAIR = [
-    name
-    for name in tables.RUNS.columns
-    if name in tables.SETTING_NAMES and name not in ("method", "fisher_type", "ewc_lambda")
-]
+Part = Literal["numerical", "behaviour", "curves"]
+BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
+# Where `tune` has no grid of its own, the one of split MNIST, task-incremental, is tried.
+COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}
 
 
-def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:
-    """One cell per benchmark, dataset and scenario, if the job compares both EWC methods."""
-    if not (job.compares and {cell.method for cell in cells} >= set(PENALISED)):
-        return []
-    return list({tuple(getattr(cell, name) for name in STREAM): cell for cell in cells}.values())
+@dataclass(frozen=True)
+class Parity(Job):
+    """Compare ours with Avalanche's built-in EWC, number by number and result by result."""
+
+    parts: tuple[Part, ...] = ("numerical", "behaviour", "curves")
+    """What to do; what is not named is kept as it is in the output folder."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Reported: paired, the same for both methods."""
+    tuning_seeds: tuple[int, ...] = (100,)
+    """Not reported: each method's lambda is chosen with them."""
+    curve_seeds: tuple[int, ...] = (0,)
+    """Of the curves over lambda."""
+    hidden_size: int = 100
+    """Units per hidden layer in the numerical checks and the curves."""
+    tables_only: bool = False
+    """Run nothing: write tables and pictures of what is there."""
+
+    name = "parity"
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The paired runs, each method at its own lambda; seed by seed, for complete pairs."""
+        chosen = self.chosen(dataset)
+        for seed in self.seeds:
+            for benchmark, scenario in BENCHMARKS:
+                for method in PENALISED:
+                    ewc_lambda = chosen[benchmark, scenario, method]
+                    yield from _grid(benchmark, scenario, method, (ewc_lambda,), (seed,), dataset)
+
+    def chosen(self, dataset: Dataset) -> dict[tuple[str, str, str], float]:
+        """The lambda that were best on validation images."""
+        summary = tables.read(self.folder / "tuning", tables.SUMMARY)
+        rows = chosen_lambdas(summary[summary["dataset"] == dataset])
+        return {(r.benchmark, r.scenario, r.method): r.ewc_lambda for r in rows.itertuples()}
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.out or f"runs/{self.name}")
 
 
-def parity_table(runs: pd.DataFrame, numerical: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """All checks of a job.
+@dataclass(frozen=True)
+class _Tuning(Job):
+    seeds: tuple[int, ...] = (100,)
+
+    name = "parity/tuning"
+    compares = False
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        for benchmark, scenario in BENCHMARKS:
+            for method in PENALISED:
+                lambdas = TUNING_GRIDS.get((benchmark, dataset, scenario, method), COARSE[method])
+                for cell in _grid(benchmark, scenario, method, lambdas, self.seeds, dataset):
+                    yield replace(cell, validation=True)
+
+
+def _grid(
+    benchmark: str,
+    scenario: str,
+    method: str,
+    lambdas: tuple[float, ...],
+    seeds: tuple[int, ...],
+    dataset: Dataset,
+) -> Iterator[RunSettings]:
+    grid = SplitMnist if benchmark == "split" else PermutedMnist
+    options: dict[str, Any] = {"methods": (method,), "ewc_lambda": lambdas, "seeds": seeds}
+    yield from grid(scenario=scenario, **options).cells(dataset)
+
+
+def run(settings: Parity) -> pd.DataFrame:
+    """Makes what is missing; writes `parity.csv`, the run tables and the pictures.
 
     Args:
-        runs: Rows of `runs.csv`.
-        numerical: Rows of `parity_checks.numerical_checks`.
+        settings: What to compare.
 
     Returns:
         Rows of `parity.csv`.
     """
-    order = sorted(numerical, key=lambda row: [row[name] for name in STREAM])
-    return tables.frame([*order, *paired_differences(runs)], tables.PARITY)
+    console = Console()
+    folder = settings.folder
+    source = find_data(settings.dataset, settings.data_root)
+    make = not settings.tables_only
+    rows = _numerical(settings, source, console)
+    if "curves" in settings.parts:
+        curves = Curves(
+            **_shared(settings, "curves"),
+            seeds=settings.curve_seeds,
+            hidden_size=settings.hidden_size,
+        )
+        run_curves(curves, console, make=make)
+    if "behaviour" in settings.parts:
+        tuning = _Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds)
+        run_cells(tuning, console, make=make)
+        runs, _ = run_cells(settings, console, make=make)
+        plot_all(tables.read(folder, tables.ACCURACY), runs, folder / "plots")
+    runs = tables.read(folder, tables.RUNS)
+    table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], tables.PARITY)
+    tables.write(table, folder, tables.PARITY)
+    print_parity(table, console)
+    return table
 
 
-def paired_differences(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Ours less the built-in, seed by seed, with a 95 % interval and an equivalence verdict.
+def _numerical(settings: Parity, source: DataSource, console: Console) -> list[dict[str, Any]]:
+    """Rows of the numerical checks; each check is kept when it is done."""
+    from experiments.parity_numerical import checks  # and with it Avalanche
 
-    Each of our cells is compared with each of the built-in's of the same settings; with several
-    lambdas each, that is every pair.
-    """
-    done = runs[runs["status"] == "ok"]
-    ours, theirs = (done[done["method"] == m] for m in ("ewc", "avalanche-ewc"))
-    pairs = ours.merge(theirs, on=SETTINGS_OF_A_PAIR, suffixes=("", "_builtin"))
-    columns = [*STREAM, "config_hash", "config_hash_builtin"]
-    for key, pair in pairs.groupby(columns, sort=False):
-        for metric in COMPARED:
-            a, b = (pair[c].to_numpy(float) for c in (metric, f"{metric}_builtin"))
-            difference = tables.interval(a - b)
-            higher_is_better = a - b if metric == "average_accuracy" else b - a
-            first = pair.iloc[0]
-            yield {
-                **dict(zip(STREAM, key, strict=False)),
-                "check": f"paired seeds, {first['fisher_type']} λ = {first['ewc_lambda']:g} "
-                f"against built-in λ = {first['ewc_lambda_builtin']:g}",
-                "quantity": metric,
-                "n": difference["n"],
-                "ours": a.mean(),
-                "builtin": b.mean(),
-                "difference": difference["mean"],
-                "ci_low": difference["ci_low"],
-                "ci_high": difference["ci_high"],
-                "tolerance": tables.MARGIN,
-                "verdict": tables.equivalence(higher_is_better),
-            }
+    kept = settings.folder / "numerical"
+    kept.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
+        file = kept / f"{name}.json"
+        wanted = "numerical" in settings.parts and not settings.tables_only
+        if wanted and (settings.force or not file.exists()):
+            tables.replace_file(file, json.dumps(list(make())))
+            console.print(f"{name}: done", highlight=False)
+        if file.exists():
+            rows += json.loads(file.read_text(encoding="utf-8"))
+    return rows
+
+
+def _shared(settings: Parity, part: str) -> dict[str, Any]:
+    names = ("dataset", "data_root", "jobs", "force", "device", "data_path")
+    shared = {name: getattr(settings, name) for name in names}
+    return {**shared, "out": str(settings.folder / part)}

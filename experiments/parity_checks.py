@@ -19,7 +19,7 @@ from experiments.data import DataSource
 from experiments.fast_data import FastData, TensorRows, experience_rows
 from experiments.models import make_model
 from experiments.settings import STREAM, RunSettings
-from experiments.streams import make_stream
+from experiments.streams import shared_stream
 
 N_BATCHED, N_SINGLE = 2000, 200  # samples that are compared
 FLOAT64_TOLERANCE = 1e-12
@@ -47,7 +47,7 @@ def numerical_checks(cell: RunSettings, source: DataSource) -> Iterator[dict[str
 
 def _trained(cell: RunSettings, source: DataSource) -> tuple[nn.Module, TensorRows]:
     """A network after one epoch on (part of) the first experience, and that experience."""
-    stream = make_stream(cell, source)
+    stream = shared_stream(cell, source)
     RNGManager.set_random_seeds(cell.seed)
     model = make_model(cell, stream)
     experience = stream.benchmark.train_stream[0]

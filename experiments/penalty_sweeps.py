@@ -19,20 +19,22 @@ from experiments.settings import Job
 from experiments.tables import interval
 
 
-def run_cells(job: Job, console: Console) -> tuple[pd.DataFrame, Path]:
+def run_cells(job: Job, console: Console, *, make: bool = True) -> tuple[pd.DataFrame, Path]:
     """Makes the runs that are not there yet and rewrites the tables of their folder.
 
     Args:
         job: Whose `cells` are wanted.
         console: Where progress is shown.
+        make: Whether to; else the tables are those of the runs that are there.
 
     Returns:
         The job's rows of `runs.csv`, and the folder.
     """
-    store, cells, source = jobs.run_cells(job, console)
-    _, runs = store.rebuild()
-    tables.write(tables.summarise(runs), store.folder, tables.SUMMARY)
-    write_environment(store.folder, source)
+    store, cells, source = jobs.run_cells(job, console, make=make)
+    with store.lock:
+        _, runs = store.rebuild()
+        tables.write(tables.summarise(runs), store.folder, tables.SUMMARY)
+        write_environment(store.folder, source)
     return runs[runs["run_id"].isin([cell.run_id for cell in cells])], store.folder
 
 

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import tables
+from experiments.comparison import parity_table
 from experiments.data import DataSource
-from experiments.parity import parity_table
 from experiments.plots import LABELS, plot_all
 from experiments.settings import Job, RunSettings, Tune
 from experiments.store import Store
@@ -47,21 +47,25 @@ def write_report(
         numerical: Rows of the numerical checks against the built-in; none if nothing is compared.
         console: Where to print.
     """
-    accuracy, runs = store.rebuild()
-    summary = tables.summarise(runs)
-    tables.write(summary, store.folder, tables.SUMMARY)
-    write_environment(store.folder, source)
-    files = plot_all(accuracy, runs, store.folder / "plots")
+    with store.lock:  # another sweep may be writing to the folder as well
+        accuracy, runs = store.rebuild()
+        summary = tables.summarise(runs)
+        tables.write(summary, store.folder, tables.SUMMARY)
+        write_environment(store.folder, source)
+        files = plot_all(accuracy, runs, store.folder / "plots")
+        parity = parity_table(runs, numerical) if numerical else None
+        if parity is not None:
+            tables.write(parity, store.folder, tables.PARITY)
     mine = {cell.config_hash for cell in cells}
-    print_summary(summary[summary["config_hash"].isin(mine)], console)
+    told = tables.distinctions(runs[runs["config_hash"].isin(mine)])
+    print_summary(summary[summary["config_hash"].isin(mine)], console, told)
     if isinstance(job, Tune):
         print_chosen(summary, console)
-    if numerical:
+    if parity is not None:
         console.print("Compared with Avalanche's built-in EWC:")
-        parity = parity_table(runs, numerical)
-        tables.write(parity, store.folder, tables.PARITY)
         print_parity(parity, console)
-    print_troubles(runs[runs["config_hash"].isin(mine)], console)
+    troubles = Console(stderr=True) if job.quiet else console
+    print_troubles(runs[runs["config_hash"].isin(mine)], troubles)
     console.print(
         f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)   "
         f"As a page: python -m experiments report {store.folder}",
@@ -114,7 +118,7 @@ class Cell:
 def by_cell(summary: pd.DataFrame) -> list[Cell]:
     """The cells of a summary by benchmark, in the methods' usual order, lambda ascending."""
     cells = []
-    for _, rows in summary.groupby("config_hash", sort=False):
+    for config_hash, rows in summary.groupby("config_hash", sort=False):
         first = rows.iloc[0]
         by_metric = rows.set_index("metric")
         cells.append((
@@ -128,14 +132,22 @@ def by_cell(summary: pd.DataFrame) -> list[Cell]:
                 ewc_lambda=f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
                 metrics=by_metric,
                 n=int(by_metric["n"].get("average_accuracy", 0)),
-                config_hash=first["config_hash"],
+                config_hash=str(config_hash),
             ),
         ))
     return [cell for *_, cell in sorted(cells, key=lambda entry: entry[:-1])]
 
 
-def print_summary(summary: pd.DataFrame, console: Console) -> None:
-    """Prints mean and 95 % interval of the main metrics, a table per benchmark."""
+def print_summary(
+    summary: pd.DataFrame, console: Console, told: Mapping[str, str] | None = None
+) -> None:
+    """Prints mean and 95 % interval of the main metrics, a table per benchmark.
+
+    Args:
+        summary: Rows of `summary.csv`.
+        console: Where to print.
+        told: Of `tables.distinctions`.
+    """
     tables_by_title: dict[str, Table] = {}
     for cell in by_cell(summary):
         title = f"{cell.benchmark} {cell.dataset}, {cell.scenario}-incremental"
@@ -144,8 +156,9 @@ def print_summary(summary: pd.DataFrame, console: Console) -> None:
             for column in ("method", "Fisher", "λ", *SHOWN, "n"):
                 justify = "left" if column == "method" else "right"
                 table.add_column(column.replace("_", " "), justify=justify)
+        more = (told or {}).get(cell.config_hash)
         tables_by_title[title].add_row(
-            cell.label,
+            f"{cell.label}, {more}" if more else cell.label,
             cell.fisher_type,
             cell.ewc_lambda,
             *(format_interval(cell.metrics, metric) for metric in SHOWN),

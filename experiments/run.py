@@ -1,14 +1,13 @@
-"""One run: settings in, rows out. Nothing else is read or written."""
+"""One run: settings in, rows out. Nothing else is read or written, except for checkpoints."""
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,22 @@ import torch
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
 from ewc_plugin.metrics import ewc_metrics
+from experiments.builtin import BuiltinEWC, in_order
+from experiments.checkpoint import read_checkpoint, restore, write_checkpoint
 from experiments.data import DataSource
-from experiments.fast_data import FastData
+from experiments.fast_data import FISHER_BATCH, FastData
 from experiments.logs import Logs
-from experiments.metrics import METRICS, continual_metrics
+from experiments.metrics import continual_metrics
 from experiments.models import make_model
-from experiments.result import RunResult
+from experiments.result import NO_SECONDS, RunResult, run_record
 from experiments.settings import RunSettings
-from experiments.streams import Stream, make_stream
+from experiments.streams import Stream, shared_stream
 
 EVAL_BATCH = 1000
 UNTRAINED = -1  # `train_exp` of the model before any training
@@ -44,6 +45,7 @@ def run(
     settings: RunSettings,
     source: DataSource,
     observe: Observer = lambda done, accuracy: None,
+    checkpoint: Path | None = None,
     *,
     logs: Logs | None = None,
 ) -> RunResult:
@@ -53,6 +55,8 @@ def run(
         settings: What to run.
         source: Where the images are.
         observe: Called after each experience, for a progress display.
+        checkpoint: File for the state after each experience but the last; a run that finds its own
+            goes on from there, to the same bits.
         logs: What else is told how it goes.
 
     Returns:
@@ -62,7 +66,7 @@ def run(
     status, reason = "ok", ""
     try:
         with logs.open(settings) if logs else nullcontext([]) as trial.loggers:
-            trial.run(observe)
+            trial.run(observe, checkpoint)
     except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
@@ -77,47 +81,60 @@ class Trial:
         self.settings = settings
         self.source = source
         self.rows: list[dict[str, Any]] = []
-        self.seconds = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
+        self.seconds = dict(NO_SECONDS)
         self.peak_rss = 0
         self.method_plugins: Sequence[Any] = ()
         self.loggers: list[Any] = []
         self.model: nn.Module = nn.Identity()
 
-    def run(self, observe: Observer) -> None:
+    def run(self, observe: Observer, checkpoint: Path | None = None) -> None:
         """Trains on each experience in turn, evaluating on all of them before and after each."""
         settings = self.settings
-        stream = _stream(settings, self.source)
+        stream = shared_stream(settings, self.source)
         RNGManager.set_random_seeds(settings.seed)
         strategy, watch = self._strategy(stream)
         experiences = list(stream.benchmark.train_stream)
         joint = settings.method == "joint"
-        if joint:  # `JointTraining` gets its heads when it trains; we evaluate before that
-            for experience in experiences:
-                avalanche_model_adaptation(self.model, experience)
-        self._evaluate(strategy, stream, UNTRAINED)
-        for done, experience in enumerate([experiences] if joint else experiences, start=1):
-            self._train(strategy, watch, experience)
-            last = settings.n_experiences - 1 if joint else done - 1
-            accuracy = self._evaluate(strategy, stream, last)
-            observe(last + 1, float(np.mean(accuracy[: last + 1])))
+        state = checkpoint and read_checkpoint(checkpoint, settings, self.source)
+        if state:
+            self._go_on(restore(state, strategy, experiences))
+        else:
+            if joint:  # `JointTraining` gets its heads when it trains; we evaluate before that
+                for experience in experiences:
+                    avalanche_model_adaptation(self.model, experience)
+            self._evaluate(strategy, stream, UNTRAINED)
+        last = settings.n_experiences - 1
+        for i in range(self._trained_through() + 1, 1 if joint else last + 1):
+            self._train(strategy, watch, experiences if joint else experiences[i])
+            trained = last if joint else i
+            accuracy = self._evaluate(strategy, stream, trained)
+            if checkpoint and trained < last:
+                write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
+            observe(trained + 1, float(np.mean(accuracy[: trained + 1])))
+
+    def _progress(self) -> dict[str, Any]:
+        return {"rows": self.rows, "seconds": self.seconds, "peak_rss": self.peak_rss}
+
+    def _go_on(self, progress: dict[str, Any]) -> None:
+        self.rows, self.seconds, self.peak_rss = (
+            progress[name] for name in ("rows", "seconds", "peak_rss")
+        )
+
+    def _trained_through(self) -> int:
+        """The last experience that was trained and evaluated on."""
+        return max(int(row["train_exp"]) for row in self.rows)
 
     def record(self, status: str, reason: str) -> dict[str, Any]:
         """The row of `runs.csv`; metrics are NaN unless the run is complete."""
-        settings = asdict(self.settings)
-        values = dict.fromkeys(METRICS, math.nan)
-        if status == "ok":
-            values = continual_metrics(self._matrix())
-        return {
-            "run_id": self.settings.run_id,
-            "status": status,
-            "reason": reason,
-            **settings,
-            **values,
-            **self.seconds,
-            "peak_rss_mb": self.peak_rss / MIB,
-            "penalty_state_mb": sum(map(_state_bytes, self.method_plugins)) / MIB,
-            "config_hash": self.settings.config_hash,
-        }
+        return run_record(
+            self.settings,
+            status,
+            reason,
+            metrics=continual_metrics(self._matrix()) if status == "ok" else None,
+            seconds=self.seconds,
+            peak_rss_mb=self.peak_rss / MIB,
+            penalty_state_mb=sum(map(_state_bytes, self.method_plugins)) / MIB,
+        )
 
     def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
         settings = self.settings
@@ -125,14 +142,17 @@ class Trial:
         optimizer = _OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
         fast = FastData(stream) if settings.data_path == "fast" else None
         self.method_plugins = _method_plugins(settings, fast)
-        watch = _Watch()
+        watch = _Watch(settings.iterations)
         template = JointTraining if settings.method == "joint" else Naive
         strategy = template(
             model=model,
             optimizer=optimizer,
             criterion=nn.CrossEntropyLoss(),
             train_mb_size=settings.batch_size,
-            train_epochs=settings.epochs,
+            # With a number of iterations, more epochs than they can fill: the last one is stopped.
+            train_epochs=settings.epochs
+            if settings.iterations is None
+            else settings.iterations + 1,
             eval_mb_size=EVAL_BATCH,
             device=settings.device,
             plugins=[*([fast] if fast else []), *self.method_plugins, watch],
@@ -195,19 +215,22 @@ class Trial:
 
 
 class _Watch(SupervisedPlugin):
-    """Notes when the last epoch ended, and stops a run whose loss is not finite."""
+    """Notes when the last epoch ended; stops a run that diverged or has all its iterations."""
 
-    def __init__(self) -> None:
+    def __init__(self, iterations: int | None) -> None:
         super().__init__()
+        self.iterations = iterations
         self.epochs_end = 0.0
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        clock = strategy.clock
         if not torch.isfinite(strategy.loss).all():
-            clock = strategy.clock
             raise DivergedError(
                 f"the loss is {strategy.loss.item()} in experience {clock.train_exp_counter}, "
                 f"iteration {clock.train_exp_iterations}"
             )
+        if clock.train_exp_iterations + 1 == self.iterations:  # the clock counts this one later
+            strategy.stop_training()
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         self.epochs_end = time.perf_counter()
@@ -216,29 +239,9 @@ class _Watch(SupervisedPlugin):
 _OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
-@functools.lru_cache(maxsize=1)
-def _cached_stream(key: RunSettings, source: DataSource) -> Stream:
-    return make_stream(key, source)
-
-
-def _stream(settings: RunSettings, source: DataSource) -> Stream:
-    """The run's stream, kept while runs of one seed follow each other."""
-    key = RunSettings(
-        settings.benchmark,
-        settings.dataset,
-        settings.scenario,
-        "naive",
-        # The classes are split in the same order whatever the seed.
-        settings.seed if settings.benchmark == "permuted" else 0,
-        n_experiences=settings.n_experiences,
-        validation=settings.validation,
-    )
-    return _cached_stream(key, source)
-
-
 def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
     if settings.method == "avalanche-ewc":
-        return [EWCPlugin(settings.ewc_lambda, settings.mode, settings.decay_factor)]
+        return [BuiltinEWC(settings)]
     if settings.method == "ewc":
         return [
             DiagonalEWCPlugin(
@@ -246,12 +249,21 @@ def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
                 settings.mode,
                 settings.decay_factor,
                 fisher_type=settings.fisher_type,
-                fisher_batches=fast.fisher_batches if fast else None,
+                fisher_batches=functools.partial(_fisher_batches, settings) if fast else None,
                 normalize=settings.normalize,
                 implicit=settings.penalty_step == "implicit",
             )
         ]
     return []
+
+
+def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[torch.Tensor]]:
+    """The current experience's samples; in Avalanche's mini-batches where F depends on them."""
+    rows = in_order(strategy.experience.dataset, settings.importance_order)
+    batched = settings.fisher_type == "batched"
+    return rows.batches(
+        settings.importance_batch or settings.batch_size if batched else FISHER_BATCH
+    )
 
 
 def _state_bytes(plugin: Any) -> int:

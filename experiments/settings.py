@@ -11,8 +11,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,6 +29,7 @@ DataPath = Literal["fast", "classic"]
 N_CLASSES = 10
 PENALISED: tuple[Method, ...] = ("avalanche-ewc", "ewc")
 STREAM = ("benchmark", "dataset", "scenario")  # the settings that name a stream
+OWN_SCENARIO: dict[Benchmark, Scenario] = {"split": "task", "permuted": "domain"}
 
 # Enough passes for Naive to forget what it has learned.
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
@@ -90,6 +92,10 @@ class RunSettings:
     device: str = "cpu"
     normalize: str | None = None  # our EWC alone: what each Fisher is divided by
     penalty_step: str | None = None  # our EWC alone: "implicit", or in the gradient
+    iterations: int | None = None  # of training per experience, instead of `epochs`
+    # Mini-batches of Avalanche's definition of F alone; unset, those of training, in class order.
+    importance_batch: int | None = None
+    importance_order: str | None = None  # "shuffled"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -108,6 +114,20 @@ class RunSettings:
         """Names the run: readable in front, unique behind."""
         name = f"{self.benchmark}-{self.dataset}-{self.scenario}-{self.method}"
         return f"{name}-{self.config_hash}-s{self.seed}"
+
+    @property
+    def stream(self) -> RunSettings:
+        """The settings that decide the stream: what has the same ones can share it."""
+        return RunSettings(
+            self.benchmark,
+            self.dataset,
+            self.scenario,
+            "naive",
+            # The classes are split in the same order whatever the seed.
+            self.seed if self.benchmark == "permuted" else 0,
+            n_experiences=self.n_experiences,
+            validation=self.validation,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,17 @@ class Job:
     """Where to train: cpu, cuda, cuda:1, ..."""
     data_path: DataPath = "fast"
     """Tensors made once and fed in batches, or Avalanche's per-sample transforms: same bits."""
+    config: str | None = None
+    """TOML file of settings by these names, lists where several span a grid; what the command line
+    says counts more."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers make the runs, instead of processes here."""
+    checkpoint: bool = False
+    """Store each run's state after every experience, so that a killed run goes on from there."""
+    dry_run: bool = False
+    """Say what would run, what exists already, and about how long it takes; run nothing."""
+    quiet: bool = False
+    """Print nothing but errors and runs that did not end well."""
     tensorboard: bool = False
     """Log the runs for TensorBoard, each in OUT/logs/RUN."""
     wandb: bool = False
@@ -144,6 +175,7 @@ class Job:
             ) from None
 
     compares = True  # whether the report holds ours against the built-in
+    left_out = ""  # what the grid's product has that is no run, and why
 
     @property
     def name(self) -> str:
@@ -157,107 +189,192 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid(Job):
-    """Methods x Fisher types x lambdas x seeds on one benchmark, in one `scenario`."""
+    """One run for each combination of the values below; what says the same twice is one run."""
 
-    benchmark: ClassVar[Benchmark]
     methods: tuple[Method, ...] = get_args(Method)
     """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound)."""
     fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED,)
-    """Labels that our Fisher averages over; several span a grid."""
+    """Labels that our Fisher averages over."""
     ewc_lambda: tuple[float, ...] = ()
     """Penalty strengths, each tried with both EWC methods. Empty: each method's own, chosen on
     validation data."""
-    mode: Literal["separate", "online"] = "separate"
+    mode: tuple[Literal["separate", "online"], ...] = ("separate",)
     """One quadratic per experience, or a single one that decays."""
-    decay_factor: float | None = None
+    decay_factor: tuple[float, ...] = ()
     """Decay of the old Fisher, online mode only; 1 is Huszar's corrected Laplace."""
+    normalize: tuple[Literal["none", "mean", "trace", "max"], ...] = ("none",)
+    """What each Fisher of ours is divided by; needs its own ewc_lambda, such as 0.01 for mean."""
+    penalty_step: tuple[Literal["gradient", "implicit"], ...] = ("gradient",)
+    """Where our penalty acts: in the gradient, or as an implicit step after the optimizer's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seeds the stream, the initial weights and the order of the samples."""
-    experiences: int = 5
+    experiences: tuple[int, ...] = (5,)
     """Number of experiences (tasks) in the stream."""
-    epochs: int | None = None
-    """Passes over the data of each experience. Unset: 4 on split MNIST (at one, Naive has not
+    epochs: tuple[int, ...] = ()
+    """Passes over the data of each experience. Empty: 4 on split MNIST (at one, Naive has not
     forgotten yet), 1 on permuted MNIST, 40 and 20 on the digits."""
-    batch_size: int | None = None
-    """Samples per training mini-batch. Unset: 256 on MNIST, 128 on the digits."""
-    optimizer: Optimizer = "adam"
+    batch_size: tuple[int, ...] = ()
+    """Samples per training mini-batch. Empty: 256 on MNIST, 128 on the digits."""
+    optimizer: tuple[Optimizer, ...] = ("adam",)
     """Optimizer; no weight decay, no momentum for sgd."""
-    learning_rate: float = 1e-3
+    learning_rate: tuple[float, ...] = (1e-3,)
     """Step size of the optimizer."""
-    model: Model = "mlp"
+    model: tuple[Model, ...] = ("mlp",)
     """Fully connected or small convolutional network; task-incremental gets a head per task."""
-    hidden_size: int = 256
+    hidden_size: tuple[int, ...] = (256,)
     """Units per hidden layer of the MLP."""
-    hidden_layers: int = 2
+    hidden_layers: tuple[int, ...] = (2,)
     """Hidden layers of the MLP."""
-    dropout: float = 0.0
+    dropout: tuple[float, ...] = (0.0,)
     """Dropout rate while training; the Fisher is always taken without."""
     validation: bool = False
     """Evaluate on the last sixth of the training images, which then is not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("methods", "fisher_type", "seeds"):
-            _require(len(getattr(self, name)) > 0, name, "a non-empty list", ())
+        for name in _listed(type(self)):  # a single value is a list of one
+            object.__setattr__(self, name, _as_list(getattr(self, name)))
+            _require(name in _MAY_BE_EMPTY or getattr(self, name), name, "a non-empty list", ())
+        _require(self.streams, "scenario", "one that the benchmark has", self.scenario)
+        useless = self.decay_factor and "online" not in self.mode
+        _require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
+        chosen = not self.ewc_lambda and "ewc" in self.methods
+        for name, plain in (("normalize", "none"), ("penalty_step", "gradient")):
+            others = [value for value in getattr(self, name) if value != plain]
+            rule = f"given with `{name}` {', '.join(others)}: the chosen ones are for {plain}"
+            _require(not (chosen and others), "ewc_lambda", rule, "none")
+
+    @property
+    def streams(self) -> list[tuple[Benchmark, Scenario]]:
+        """The benchmarks and scenarios of the grid."""
+        raise NotImplementedError
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """The settings of every run; methods without a penalty run once per seed."""
-        epochs = DEFAULT_EPOCHS[self.benchmark, dataset] if self.epochs is None else self.epochs
-        batch_size = DEFAULT_BATCH_SIZE[dataset] if self.batch_size is None else self.batch_size
-        for seed in self.seeds:
-            for method in self.methods:
-                base = RunSettings(
-                    self.benchmark,
-                    dataset,
-                    self.scenario,
-                    method,
-                    seed,
-                    n_experiences=self.experiences,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    **{name: getattr(self, name) for name in _SHARED},
-                )
-                yield from self._penalties(base) if method in PENALISED else (base,)
+        """The settings of every run; each once, whatever combinations lead to it."""
+        yield from {cell.run_id: cell for cell in self._combinations(dataset)}.values()
+
+    def _combinations(self, dataset: Dataset) -> Iterator[RunSettings]:
+        for seed, (benchmark, scenario) in product(self.seeds, self.streams):
+            varied = {
+                "n_experiences": self.experiences,
+                "epochs": self.epochs or (DEFAULT_EPOCHS[benchmark, dataset],),
+                "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
+                **{name: getattr(self, name) for name in _SHARED_LISTS},
+            }
+            for values in product(*varied.values()):
+                settings = dict(zip(varied, values, strict=True))
+                if settings["model"] != "mlp":
+                    settings |= _MLP_ONLY
+                for method in self.methods:
+                    base = RunSettings(
+                        benchmark,
+                        dataset,
+                        scenario,
+                        method,
+                        seed,
+                        **settings,
+                        **{name: getattr(self, name) for name in _SHARED},
+                    )
+                    yield from self._penalties(base) if method in PENALISED else (base,)
 
     def _penalties(self, base: RunSettings) -> Iterator[RunSettings]:
-        types = [FisherType(t).value for t in self.fisher_type] if base.method == "ewc" else [None]
-        for fisher_type in types:
-            for ewc_lambda in self.ewc_lambda or (chosen_lambda(base),):
-                yield replace(
-                    base,
-                    fisher_type=fisher_type,
-                    ewc_lambda=ewc_lambda,
-                    mode=self.mode,
-                    decay_factor=self.decay_factor,
-                )
+        ours = base.method == "ewc"
+        own = {
+            "fisher_type": [FisherType(t).value for t in self.fisher_type],
+            "normalize": [None if n == "none" else n for n in self.normalize],
+            "penalty_step": [None if s == "gradient" else s for s in self.penalty_step],
+        }
+        varied: dict[str, Any] = {
+            **(own if ours else {}),
+            "ewc_lambda": self.ewc_lambda or (chosen_lambda(base),),
+            "mode": self.mode,
+        }
+        for values in product(*varied.values()):
+            settings = dict(zip(varied, values, strict=True))
+            online = settings["mode"] == "online"
+            for decay_factor in (self.decay_factor if online else ()) or (None,):
+                yield replace(base, **settings, decay_factor=decay_factor)
 
 
-_SHARED = (  # fields of `Grid` and of `RunSettings` alike
-    *("optimizer", "learning_rate", "model", "hidden_size"),
-    *("hidden_layers", "dropout", "validation", "data_path", "device"),
+# Fields of `Grid` and of `RunSettings` alike.
+_SHARED = ("validation", "data_path", "device")
+_SHARED_LISTS = (
+    *("optimizer", "learning_rate", "model"),
+    *("hidden_size", "hidden_layers", "dropout"),
 )
+_MAY_BE_EMPTY = ("ewc_lambda", "decay_factor", "epochs", "batch_size", "scenario")
+_MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
+
+
+def _listed(kind: type[Grid]) -> list[str]:
+    """The fields of a grid that span it."""
+    return [field.name for field in fields(kind) if str(field.type).startswith("tuple[")]
+
+
+def _as_list(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 @dataclass(frozen=True)
 class SplitMnist(Grid):
     """Split MNIST: the ten digits in experiences of equally many classes."""
 
-    scenario: Scenario = "task"
+    scenario: tuple[Scenario, ...] = ("task",)
     """Task labels and a head each (task), one head shared by all (domain), ten outputs (class)."""
 
     name = "split-mnist"
-    benchmark = "split"
+
+    @property
+    def streams(self) -> list[tuple[Benchmark, Scenario]]:
+        """Split MNIST in each scenario."""
+        return [("split", scenario) for scenario in self.scenario]
 
 
 @dataclass(frozen=True)
 class PermutedMnist(Grid):
     """Permuted MNIST: all ten digits in every experience, the pixels permuted anew in each."""
 
-    scenario: Literal["task", "domain"] = "domain"
+    scenario: tuple[Literal["task", "domain"], ...] = ("domain",)
     """Task labels and a head each (task), or one head shared by all (domain)."""
 
     name = "permuted-mnist"
-    benchmark = "permuted"
+
+    @property
+    def streams(self) -> list[tuple[Benchmark, Scenario]]:
+        """Permuted MNIST in each scenario."""
+        return [("permuted", scenario) for scenario in self.scenario]
+
+
+@dataclass(frozen=True)
+class Sweep(Grid):
+    """A grid over any settings, on one benchmark or both."""
+
+    benchmark: tuple[Benchmark, ...] = ("permuted",)
+    """Split MNIST has some of the digits in each experience, permuted MNIST all."""
+    scenario: tuple[Scenario, ...] = ()
+    """As the benchmarks' own commands have it; permuted MNIST has no class-incremental one. Empty:
+    task-incremental split MNIST, domain-incremental permuted MNIST."""
+
+    name = "sweep"
+
+    @property
+    def streams(self) -> list[tuple[Benchmark, Scenario]]:
+        """Every benchmark in every scenario that it has."""
+        return [
+            (benchmark, scenario)
+            for benchmark in self.benchmark
+            for scenario in self.scenario or (OWN_SCENARIO[benchmark],)
+            if (benchmark, scenario) != ("permuted", "class")
+        ]
+
+    @property
+    def left_out(self) -> str:
+        """Says so where a benchmark has no such scenario."""
+        if "permuted" in self.benchmark and "class" in self.scenario:
+            return "Permuted MNIST has no class-incremental scenario; it is left out there."
+        return ""
 
 
 @dataclass(frozen=True)
@@ -316,7 +433,7 @@ def chosen_lambda(run: RunSettings) -> float:
         ) from None
 
 
-def _require(condition: bool, name: str, rule: str, value: Any) -> None:
+def _require(condition: object, name: str, rule: str, value: Any) -> None:
     if not condition:
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
@@ -337,9 +454,24 @@ def _check(run: RunSettings) -> None:
     if run.ewc_lambda is not None:
         fits = math.isfinite(run.ewc_lambda) and run.ewc_lambda >= 0
         _require(fits, "ewc_lambda", ">= 0 and finite", run.ewc_lambda)
+    _check_importances(run)
     if run.mode == "online":
         given = run.decay_factor is not None and 0 <= run.decay_factor <= 1
         _require(given, "decay_factor", "between 0 and 1 in mode online", run.decay_factor)
     else:
         rule = "unset in mode separate"
         _require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)
+
+
+def _check_importances(run: RunSettings) -> None:
+    for name in ("iterations", "importance_batch"):
+        value = getattr(run, name)
+        _require(value is None or value >= 1, name, ">= 1", value)
+    order = run.importance_order
+    _require(order in (None, "shuffled"), "importance_order", "unset or 'shuffled'", order)
+    if run.importance_batch is not None or order is not None:
+        batched = run.method == "avalanche-ewc" or run.fisher_type == "batched"
+        name = "importance_batch" if order is None else "importance_order"
+        rule = "unset where F is exact per sample"
+        _require(batched, name, rule, run.importance_batch if order is None else order)
+        _require(run.data_path == "fast", "data_path", f"fast with `{name}`", run.data_path)

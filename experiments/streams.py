@@ -101,6 +101,16 @@ class Stream:
     classes_per_experience: int
 
 
+def shared_stream(run: RunSettings, source: DataSource) -> Stream:
+    """The stream of a run, kept while runs that share it follow each other."""
+    return _kept_stream(run.stream, source)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_stream(run: RunSettings, source: DataSource) -> Stream:
+    return make_stream(run, source)
+
+
 def make_stream(run: RunSettings, source: DataSource) -> Stream:
     """The stream of a run: MNIST through Avalanche's own generators.
 

@@ -6,8 +6,7 @@ their bytes are on the disk, so that a reader sees the old table or the new one,
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,6 +16,7 @@ import pandas as pd
 import pandera.pandas as pa
 from scipy import stats
 
+from experiments.files import replace_file
 from experiments.metrics import METRICS
 from experiments.settings import RunSettings
 
@@ -27,6 +27,7 @@ MARGIN = 0.01  # of the equivalence tests, in accuracy; fixed before any run
 
 _FRACTION = pa.Check.in_range(0, 1)
 _SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
+_INT_OR_NONE = pd.Int64Dtype()
 
 
 def _setting_columns() -> dict[str, pa.Column]:
@@ -39,7 +40,10 @@ def _setting_columns() -> dict[str, pa.Column]:
         kind = next(k for k in kinds if k is not type(None))
         # Not required where it may be None: a setting can be added and old tables still be read.
         columns[name] = pa.Column(
-            _SETTING_TYPES[kind], nullable=nullable, coerce=True, required=not nullable
+            _INT_OR_NONE if kind is int and nullable else _SETTING_TYPES[kind],
+            nullable=nullable,
+            coerce=True,
+            required=not nullable,
         )
     return columns
 
@@ -59,6 +63,8 @@ def _count(minimum: int) -> pa.Column:
 _SETTINGS = _setting_columns()
 SETTING_NAMES = tuple(_SETTINGS)
 
+# Of `ewc_plugin.TidyCSVLogger`'s files alone: our own runs test on one stream.
+LOGGER_COLUMNS = ("stream", "task")
 ACCURACY = pa.DataFrameSchema(
     {
         "run_id": _text(),
@@ -69,8 +75,10 @@ ACCURACY = pa.DataFrameSchema(
         "accuracy": _number(_FRACTION),
         "loss": _number(nullable=True),
         "n_samples": _count(1),
+        "stream": _text(required=False),
+        "task": pa.Column("Int64", nullable=True, coerce=True, required=False),
     },
-    unique=["run_id", "train_exp", "eval_exp"],
+    unique=["run_id", "stream", "train_exp", "eval_exp"],
     strict=True,
     name="accuracy.csv",
 )
@@ -116,11 +124,12 @@ PARITY = pa.DataFrameSchema(
         "difference": _number(nullable=True),
         "ci_low": _number(nullable=True),
         "ci_high": _number(nullable=True),
-        "tolerance": _number(pa.Check.ge(0)),
+        "tolerance": _number(pa.Check.ge(0), nullable=True),
         "verdict": _text(
             checks=pa.Check.isin([
                 "equal",
                 "different",
+                "measured",
                 "equivalent",
                 "better",
                 "worse",
@@ -131,7 +140,34 @@ PARITY = pa.DataFrameSchema(
     strict=True,
     name="parity.csv",
 )
-SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY)}
+REPRODUCE = pa.DataFrameSchema(
+    {
+        "protocol": _text(),
+        "source": _text(),
+        "setting": _text(),
+        "reduced": _text(nullable=True),
+        "arm": _text(unique=True),
+        **{k: _SETTINGS[k] for k in ("scenario", "method", "fisher_type", "ewc_lambda")},
+        "reference": _number(_FRACTION, nullable=True),
+        "reference_where": _text(nullable=True),
+        "rule": _text(nullable=True),
+        "n": _count(0),
+        "diverged": _count(0),
+        **{k: _number(nullable=True) for k in ("mean", "std", "ci_low", "ci_high")},
+        "run_s": _number(pa.Check.ge(0), nullable=True),
+        "fisher_s": _number(pa.Check.ge(0), nullable=True),
+        "against": _text(nullable=True),
+        **{f"difference{k}": _number(nullable=True) for k in ("", "_ci_low", "_ci_high")},
+        "verdict": _text(
+            nullable=True,
+            checks=pa.Check.isin(["equivalent", "better", "worse", "undecided"]),
+        ),
+        "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
+    },
+    strict=True,
+    name="reproduce.csv",
+)
+SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY, REPRODUCE)}
 
 
 class TableError(ValueError):
@@ -140,13 +176,13 @@ class TableError(ValueError):
 
 def empty(schema: Schema) -> pd.DataFrame:
     """A table of the schema without rows."""
-    return pd.DataFrame(columns=list(schema.columns))
+    columns = schema.columns.items()
+    return pd.DataFrame(columns=[n for n, c in columns if c.required or n not in LOGGER_COLUMNS])
 
 
 def frame(rows: Iterable[dict[str, Any]], schema: Schema) -> pd.DataFrame:
     """The rows as a table, columns in the schema's order and types; checked."""
-    table = pd.DataFrame(list(rows), columns=list(schema.columns))
-    return check(table, schema)
+    return check(pd.DataFrame(list(rows), columns=list(empty(schema))), schema)
 
 
 def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
@@ -180,14 +216,17 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         return empty(schema)
     texts = {name: str for name, c in schema.columns.items() if c.dtype.type is str}
     try:
-        table = pd.read_csv(path, float_precision="round_trip", dtype=texts)
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("its last line is not complete")
+        table = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype=texts)
         return check(table, schema)
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
 
 
 def load(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`).
+    """All tables of a results folder by name (`accuracy`, `runs`, `summary`, `parity`, ...).
 
     Raises:
         TableError: The folder holds none of them, or one that does not fit its schema.
@@ -201,21 +240,6 @@ def load(folder: str | Path) -> dict[str, pd.DataFrame]:
     if not tables:
         raise TableError(f"`{folder}` holds none of {', '.join(SCHEMAS)}.")
     return tables
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes beside the file, forces the bytes to the disk, then renames over it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -239,6 +263,33 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                     **interval(values),
                 })
     return frame(rows, SUMMARY)
+
+
+def distinctions(runs: pd.DataFrame) -> dict[str, str]:
+    """What tells the cells of a grid apart besides their label, by config hash.
+
+    Args:
+        runs: Rows of `runs.csv`.
+
+    Returns:
+        Such as `epochs 4, mode online`: the settings in which a cell differs from others of its
+        benchmark, dataset, scenario and method; "" where there are none.
+    """
+    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
+    told = {}
+    for _, alike in runs.groupby(["benchmark", "dataset", "scenario", "method"], sort=False):
+        cells = alike.drop_duplicates("config_hash")
+        varied = [name for name in names if cells[name].nunique(dropna=False) > 1]
+        for cell in cells.to_dict("records"):
+            values = [f"{n.replace('_', ' ')} {_shown(cell[n])}" for n in varied]
+            told[cell["config_hash"]] = ", ".join(values)
+    return told
+
+
+def _shown(value: Any) -> str:
+    if pd.isna(value):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:

@@ -15,7 +15,7 @@ from experiments.data import DataSource
 from experiments.fast_data import experience_rows
 from experiments.run import Trial
 from experiments.settings import RunSettings
-from experiments.streams import make_stream
+from experiments.streams import shared_stream
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def train(settings: RunSettings, source: DataSource) -> Trained:
     """
     trial = Trial(settings, source)
     trial.run(lambda done, accuracy: None)
-    stream = make_stream(settings, source)
+    stream = shared_stream(settings, source)
     rows = [experience_rows(stream, e) for e in stream.benchmark.train_stream]
     accuracy = pd.DataFrame(trial.rows)
     last = accuracy[accuracy["train_exp"] == settings.n_experiences - 1]

@@ -1,4 +1,4 @@
-"""The side of a worker process: its set-up, and the tasks that it is given.
+"""The side of the process that makes a run: its set-up, and the tasks that it is given.
 
 Avalanche is imported in the functions: the parent, which only hands them out, need not wait for it.
 """
@@ -9,7 +9,10 @@ import multiprocessing
 import os
 import threading
 import warnings
-from multiprocessing.queues import Queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,35 +23,74 @@ from experiments.result import RunResult
 from experiments.settings import RunSettings
 
 Event = tuple[str, int, float]  # run id, experiences done, mean accuracy on them
+Tell = Callable[[Event], None]
+TOPIC = "ewc-plugin"  # of events in a Dask cluster
 
-_events: Queue[Event] | None = None  # where this process tells how far it is
+_parent: Connection | None = None  # where a process of a pool tells how far it is
+_one_run = threading.Lock()  # runs of one process would share its global random numbers
 
 
-def start(events: Queue[Event]) -> None:
-    """One thread for each run, so that results do not depend on the number of processes."""
-    global _events
-    _events = events
+def start(parent: Connection) -> None:
+    """Sets up a process of a pool."""
+    global _parent
+    _parent = parent
     # A killed parent can't end its workers, and they would wait for it for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # third parties' notes, once per process
 
 
-def run_cell(cell: RunSettings, source: DataSource, logs: Logs | None) -> RunResult:
-    """One run, whose progress goes to the parent."""
+def tell_parent(event: Event) -> None:
+    """From a process of a pool to the one that started it."""
+    assert _parent is not None
+    _parent.send(event)
+
+
+def tell_cluster(event: Event) -> None:
+    """From a Dask worker to whoever listens."""
+    from distributed import get_worker
+
+    get_worker().log_event(TOPIC, event)
+
+
+def run_cell(
+    cell: RunSettings,
+    source: DataSource,
+    checkpoint: Path | None,
+    logs: Logs | None,
+    tell: Tell,
+) -> RunResult:
+    """One run, with `tell` called when it begins and after each experience."""
     from experiments.run import run
 
-    assert _events is not None
-    send = _events.put
-    send((cell.run_id, 0, 0.0))
-    return run(cell, source, lambda done, accuracy: send((cell.run_id, done, accuracy)), logs=logs)
+    with _alone():
+        tell((cell.run_id, 0, 0.0))
+        return run(
+            cell,
+            source,
+            lambda done, accuracy: tell((cell.run_id, done, accuracy)),
+            checkpoint,
+            logs=logs,
+        )
 
 
 def check_cell(cell: RunSettings, source: DataSource) -> list[dict[str, Any]]:
     """The numerical checks against the built-in on a cell's stream."""
     from experiments.parity_checks import numerical_checks
 
-    return list(numerical_checks(cell, source))
+    with _alone():
+        return list(numerical_checks(cell, source))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One run at a time and one thread for it, so that results do not depend on what else runs."""
+    with _one_run:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _end_with_parent() -> None:

@@ -30,6 +30,7 @@ def ids(folder):
     return list(tables.read(folder, tables.RUNS)["run_id"])
 
 
+@pytest.mark.filterwarnings("ignore:Mismatched null-like values:FutureWarning")  # pandas 2
 def test_results_become_tables(tmp_path, results):
     store = Store(tmp_path)
     for result in results:

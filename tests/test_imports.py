@@ -10,7 +10,7 @@ import pytest
 import ewc_plugin
 
 PACKAGE = Path(ewc_plugin.__file__).parent
-ADAPTERS = {"active.py", "metrics.py", "plugin.py", "strategy.py", "template.py"}
+ADAPTERS = {"active.py", "metrics.py", "plugin.py", "strategy.py", "template.py", "tidy_csv.py"}
 ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
 
 

@@ -1,10 +1,22 @@
 """The plugin's numbers as Avalanche's loggers get them."""
 
+import csv
 import io
+import json
+import struct
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from avalanche.logging import TextLogger
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.logging import (
+    CSVLogger,
+    InteractiveLogger,
+    TensorboardLogger,
+    TextLogger,
+    WandBLogger,
+)
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from plugin_streams import benchmark, mlp, train
@@ -71,6 +83,102 @@ def test_epoch_mean_weighs_by_samples():
     last = strategy.evaluator.get_last_metrics()
     (found,) = (value for name, value in last.items() if name.startswith("EWC_Penalty"))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+NAMES = ("EWC_Penalty", "EWC_TaskLoss", "EWC_FisherTrace", "EWC_Share90", "EWC_FisherSeconds")
+
+
+def curves_of(strategy):
+    """What the evaluator collected of our metrics: [(iteration, value), ...] by name."""
+    everything = strategy.evaluator.get_all_metrics()
+    ours = {name: c for name, c in everything.items() if name.startswith(NAMES)}
+    assert {name.split("/")[0] for name in ours} == set(NAMES)
+    return {name: list(zip(*curve, strict=True)) for name, curve in ours.items()}
+
+
+@pytest.mark.parametrize("kind", ["interactive", "text"])
+def test_those_for_people_print_them(kind, capsys):
+    logger = InteractiveLogger() if kind == "interactive" else TextLogger(sys.stdout)
+    strategy = learner(DiagonalEWCPlugin(3.0), loggers=[logger])
+    stream = benchmark().train_stream
+    for experience in stream:
+        strategy.train(experience)
+        strategy.eval(stream)  # prints what came after the last epoch
+    printed = capsys.readouterr().out
+    for name, curve in curves_of(strategy).items():
+        for _, value in curve:
+            assert f"{name} = {value:.4f}" in printed
+
+
+def test_tensorboard_holds_them(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorboardLogger(tmp_path)
+    strategy = learner(DiagonalEWCPlugin(3.0), loggers=[logger])
+    train(strategy, benchmark().train_stream)
+    logger.writer.flush()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name, curve in curves_of(strategy).items():
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in curve], name
+
+
+def test_avalanches_csv_has_no_column_for_them(tmp_path):
+    logger = CSVLogger(tmp_path)
+    strategy = learner(DiagonalEWCPlugin(3.0), loggers=[logger])
+    strategy.evaluator.metrics += [*accuracy_metrics(epoch=True), *loss_metrics(epoch=True)]
+    train(strategy, benchmark().train_stream)
+    logger.close()
+    curves_of(strategy)  # it was given them
+    with (tmp_path / "training_results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    columns = "training_exp,epoch,training_accuracy,val_accuracy,training_loss,val_loss"
+    assert ",".join(rows[0]) == columns
+    assert (tmp_path / "eval_results.csv").read_text().count("\n") == 1
+
+
+def leveldb_records(data):
+    """The records in blocks of 32 KiB, of which a long one takes several."""
+    place, record = 7, b""  # behind W&B's own header
+    while place + 7 <= len(data):
+        if (left := 2**15 - place % 2**15) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in {1, 4}:  # whole, or the last part
+            yield record
+            record = b""
+
+
+@pytest.mark.slow
+def test_wandb_holds_them(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    # As README.md says it.
+    charts = SimpleNamespace(CustomChart=wandb.plot.CustomChart)
+    monkeypatch.setattr(wandb, "viz", charts, raising=False)
+    params = {"mode": "offline", "id": "ours"}
+    logger = WandBLogger(dir=str(tmp_path), save_code=False, params=params)
+    strategy = learner(DiagonalEWCPlugin(3.0), loggers=[logger])
+    train(strategy, benchmark().train_stream)
+    wandb.finish()
+    found = {}
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for data in leveldb_records(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        for name in items.keys() & curves_of(strategy).keys():
+            step = json.loads(items["_step"])
+            found.setdefault(name, []).append((step, json.loads(items[name])))
+    assert found == curves_of(strategy)
 
 
 def test_strategy_without_the_plugin_is_an_error():

@@ -58,6 +58,18 @@ def test_parts_of_an_experience_share_one_fisher(size, drop_last):
     assert_same(plugin.penalty.history[1].anchor, dict(learner.model.named_parameters()))
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("size", [5, 6])
+def test_lambda_zero_is_bit_identical_on_online_streams(size, known):
+    def run(*plugins):
+        parts = online(stream_of(), size, access_task_boundaries=known)
+        return train(strategy(double_mlp(), *plugins), parts)
+
+    ewc = DiagonalEWCPlugin(0)
+    assert_same(run(), run(ewc))
+    assert ewc.penalty.n_experiences == (2 if known else 2 * -(-24 // size))
+
+
 @pytest.mark.parametrize("size", [5, 6])
 def test_without_boundaries_every_part_has_its_own(size):
     plugin = DiagonalEWCPlugin(1)

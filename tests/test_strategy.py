@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from avalanche.training.supervised import EWC
 from plugin_streams import assert_same, benchmark, mlp, quiet, strategy, train
 from torch import nn
@@ -56,3 +57,26 @@ def test_strategy_trains_as_the_plugin_does():
     options = {"ewc_lambda": 5, "mode": "online", "decay_factor": 0.5}
     by_strategy = train(strategy(mlp(), kind=DiagonalEWC, **options), stream)
     assert_same(by_plugin, by_strategy)
+
+
+def test_further_arguments_reach_the_template():
+    model, seen = mlp(), []
+
+    class Spy(SupervisedPlugin):
+        def before_eval(self, strategy, **kwargs):
+            seen.append(strategy.clock.train_exp_iterations)
+
+    stream = benchmark().train_stream
+    learner = DiagonalEWC(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        ewc_lambda=1,
+        train_mb_size=8,
+        plugins=[Spy()],
+        evaluator=quiet(),
+        eval_every=1,
+        peval_mode="iteration",
+    )
+    learner.train(stream[0], eval_streams=[stream])
+    assert seen == [0, 0, 1, 2, 3]  # before; after each iteration, before it counts; at the end

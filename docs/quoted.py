@@ -1,0 +1,249 @@
+"""The numbers and tables that the pages quote, read from the committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.report import chosen_lambdas, format_interval
+from experiments.table import render, summary_table
+
+RESULTS = Path(__file__).parents[1] / "results"
+TYPES = ["predicted", "empirical", "sampled", "exact"]
+NETWORKS = {
+    "mlp-512": "MLP 784-512-10",
+    "mlp-2000": "MLP 784-2000-2000-10",
+    "simple-cnn": "SimpleCNN",
+    "resnet-18": "ResNet-18",
+    "transformer": "Transformer",
+}
+
+
+def of_page(name: str) -> dict[str, Any]:
+    """What the page of this name may quote, by the names that it uses."""
+    return PAGES[name]() if name in PAGES else {}
+
+
+def _index() -> dict[str, Any]:
+    return {"main_table": _markdown(summary_table(_csv("main/summary")))}
+
+
+def _fisher() -> dict[str, Any]:
+    traces = _csv("lambda_translation/lambda_translation")
+    tanh = _identities("tanh network")
+    return {
+        "trace_table": _markdown(_by_benchmark(traces, "trace_of_exact", "{:.2g}")),
+        "n_networks": traces["seed"].nunique(),
+        "speed_table": _markdown(_speeds()),
+        "fitted_loss": f"{tanh.loc['predicted', 'loss']:.2g}",
+        "fitted_share": f"1/{1 / tanh.loc['predicted', 'mean_square_of_own']:.0f}",
+        "sampled_low": f"{_end('tanh network', 'sampled')['mean_square_of_own'].min():.2g}",
+        "sampled_high": f"{_end('tanh network', 'sampled')['mean_square_of_own'].max():.2g}",
+    }
+
+
+def _lambda() -> dict[str, Any]:
+    traces = _csv("lambda_translation/lambda_translation")
+    normalised = _csv("normalized_lambda/normalized_lambda")
+    implicit = _csv("implicit_step/runs")
+    sgd = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].isna()]
+    adam = implicit[implicit["optimizer"] == "adam"]
+    diverged = sgd.loc[sgd["status"] == "diverged", "ewc_lambda"]
+    steady = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].notna()]
+    return {
+        "same_strength": _markdown(_by_benchmark(traces, "same_strength_lambda", "{:.3g}")),
+        "n_networks": traces["seed"].nunique(),
+        "normalised": _markdown(_normalised(normalised)),
+        "n_normalised": normalised["n"].max(),
+        "chosen": _markdown(_chosen()),
+        "diverged_from": f"{diverged.min():g}",
+        "n_diverged": len(diverged),
+        "n_explicit": len(sgd),
+        "adam_explicit": f"{_best_lambda(adam[adam['penalty_step'].isna()]):g}",
+        "adam_implicit": f"{_best_lambda(adam[adam['penalty_step'].notna()]):g}",
+        "implicit_to": f"{steady['ewc_lambda'].max():g}",
+        "n_implicit": len(steady),
+        "n_implicit_ok": int((steady["status"] == "ok").sum()),
+    }
+
+
+def _csv_page() -> dict[str, Any]:
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    return {"dictionary": text.split("\n", 1)[1]}
+
+
+def _how() -> dict[str, Any]:
+    table = _csv("identities/identities")
+    own = table[table["labels"] == "own"]
+    start = table[(table["step"] == 0) & (table["labels"] == "predicted")]
+    tanh = _identities("tanh network")
+    network = table[(table["problem"] == "tanh network") & (table["labels"] == "predicted")]
+    curvature = network.groupby("step")["curvature_of_own"].mean()
+    return {
+        "n_seeds": table["seed"].nunique(),
+        "steps": f"{table['step'].max():,}",
+        "own_squared_mean": f"{own['squared_mean_share'].max():.0e}",
+        "own_variance": f"{own['variance_difference'].max():.0e}",
+        "own_curvature": f"{own['curvature_difference'].max():.0e}",
+        "mean_share_start": f"{start['squared_mean_share'].mean():.0%}",
+        "mean_share_end": f"{tanh.loc['predicted', 'squared_mean_share']:.2%}",
+        "tanh_accuracy": f"{tanh.loc['predicted', 'accuracy']:.0%}",
+        "square_predicted": f"{tanh.loc['predicted', 'mean_square_of_own']:.2%}",
+        "times_smaller": f"{1 / tanh.loc['predicted', 'mean_square_of_own']:.0f}",
+        "square_cosine": f"{tanh.loc['predicted', 'cosine_with_own']:.2f}",
+        "logistic_accuracy": f"{_identities('logistic regression').loc['own', 'accuracy']:.1%}",
+        "logistic_predicted": _share("logistic regression", "predicted"),
+        "logistic_empirical": _share("logistic regression", "empirical"),
+        "curvature_peak": f"{curvature.max():.2f}",
+        "curvature_peak_step": int(curvature.idxmax()),
+        "curvature_true": f"{tanh.loc['empirical', 'curvature_of_own']:.2f}",
+        "square_true": f"{tanh.loc['empirical', 'mean_square_of_own']:.2%}",
+        **_laplace(),
+        **_demonstration(),
+    }
+
+
+def _laplace() -> dict[str, Any]:
+    table = _csv("laplace/laplace")
+    found: dict[str, Any] = {
+        "n_draws": table["seed"].nunique(),
+        "small": table["n"].min(),
+        "large": table["n"].max(),
+    }
+    names = {"full": "full", "diagonal, exact": "exact", "none": "none"}
+    for problem, rows in table.groupby("problem"):
+        short = str(problem).split()[0].split("-")[0]  # logistic, two
+        at_bayes = rows[rows["factor"].isin([0.0, 1.0])]
+        middle = at_bayes.groupby(["n", "quadratic"])[["excess_nats", "total_variation"]].median()
+        for quadratic, name in names.items():
+            found[f"{short}_{name}_nats"] = f"{middle.loc[(100, quadratic), 'excess_nats']:.2g}"
+        for size in ("small", "large"):
+            variation = middle.loc[(found[size], "full"), "total_variation"]
+            found[f"{short}_variation_{size}"] = f"{variation:.2g}"
+        factor = rows[(rows["n"] == 100) & (rows["quadratic"] == "diagonal, exact")]
+        best = factor.groupby("factor")["excess_nats"].median()
+        found[f"{short}_best_factor"] = f"{best.idxmin():.2g}"
+        found[f"{short}_best_nats"] = f"{best.min():.2g}"
+    return found
+
+
+def _demonstration() -> dict[str, Any]:
+    curves, fisher = _csv("demonstration/curves"), _csv("demonstration/fisher")
+    last = curves[curves["epoch"] == curves["epoch"].max()]
+    accuracy = last.groupby(["method", "eval_task"])["accuracy"]
+    labels = {"sgd": "plain SGD", "ewc": "EWC", "ewc-renewed": "EWC, anchor renewed every epoch"}
+    rows = []
+    for method, label in labels.items():
+        row = {"method": label}
+        for task in sorted(last["eval_task"].unique()):
+            values = accuracy.get_group((method, task))
+            row[f"task {task + 1}"] = f"{values.mean():.3f} ({values.min():.3f}-{values.max():.3f})"
+        rows.append(row)
+    return {
+        "demonstration_table": _markdown(pd.DataFrame(rows)),
+        "demonstration_seeds": last["seed"].nunique(),
+        "loop_ratio_low": f"{fisher['ratio'].min():.0f}",
+        "loop_ratio_high": f"{fisher['ratio'].max():.0f}",
+        "loop_difference": f"{fisher['largest_difference'].max():.0e}",
+    }
+
+
+def _best_lambda(runs: pd.DataFrame) -> float:
+    return float(runs.groupby("ewc_lambda")["average_accuracy"].mean().idxmax())
+
+
+def _chosen() -> pd.DataFrame:
+    rows = []
+    for folder in ("tuning", "tuning_digits"):
+        for row in chosen_lambdas(_csv(f"{folder}/summary")).itertuples():
+            rows.append({
+                "stream": f"{row.benchmark} {row.dataset}, {row.scenario}-incremental",
+                "method": row.method,
+                "λ": f"{row.ewc_lambda:g}",
+                "validation accuracy": f"{row.mean:.4f}",
+            })
+    return pd.DataFrame(rows)
+
+
+def _normalised(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per lambda, a column per benchmark and labels, F divided by its mean."""
+    table = table[table["normalize"] == "mean"]
+    rows = []
+    for ewc_lambda, part in table.groupby("ewc_lambda"):
+        cells = part.set_index(part["benchmark"] + " MNIST, " + part["fisher_type"])
+        rows.append({"λ": f"{ewc_lambda:g}"} | {n: format_interval(cells, n) for n in cells.index})
+    return pd.DataFrame(rows)
+
+
+def _by_benchmark(table: pd.DataFrame, column: str, form: str) -> pd.DataFrame:
+    """Smallest and largest value over the seeds, a row per Fisher, a column per benchmark."""
+    grouped = table.groupby(["fisher", "benchmark"])[column]
+    low, high = grouped.min(), grouped.max()
+    rows = []
+    for fisher in ["avalanche", *TYPES]:
+        row = {"Fisher": "Avalanche's, batch of 128" if fisher == "avalanche" else fisher}
+        for benchmark in ("permuted", "split"):
+            ends = [form.format(end[fisher, benchmark]) for end in (low, high)]
+            row[f"{benchmark} MNIST"] = " to ".join(dict.fromkeys(ends))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _speeds() -> pd.DataFrame:
+    table = _csv("fisher_speed/fisher_speed")
+    table = table[(table["device"] == "cpu") & (table["status"] == "ok")]
+    multiple = table.set_index(["network", "engine", "kind"])["multiple"]
+    columns = {
+        f"{kind}, {label}": (engine, kind)
+        for kind in ("predicted", "exact")
+        for engine, label in (("ewc-plugin", "this package"), ("sample loop", "sample loop"))
+    }
+    rows = []
+    for network in table["network"].unique():
+        cells = {
+            name: f"{multiple[network, engine, kind]:.3g}"
+            if (network, engine, kind) in multiple.index
+            else "-"
+            for name, (engine, kind) in columns.items()
+        }
+        rows.append({"network": NETWORKS.get(network, network), **cells})
+    return pd.DataFrame(rows)
+
+
+def _end(problem: str, labels: str) -> pd.DataFrame:
+    table = _csv("identities/identities")
+    end = table["step"] == table["step"].max()
+    return table[end & (table["problem"] == problem) & (table["labels"] == labels)]
+
+
+def _identities(problem: str) -> pd.DataFrame:
+    """Means over the seeds at the end of training, a row per kind of labels."""
+    table = _csv("identities/identities")
+    end = table[(table["step"] == table["step"].max()) & (table["problem"] == problem)]
+    return end.drop(columns="problem").groupby("labels").mean(numeric_only=True)
+
+
+def _share(problem: str, labels: str) -> str:
+    return f"{_identities(problem).loc[labels, 'mean_square_of_own']:.0%}"
+
+
+@cache
+def _csv(name: str) -> pd.DataFrame:
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return render(table, "markdown")
+
+
+PAGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "index": _index,
+    "fisher": _fisher,
+    "lambda": _lambda,
+    "csv": _csv_page,
+    "how": _how,
+}

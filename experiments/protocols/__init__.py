@@ -1,0 +1,1 @@
+"""Published experiments, one file each, with their sources and reference numbers."""

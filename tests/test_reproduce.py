@@ -1,0 +1,94 @@
+"""Protocols of published experiments, the table of what came out, and one run end to end."""
+
+import pandas as pd
+import pytest
+
+from experiments.protocol import PROTOCOLS, Arm, Protocol, Reference, load_protocol
+from experiments.reproduce_table import reproduce_table
+from experiments.settings import TUNING_SEEDS
+
+SETTING = {"benchmark": "split", "scenario": "task", "hidden_size": 16}
+NAIVE = Arm("Naive", {"method": "naive"})
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_protocol_has_a_source_references_and_runs(name):
+    protocol = load_protocol(name)
+    assert protocol.name == name
+    assert protocol.source
+    assert any(arm.reference for arm in protocol.arms)
+    for arm in protocol.arms:
+        if arm.reference:
+            assert 0 < arm.reference.value < 1
+            assert arm.reference.where
+    labels = [arm.label for arm in protocol.arms]
+    assert len(set(labels)) == len(labels)
+    assert {arm.against for arm in protocol.arms} - {None} <= set(labels)
+    for dataset in ("mnist", "digits"):
+        cells = list(protocol.cells(dataset))
+        assert len({cell.run_id for cell in cells}) == len(protocol.arms) * len(protocol.seeds)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_searches_see_validation_images_and_seeds_that_are_not_reported(name):
+    protocol = load_protocol(name)
+    assert not set(protocol.search_seeds) & set(protocol.seeds)
+    assert set(protocol.search_seeds) <= set(TUNING_SEEDS)
+    assert all(cell.validation for cell in protocol.search_cells("mnist"))
+    assert not any(cell.validation for cell in protocol.cells("mnist"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "mean", "met"),
+    [
+        (Reference(0.94, None, "x"), 0.9401, True),
+        (Reference(0.94, None, "x"), 0.9399, False),
+        (Reference(0.9, 0.01, "x"), 0.9099, True),
+        (Reference(0.9, 0.01, "x"), 0.9101, False),
+        (Reference(0.9, 0.01, "x"), 0.8899, False),
+    ],
+)
+def test_the_rule_is_the_protocols(reference, mean, met):
+    assert reference.is_met(mean) is met
+
+
+def runs_of(protocol, accuracies):
+    rows = []
+    for label, values in accuracies.items():
+        arm = next(arm for arm in protocol.arms if arm.label == label)
+        for seed, value in enumerate(values):
+            cell = protocol.run_of(arm, "mnist", seed)
+            ok = value is not None
+            rows.append({
+                "run_id": cell.run_id,
+                "config_hash": cell.config_hash,
+                "seed": seed,
+                "status": "ok" if ok else "diverged",
+                "average_accuracy": value,
+                **{"train_s": 2.0, "fisher_s": 1.0, "eval_s": 0.5},
+            })
+    return pd.DataFrame(rows)
+
+
+def test_the_table_pairs_seeds_and_says_what_did_not_run():
+    ewc = {"method": "ewc", "fisher_type": "predicted", "ewc_lambda": 1.0, "mode": "separate"}
+    far = {**ewc, "ewc_lambda": 9.0}
+    protocol = Protocol(
+        "p",
+        "a source",
+        SETTING,
+        (
+            NAIVE,
+            Arm("EWC", ewc, Reference(0.95, 0.01, "table 1"), "Naive"),
+            Arm("far", far, Reference(0.95, 0.01, "table 1"), "Naive"),
+        ),
+        (0, 1, 2),
+    )
+    runs = runs_of(protocol, {"Naive": [0.90, 0.80, 0.70], "EWC": [0.96, 0.95, None]})
+    table = reproduce_table(protocol, runs).set_index("arm")
+    assert list(table["reproduced"]) == ["no reference", "yes", "not run"]
+    row = table.loc["EWC"]
+    assert (row["n"], row["diverged"], row["run_s"]) == (2, 1, 3.5)
+    assert row["mean"] == pytest.approx(0.955)
+    assert row["difference"] == pytest.approx((0.06 + 0.15) / 2)  # seeds 0 and 1 alone
+    assert row["verdict"] == "undecided"
