@@ -129,7 +129,7 @@ def _outcomes(
             try:
                 yield future.result()
             except BrokenExecutor:
-                pass
+                lane.renew()
                 del held[lane]
                 attempts[task] += 1
                 if attempts[task] < MAX_ATTEMPTS:

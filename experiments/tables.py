@@ -221,9 +221,9 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
             raise ValueError("its last line is not complete")
         table = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype=texts)
         # A table from before an optional setting was added has none of it.
-        optional = [name for name, column in schema.columns.items() if not column.required]
+        optional = [name for name in empty(schema) if not schema.columns[name].required]
         table = table.assign(**{name: None for name in optional if name not in table})
-        return check(table, schema)[list(schema.columns)]
+        return check(table, schema)[[name for name in schema.columns if name in table]]
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
 
