@@ -184,7 +184,10 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         if not text.endswith("\n"):
             raise ValueError("its last line is not complete")
         table = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype=texts)
-        return check(table, schema)
+        # A table from before an optional setting was added has none of it.
+        optional = [name for name, column in schema.columns.items() if not column.required]
+        table = table.assign(**{name: None for name in optional if name not in table})
+        return check(table, schema)[list(schema.columns)]
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
 

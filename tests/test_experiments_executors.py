@@ -1,0 +1,263 @@
+"""Every run ends once, whatever becomes of the process that makes it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from rich.console import Console
+
+from experiments import sweep as sweep_module
+from experiments import tables, worker
+from experiments.data import find_data
+from experiments.lanes import OneProcess
+from experiments.settings import PermutedMnist
+from experiments.store import PARTS, Store
+from experiments.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
+
+ROOT = Path(__file__).parent.parent
+DIGITS = find_data("digits", None)
+TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
+
+
+def cells(**changes):
+    values = {"experiences": 2, "epochs": 1, "hidden_size": 8, "methods": ("naive", "ewc")}
+    values |= {"seeds": (0, 1), "ewc_lambda": 10.0} | changes
+    return list(PermutedMnist(**values).cells("digits"))
+
+
+class CountingStore(Store):
+    """Knows how often each run was added."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.added = Counter()
+
+    def add(self, result):
+        self.added[result.record["run_id"]] += 1
+        super().add(result)
+
+
+def results(store):
+    accuracy, runs = store.rebuild()
+    return accuracy, runs.drop(columns=TIMES)
+
+
+def assert_same_results(one, other):
+    for a, b in zip(results(one), results(other), strict=True):
+        pd.testing.assert_frame_equal(a, b)
+
+
+def run_here(wanted, folder):
+    store = CountingStore(folder)
+    sweep(wanted, DIGITS, store, jobs=1, console=Console(quiet=True))
+    return store
+
+
+class FakeLane:
+    """Makes runs at once, except for those whose process dies."""
+
+    capacity = 1.0
+
+    def __init__(self, deadly, deaths):
+        self.deadly, self.deaths = deadly, deaths
+        self.renewed = 0
+        self.tell = lambda event: None
+
+    def submit(self, task, cell, *arguments):
+        future = Future()
+        if cell.run_id == self.deadly and self.renewed < self.deaths:
+            future.set_exception(BrokenProcessPool("died"))
+        else:
+            future.set_result(task(cell, *arguments))
+        return future
+
+    def drain(self):
+        return iter(())
+
+    def renew(self):
+        self.renewed += 1
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_lanes(monkeypatch):
+    def use(deadly, deaths):
+        lanes = [FakeLane(deadly, deaths)]
+        monkeypatch.setattr(sweep_module, "_open_lanes", lambda *arguments: lanes)
+        return lanes[0]
+
+    return use
+
+
+def test_a_run_whose_process_dies_is_tried_again(tmp_path, fake_lanes, capsys):
+    wanted = cells()
+    whole = run_here(wanted, tmp_path / "whole")
+    lane = fake_lanes(wanted[1].run_id, MAX_ATTEMPTS - 1)
+    store = CountingStore(tmp_path / "died")
+    sweep(wanted, DIGITS, store, jobs=2, console=Console())
+    assert lane.renewed == MAX_ATTEMPTS - 1
+    assert capsys.readouterr().out.count("its process died; it is tried again") == MAX_ATTEMPTS - 1
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+
+
+def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_lanes):
+    wanted = cells()
+    lane = fake_lanes(wanted[0].run_id, 100)
+    store = CountingStore(tmp_path)
+    sweep(wanted, DIGITS, store, jobs=2, console=Console(quiet=True))
+    assert lane.renewed == MAX_ATTEMPTS
+    runs = store.rebuild()[1].set_index("run_id")
+    assert runs.loc[wanted[0].run_id, "status"] == "failed"
+    assert "its process died 3 times" in runs.loc[wanted[0].run_id, "reason"]
+    assert (runs.drop(index=wanted[0].run_id)["status"] == "ok").all()
+    with pytest.raises(WorkerDiedError, match="the checks on .* failed: its process died 3 times"):
+        sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=wanted[:1])
+
+
+def test_a_process_that_died_between_tasks_is_replaced():
+    lane = OneProcess()
+    try:
+        with pytest.raises(BrokenProcessPool):
+            lane.submit(os._exit, 1).result()
+        assert lane.submit(abs, -3).result() == 3
+        lane.renew()
+        assert lane.submit(abs, -4).result() == 4
+    finally:
+        lane.close()
+
+
+def kill_one(find, parts, killed):
+    """Kills what `find` gives as soon as a first result is stored."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if list(parts.glob("*.json")) and (process := find()):
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_the_pool_costs_nothing(tmp_path, capsys):
+    wanted = cells(seeds=(0, 1, 2), epochs=5)
+    whole = run_here(wanted, tmp_path / "whole")
+    store = CountingStore(tmp_path / "killed")
+
+    def a_child():
+        lines = [(p.pid, " ".join(p.cmdline())) for p in psutil.Process().children()]
+        return next((pid for pid, line in lines if "spawn_main" in line), None)
+
+    killed = []
+    thread = threading.Thread(target=kill_one, args=(a_child, store.folder / PARTS, killed))
+    thread.start()
+    sweep(wanted, DIGITS, store, jobs=2, console=Console(), checkpoint=True)
+    thread.join()
+    assert killed
+    assert "its process died; it is tried again" in capsys.readouterr().out
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers on loopback: the file with its address, the workers."""
+    file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+    module = [sys.executable, "-m"]
+    where = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file)]
+    processes = [
+        subprocess.Popen(
+            [*module, "distributed.cli.dask_scheduler", "--port", "0", *where], **quiet
+        )
+    ]
+    options = ["--nthreads", "2", "--no-nanny", "--local-directory", str(tmp_path)]
+    processes += [
+        subprocess.Popen([*module, "distributed.cli.dask_worker", *where, *options], **quiet)
+        for _ in range(2)
+    ]
+    yield file, processes[1:]
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's, on what it sees of the machine
+def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
+    file, workers = cluster
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    address = json.loads(file.read_text())["address"]
+    wanted = cells(seeds=(0, 1, 2, 3), epochs=3)
+    whole = run_here(wanted, tmp_path / "whole")
+    store = CountingStore(tmp_path / "cluster")
+    killed = []
+    arguments = (lambda: workers[0].pid, store.folder / PARTS, killed)
+    thread = threading.Thread(target=kill_one, args=arguments)
+    thread.start()
+    options = {"console": Console(quiet=True), "scheduler": address, "checkpoint": True}
+    sweep(wanted, DIGITS, store, jobs=2, **options)
+    thread.join()
+    assert killed
+    assert workers[0].wait() == -signal.SIGKILL
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+
+
+def command(folder, *arguments):
+    options = ["--methods", "naive", "--dataset", "digits", "--jobs", "1", "--experiences", "2"]
+    options += ["--hidden-size", "8", "--epochs", "1", "--quiet", "--out", str(folder)]
+    return [sys.executable, "-m", "experiments", "sweep", *options, *arguments]
+
+
+@pytest.mark.slow
+def test_two_sweeps_may_use_one_folder_at_a_time(tmp_path):
+    """Seeds 0-4 and 3-7: some runs are wanted by both."""
+    sweeps = [
+        subprocess.Popen(command(tmp_path, "--seeds", *map(str, seeds)), cwd=ROOT)
+        for seeds in (range(5), range(3, 8))
+    ]
+    assert [process.wait() for process in sweeps] == [0, 0]
+    found = tables.load(tmp_path)
+    assert sorted(found["runs"]["seed"]) == list(range(8))
+    assert (found["runs"]["status"] == "ok").all()
+    assert len(found["accuracy"]) == 8 * 3 * 2
+    n = found["summary"].set_index("metric")["n"]
+    assert n["average_accuracy"] == 8  # the one that ended last saw the other's
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_runs_of_one_process_do_not_mix(tmp_path):
+    """A Dask worker may have several threads; random numbers and their seeds are the process's."""
+    wanted = cells(dropout=0.5)
+    whole = run_here(wanted, tmp_path)
+    expected = whole.rebuild()[0]
+    rows = []
+    threads = [
+        threading.Thread(
+            target=lambda c=c: rows.extend(worker.run_cell(c, DIGITS, None, lambda e: None).rows)
+        )
+        for c in wanted
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    keys = ["run_id", "train_exp", "eval_exp"]
+    found = tables.frame(rows, tables.ACCURACY).sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected)
