@@ -250,7 +250,9 @@ def test_runs_of_one_process_do_not_mix(tmp_path):
     rows = []
     threads = [
         threading.Thread(
-            target=lambda c=c: rows.extend(worker.run_cell(c, DIGITS, None, lambda e: None).rows)
+            target=lambda c=c: rows.extend(
+                worker.run_cell(c, DIGITS, None, None, lambda e: None).rows
+            )
         )
         for c in wanted
     ]
