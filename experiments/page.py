@@ -43,7 +43,7 @@ class Report:
     """Write one self-contained HTML page about results folders."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders with tables; of one that has none, its subfolders."""
+    """Folders with tables; those below them count as well."""
     out: Path = Path("runs/report/report.html")
     """The page."""
     figures: Path | None = None
@@ -117,17 +117,16 @@ def run(settings: Report) -> Path:
     return out
 
 
-def _with_tables(folder: Path) -> Iterator[Path]:
-    """The folder if it has tables, else those right below it that do.
+def _with_tables(folder: Path) -> list[Path]:
+    """The folder and all below it, as far as they hold tables.
 
     Raises:
-        ValueError: There are none.
+        ValueError: None does.
     """
-    below = sorted(path for path in folder.glob("*/") if path.is_dir())
-    found = [f for f in (folder, *below) if any(f.glob("*.csv"))]
+    found = sorted({file.parent for file in folder.rglob("*.csv")})
     if not found:
         raise ValueError(f"`folders` must hold result tables (*.csv), got {folder}.")
-    yield from found[:1] if found[0] == folder else found
+    return found
 
 
 def _render(folders: Sequence[Folder], figures: Path) -> str:
@@ -148,7 +147,8 @@ def _render(folders: Sequence[Folder], figures: Path) -> str:
 
 def _folder(path: Path, index: int, figures: Path) -> Folder:
     name = path.as_posix()
-    known = [file for file in tables.SCHEMAS if (path / file).exists()]
+    has_runs = all((path / str(schema.name)).exists() for schema in (tables.RUNS, tables.ACCURACY))
+    known = tables.SCHEMAS if has_runs else ()
     others = [
         page_tables.from_frame(pd.read_csv(file, float_precision="round_trip"), file.name)
         for file in sorted(path.glob("*.csv"))
@@ -164,7 +164,7 @@ def _folder(path: Path, index: int, figures: Path) -> Folder:
             for file in sorted(path.glob("*.png"))
         ],
     }
-    if not {tables.RUNS.name, tables.ACCURACY.name} <= set(known):
+    if not has_runs:
         return Folder(**common)
     found = tables.load(path)
     runs = found["runs"]

@@ -78,18 +78,32 @@ def draw_over_lambda(runs: pd.DataFrame, title: str) -> plt.Figure | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained")
     for axis, metric in zip(axes, OVER_LAMBDA, strict=True):
-        for family in shown:
-            _over_lambda(axis, family, metric)
-        axis.set(xscale="log", xlabel="λ", ylabel=metric.replace("_", " "))
+        for i, family in enumerate(shown):
+            _over_lambda(axis, family, metric, cross_height=0.02 + 0.035 * i)
+        _scale(axis, runs["ewc_lambda"].dropna())
+        axis.set(xlabel="λ", ylabel=metric.replace("_", " "))
         axis.grid(alpha=0.12)
     handles, names = axes[0].get_legend_handles_labels()
     columns = 2 if max(map(len, names)) > LONG_NAME else min(len(names), 4)
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
-    figure.suptitle(f"{title}\nmean over seeds, band: 95 % interval; ×: runs diverged", fontsize=10)
+    figure.suptitle(
+        f"{title}\nmean over seeds, band: 95 % interval; ×: diverged or failed", fontsize=10
+    )
     return figure
 
 
-def _over_lambda(axis: Axes, family: Family, metric: str) -> None:
+def _scale(axis: Axes, lambdas: pd.Series[float]) -> None:
+    """Logarithmic, as wide as all that was tried, diverged or not; with a place for zero."""
+    positive = lambdas[lambdas > 0]
+    if (lambdas == 0).any():
+        axis.set_xscale("symlog", linthresh=positive.min())
+        axis.set_xlim(-0.2 * positive.min(), 1.6 * positive.max())
+    else:
+        axis.set_xscale("log")
+        axis.set_xlim(positive.min() / 1.6, 1.6 * positive.max())
+
+
+def _over_lambda(axis: Axes, family: Family, metric: str, *, cross_height: float) -> None:
     done = family.runs[family.runs["status"] == "ok"]
     if family.runs["ewc_lambda"].isna().all():
         level = done[metric].mean()
@@ -108,9 +122,9 @@ def _over_lambda(axis: Axes, family: Family, metric: str) -> None:
         low, high = table["ci_low"], table["ci_high"]
         axis.fill_between(x, low, high, color=family.colour, alpha=0.12, linewidth=0)
     lost = family.runs.loc[family.runs["status"] != "ok", "ewc_lambda"].dropna().unique()
-    bottom = np.full(len(lost), 0.02)
     place = axis.get_xaxis_transform()  # lambda by the data, height by the frame
-    axis.scatter(lost, bottom, marker="x", color=family.colour, transform=place, clip_on=False)
+    height = np.full(len(lost), cross_height)
+    axis.scatter(lost, height, s=22, marker="x", color=family.colour, transform=place)
 
 
 def draw_trade_off(runs: pd.DataFrame, title: str) -> plt.Figure | None:

@@ -213,8 +213,11 @@ def test_bad_input_gets_a_clear_line(arguments, said, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_of_a_folder_without_tables_those_below_are_shown(report):
-    assert [p.name for p in page._with_tables(report.parent)] == ["sweep"]
+def test_tables_below_a_folder_are_shown_as_well(tmp_path):
+    for name in ("a.csv", "b/c/d.csv", "e/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert page._with_tables(tmp_path) == [tmp_path, tmp_path / "b" / "c"]
 
 
 def frame_of(*parts):
