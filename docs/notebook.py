@@ -67,11 +67,15 @@ def make_benchmark(seed, held_out):
 
 
 # %%
+COLUMNS = ["seed", "lambda", "trained", "tested", "accuracy"]
+
+
 def run(seed, ewc_lambda, held_out=VALIDATION):
     """A row per task trained through and task tested on."""
     benchmark = make_benchmark(seed, held_out)
     torch.manual_seed(seed)
-    model = SimpleMLP(num_classes=10, input_size=64, hidden_size=100, drop_rate=0)
+    model = SimpleMLP(10, input_size=64, hidden_size=100, drop_rate=0)
+    evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
     strategy = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
@@ -80,27 +84,26 @@ def run(seed, ewc_lambda, held_out=VALIDATION):
         train_epochs=5,
         eval_mb_size=512,
         plugins=[DiagonalEWCPlugin(ewc_lambda, normalize="mean")],
-        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]),
+        evaluator=evaluator,
     )
     rows = []
     for trained, experience in enumerate(benchmark.train_stream):
         strategy.train(experience)
         accuracies = strategy.eval(benchmark.test_stream).values()
-        rows += [
-            {"seed": seed, "lambda": ewc_lambda, "trained": trained, "tested": j, "accuracy": a}
-            for j, a in enumerate(accuracies)
-        ]
+        for tested, accuracy in enumerate(accuracies):
+            rows.append([seed, ewc_lambda, trained, tested, accuracy])
     return rows
 
 
-naive = pd.DataFrame(run(seed=0, ewc_lambda=0))  # bit for bit the run without the plugin
+# With a λ of zero it is bit for bit the run without the plugin.
+naive = pd.DataFrame(run(seed=0, ewc_lambda=0), columns=COLUMNS)
 naive.pivot(index="trained", columns="tested", values="accuracy").round(3)
 
 # %% [markdown]
 # Down the first column the first task is forgotten. With EWC it is forgotten less:
 
 # %%
-ewc = pd.DataFrame(run(seed=0, ewc_lambda=0.1))
+ewc = pd.DataFrame(run(seed=0, ewc_lambda=0.1), columns=COLUMNS)
 ewc.pivot(index="trained", columns="tested", values="accuracy").round(3)
 
 # %% [markdown]
@@ -111,32 +114,33 @@ ewc.pivot(index="trained", columns="tested", values="accuracy").round(3)
 
 # %%
 LAMBDAS = [0, 1e-3, 1e-2, 1e-1, 1, 10]
-rows = [row for seed in (0, 1, 2) for ewc_lambda in LAMBDAS for row in run(seed, ewc_lambda)]
-table = pd.DataFrame(rows)
-last = table[table["trained"] == 2]
-curve = last.groupby(["lambda", "seed"])["accuracy"].mean().unstack()
+rows = []
+for seed in (0, 1, 2):
+    for ewc_lambda in LAMBDAS:
+        rows += run(seed, ewc_lambda)
+table = pd.DataFrame(rows, columns=COLUMNS)
+
+
+def by_lambda(rows):
+    """Mean accuracy over the tasks, a row per λ, a column per seed."""
+    return rows.groupby(["lambda", "seed"])["accuracy"].mean().unstack()
+
+
+curve = by_lambda(table[table["trained"] == 2])
 curve.assign(mean=curve.mean(axis=1)).round(3)
 
 # %%
-learned = table[table["trained"] == table["tested"]].groupby(["lambda", "seed"])["accuracy"].mean()
+learned = by_lambda(table[table["trained"] == table["tested"]])
+curves = {"after the last task": curve, "right after learning": learned}
 figure, axis = plt.subplots(figsize=(6, 3.6), dpi=80, layout="constrained")
-for name, values in {
-    "after the last task": curve,
-    "right after learning": learned.unstack(),
-}.items():
-    with_ewc = values.drop(index=0)
-    (line,) = axis.plot(with_ewc.index, with_ewc.mean(axis=1), marker="o", label=f"EWC, {name}")
-    axis.fill_between(
-        with_ewc.index,
-        with_ewc.min(axis=1),
-        with_ewc.max(axis=1),
-        color=line.get_color(),
-        alpha=0.2,
-    )
-axis.axhline(
-    curve.loc[0].mean(), color="0.4", linestyle="--", label="no penalty, after the last task"
-)
-axis.set(xscale="log", xlabel="λ, with F divided by its mean", ylabel="validation accuracy")
+for (name, values), colour in zip(curves.items(), ("C0", "C1"), strict=True):
+    ewc = values.drop(index=0)
+    low, mean, high = ewc.min(axis=1), ewc.mean(axis=1), ewc.max(axis=1)
+    axis.plot(mean, marker="o", color=colour, label=f"EWC, {name}")
+    axis.fill_between(mean.index, low, high, color=colour, alpha=0.2)
+axis.axhline(curve.loc[0].mean(), color="0.4", linestyle="--", label="no penalty")
+axis.set(xscale="log", xlabel="λ, with F divided by its mean")
+axis.set_ylabel("validation accuracy; band: range")
 axis.legend(fontsize=8)
 axis.grid(alpha=0.3)
 
@@ -147,9 +151,12 @@ axis.grid(alpha=0.3)
 
 # %%
 best = curve.mean(axis=1).idxmax()
-test_rows = [row for seed in (10, 11, 12) for value in (0, best) for row in run(seed, value, TEST)]
-test = pd.DataFrame(test_rows)
-test = test[test["trained"] == 2].groupby(["lambda", "seed"])["accuracy"].mean().unstack()
+rows = []
+for seed in (10, 11, 12):
+    for ewc_lambda in (0, best):
+        rows += run(seed, ewc_lambda, TEST)
+table = pd.DataFrame(rows, columns=COLUMNS)
+test = by_lambda(table[table["trained"] == 2])
 test.assign(mean=test.mean(axis=1)).round(3)
 
 # %% [markdown]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.report import chosen_lambdas, format_interval
-from experiments.table import render, summary_table
+from experiments.table import SummaryTable, render, summary_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 TYPES = ["predicted", "empirical", "sampled", "exact"]
@@ -29,7 +29,8 @@ def of_page(name: str) -> dict[str, Any]:
 
 
 def _index() -> dict[str, Any]:
-    return {"main_table": _markdown(summary_table(_csv("main/summary")))}
+    table = summary_table(_csv("main/summary"), _csv("main/runs"))
+    return {"main_table": render(table, "markdown")}
 
 
 def _fisher() -> dict[str, Any]:
@@ -79,6 +80,7 @@ def _csv_page() -> dict[str, Any]:
 def _how() -> dict[str, Any]:
     table = _csv("identities/identities")
     own = table[table["labels"] == "own"]
+    differences = ["variance_difference", "curvature_difference"]
     start = table[(table["step"] == 0) & (table["labels"] == "predicted")]
     tanh = _identities("tanh network")
     network = table[(table["problem"] == "tanh network") & (table["labels"] == "predicted")]
@@ -87,8 +89,7 @@ def _how() -> dict[str, Any]:
         "n_seeds": table["seed"].nunique(),
         "steps": f"{table['step'].max():,}",
         "own_squared_mean": f"{own['squared_mean_share'].max():.0e}",
-        "own_variance": f"{own['variance_difference'].max():.0e}",
-        "own_curvature": f"{own['curvature_difference'].max():.0e}",
+        "own_difference": f"{own[differences].max(axis=None):.0e}",
         "mean_share_start": f"{start['squared_mean_share'].mean():.0%}",
         "mean_share_end": f"{tanh.loc['predicted', 'squared_mean_share']:.2%}",
         "tanh_accuracy": f"{tanh.loc['predicted', 'accuracy']:.0%}",
@@ -141,11 +142,14 @@ def _demonstration() -> dict[str, Any]:
         row = {"method": label}
         for task in sorted(last["eval_task"].unique()):
             values = accuracy.get_group((method, task))
-            row[f"task {task + 1}"] = f"{values.mean():.3f} ({values.min():.3f}-{values.max():.3f})"
+            spread = f" ({values.min():.3f}-{values.max():.3f})" if len(values) > 1 else ""
+            row[f"task {task + 1}"] = f"{values.mean():.3f}{spread}"
         rows.append(row)
     return {
         "demonstration_table": _markdown(pd.DataFrame(rows)),
-        "demonstration_seeds": last["seed"].nunique(),
+        "demonstration_seeds": "one seed"
+        if last["seed"].nunique() == 1
+        else f"mean and range of {last['seed'].nunique()} seeds",
         "loop_ratio_low": f"{fisher['ratio'].min():.0f}",
         "loop_ratio_high": f"{fisher['ratio'].max():.0f}",
         "loop_difference": f"{fisher['largest_difference'].max():.0e}",
@@ -237,7 +241,8 @@ def _csv(name: str) -> pd.DataFrame:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    return render(table, "markdown")
+    plain = pd.DataFrame(False, index=table.index, columns=table.columns)
+    return render(SummaryTable(table, plain), "markdown")
 
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {

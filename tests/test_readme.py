@@ -23,6 +23,7 @@ from experiments.table import render, summary_table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "results/README.md")
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 TABLE = re.compile(r"<!-- table:(\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -82,6 +83,32 @@ def what_the_documents_take_for_granted():
         ),
         "language_model": Tokens(),
     }
+
+
+def run_page(page):
+    """All code of a page in one namespace, which is returned; line numbers are the page's."""
+    text = page.read_text(encoding="utf-8")
+    program = [""] * len(text.splitlines())
+    for block in CODE.finditer(text):
+        start = text[: block.start(1)].count("\n")
+        lines = block[1].splitlines()
+        program[start : start + len(lines)] = lines
+    names = {"__name__": page.stem}
+    exec(compile("\n".join(program), str(page), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "index"], ids=lambda p: p.stem)
+def test_code_on_the_site_runs_from_top_to_bottom(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run_page(page)
+
+
+def test_the_quickstart_does_what_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names = run_page(ROOT / "docs" / "pages" / "index.md")
+    assert names["with_ewc"] > names["without"] + 0.05
+    assert names["ewc"].penalty(names["model"]) > 0
 
 
 def test_the_readme_shows_the_committed_tables():
