@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,17 @@ def leveldb_records(data):
             record = b""
 
 
+def finished_run(file, kind, timeout_s=30):
+    """The records of a run: W&B's own process may still be writing when `finish` returns."""
+    end = time.monotonic() + timeout_s
+    while True:
+        records = [kind.FromString(data) for data in leveldb_records(file.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < end, f"{file} has no record of the run's end"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_wandb_holds_them(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
@@ -171,9 +183,7 @@ def test_wandb_holds_them(tmp_path, monkeypatch):
     wandb.finish()
     found = {}
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    for data in leveldb_records(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
+    for record in finished_run(file, Record):
         items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
         for name in items.keys() & curves_of(strategy).keys():
             step = json.loads(items["_step"])
