@@ -2,6 +2,7 @@
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb_files import finished_run
 
 from experiments import tables
 from experiments.__main__ import main
@@ -53,6 +54,7 @@ def test_wandb_writes_a_run_that_can_be_uploaded(tmp_path, unwatched, monkeypatc
     assert result.record["reason"] == ""
     assert result.rows == unwatched.rows
     (file,) = tmp_path.rglob("offline-run-*/*.wandb")
+    finished_run(file)
     written = file.read_bytes()
     assert SETTINGS.run_id.encode() in written
     assert b"Top1_Acc_Exp/eval_phase/test_stream/Task001/Exp001" in written

@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import struct
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +20,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from plugin_streams import benchmark, mlp, train
 from torch import nn
+from wandb_files import finished_run
 
 from ewc_plugin import DiagonalEWCPlugin, ewc_metrics
 from ewc_plugin.metrics import share_holding
@@ -141,36 +140,9 @@ def test_avalanches_csv_has_no_column_for_them(tmp_path):
     assert (tmp_path / "eval_results.csv").read_text().count("\n") == 1
 
 
-def leveldb_records(data):
-    """The records in blocks of 32 KiB, of which a long one takes several."""
-    place, record = 7, b""  # behind W&B's own header
-    while place + 7 <= len(data):
-        if (left := 2**15 - place % 2**15) < 7:
-            place += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        record += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in {1, 4}:  # whole, or the last part
-            yield record
-            record = b""
-
-
-def finished_run(file, kind, timeout_s=30):
-    """The records of a run: W&B's own process may still be writing when `finish` returns."""
-    end = time.monotonic() + timeout_s
-    while True:
-        records = [kind.FromString(data) for data in leveldb_records(file.read_bytes())]
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return records
-        assert time.monotonic() < end, f"{file} has no record of the run's end"
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_wandb_holds_them(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     # As README.md says it.
@@ -183,7 +155,7 @@ def test_wandb_holds_them(tmp_path, monkeypatch):
     wandb.finish()
     found = {}
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    for record in finished_run(file, Record):
+    for record in finished_run(file):
         items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
         for name in items.keys() & curves_of(strategy).keys():
             step = json.loads(items["_step"])
