@@ -13,7 +13,7 @@ import pandas as pd
 from experiments import tables
 from experiments.metrics import METRICS
 from experiments.plots import LABELS
-from experiments.report import SHOWN
+from experiments.report import SHOWN, interval_text
 from experiments.table import best_cells
 
 SUMMARY_METRICS = (*SHOWN, "forward_transfer")
@@ -98,8 +98,7 @@ def _interval(values: np.ndarray[Any, Any], is_best: bool) -> Entry:
     if not len(values):
         return Entry("–", "")
     found = tables.interval(values)
-    half = found["ci_high"] - found["mean"]
-    text = f"{found['mean']:.4f}" + (f" ± {half:.4f}" if pd.notna(half) else "")
+    text = interval_text(found["mean"], found["ci_high"])
     return Entry(_signed(text), repr(found["mean"]), "best" if is_best else "")
 
 

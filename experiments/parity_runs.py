@@ -7,6 +7,7 @@ the same to the last bit; and ours as it is, whose folded penalty differs by rou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +24,17 @@ from experiments.builtin import BuiltinEWC
 from experiments.data import DataSource
 from experiments.fast_data import FISHER_BATCH, FastData
 from experiments.models import MultiHead, make_model
-from experiments.settings import STREAM, RunSettings
+from experiments.parity_checks import (
+    FLOAT64_TOLERANCE,
+    Tensors,
+    float64_by_default,
+    largest,
+    row,
+    total,
+)
+from experiments.run import OPTIMIZERS
+from experiments.settings import RunSettings
 from experiments.streams import make_stream
-
-FLOAT64_TOLERANCE = 1e-12  # of importances, relative to the largest
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -223,13 +229,9 @@ def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = 
         plugins=[fast, method, *plugins, Recorder(method, trace)],
         evaluator=None,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if double else before)  # Avalanche's heads follow it
-    try:
+    with float64_by_default() if double else nullcontext():
         for experience in stream.benchmark.train_stream:
             strategy.train(experience, eval_streams=[])
-    finally:
-        torch.set_default_dtype(before)
     trace.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return trace
 
@@ -251,21 +253,9 @@ def same_definition(
         for kind in ("built-in", "in its order", "folded")
     )
     check = f"whole run, batched, {_words(run, double)}"
-    n_weights = sum(w.numel() for w in builtin.weights.values())
     steps = len(builtin.penalties)
     exact = f"{check}, penalty in the built-in's order"
-    pairs = zip(ordered.importances, builtin.importances, strict=True)
-    worst = max(largest(a, b) for a, b in pairs)
-    yield row(
-        run,
-        exact,
-        "importances after every experience",
-        len(builtin.importances),
-        total(ordered.importances[-1]),
-        total(builtin.importances[-1]),
-        worst,
-        0.0,
-    )
+    yield _importances_row(run, exact, ordered, builtin, 0.0)
     differences = [abs(a - b) for a, b in zip(ordered.penalties, builtin.penalties, strict=True)]
     yield row(
         run,
@@ -277,32 +267,14 @@ def same_definition(
         max(differences),
         0.0,
     )
-    yield row(
-        run,
-        exact,
-        "weights at the end",
-        n_weights,
-        total(ordered.weights),
-        total(builtin.weights),
-        largest(ordered.weights, builtin.weights),
-        0.0,
-    )
+    yield _weights_row(run, exact, ordered, builtin, 0.0)
     at = f"{check}, folded penalty at the same weights"
     for quantity, error in (
         ("largest relative difference of the value in any step", ordered.value_error),
         ("largest relative difference of the gradient in any step", ordered.gradient_error),
     ):
         yield row(run, at, quantity, steps, None, None, error, None)
-    yield row(
-        run,
-        f"{check}, folded penalty, run on its own",
-        "weights at the end",
-        n_weights,
-        total(folded.weights),
-        total(builtin.weights),
-        largest(folded.weights, builtin.weights),
-        None,
-    )
+    yield _weights_row(run, f"{check}, folded penalty, run on its own", folded, builtin, None)
 
 
 def same_mathematics(
@@ -314,18 +286,31 @@ def same_mathematics(
     ours = trace_of("in its order", run, source, double=double)
     check = f"whole run, empirical, {_words(run, double)}, built-in's importances at batch 1"
     tolerance = FLOAT64_TOLERANCE if double else None
-    pairs = zip(ours.importances, builtin.importances, strict=True)
-    yield row(
+    yield _importances_row(run, check, ours, builtin, tolerance)
+    yield _weights_row(run, check, ours, builtin, None)
+
+
+def _importances_row(
+    run: RunSettings, check: str, ours: Trace, builtin: Trace, tolerance: float | None
+) -> dict[str, Any]:
+    pairs = list(zip(ours.importances, builtin.importances, strict=True))
+    last, last_builtin = pairs[-1]
+    return row(
         run,
         check,
         "importances after every experience",
-        len(builtin.importances),
-        total(ours.importances[-1]),
-        total(builtin.importances[-1]),
+        len(pairs),
+        total(last),
+        total(last_builtin),
         max(largest(a, b) for a, b in pairs),
         tolerance,
     )
-    yield row(
+
+
+def _weights_row(
+    run: RunSettings, check: str, ours: Trace, builtin: Trace, tolerance: float | None
+) -> dict[str, Any]:
+    return row(
         run,
         check,
         "weights at the end",
@@ -333,52 +318,8 @@ def same_mathematics(
         total(ours.weights),
         total(builtin.weights),
         largest(ours.weights, builtin.weights),
-        None,
+        tolerance,
     )
-
-
-def row(
-    run: RunSettings,
-    check: str,
-    quantity: str,
-    n: int,
-    ours: float | None,
-    builtin: float | None,
-    difference: float,
-    tolerance: float | None,
-) -> dict[str, Any]:
-    """A row of `parity.csv`; without a tolerance it is a measurement, not a verdict."""
-    verdict = "measured"
-    if tolerance is not None:
-        verdict = "equal" if difference <= tolerance else "different"
-    return {
-        **{name: getattr(run, name) for name in STREAM},
-        "check": check,
-        "quantity": quantity,
-        "n": n,
-        "ours": ours,
-        "builtin": builtin,
-        "difference": difference,
-        "ci_low": None,
-        "ci_high": None,
-        "tolerance": tolerance,
-        "verdict": verdict,
-    }
-
-
-def largest(a: Tensors, b: Tensors) -> float:
-    """Largest difference of any entry, relative to the largest entry of `b`; absent is zero."""
-    scale = max(float(t.abs().max()) for t in b.values())
-    zero = torch.zeros(())
-    differences = [
-        float((a.get(name, zero) - b.get(name, zero)).abs().max()) for name in a.keys() | b.keys()
-    ]
-    return max(differences) / scale
-
-
-def total(tensors: Tensors) -> float:
-    """Sum of all entries."""
-    return sum(float(t.sum(dtype=torch.float64)) for t in tensors.values())
 
 
 def _words(run: RunSettings, double: bool) -> str:

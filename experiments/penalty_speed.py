@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
 from experiments.plots import DPI
+from experiments.run import OPTIMIZERS, state_bytes
 from experiments.tables import replace_file
 
 MIB = 2**20
@@ -43,10 +44,6 @@ COLOURS = {
     "in the loss": "#56B4E9",
     "implicit step": "#D55E00",
     "Avalanche": "#0072B2",
-}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
 }
 
 
@@ -227,15 +224,6 @@ def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
     start = time.process_time()
     strategy.training_epoch()
     return (time.process_time() - start) / steps
-
-
-def state_bytes(plugin: Any) -> int:
-    """Memory that a plugin keeps for the penalty."""
-    if isinstance(plugin, DiagonalEWCPlugin):
-        return plugin.penalty.nbytes
-    stores = [*plugin.saved_params.values(), *plugin.importances.values()]
-    tensors = [parameter.data for store in stores for parameter in store.values()]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def plot(table: pd.DataFrame) -> plt.Figure:

@@ -195,8 +195,13 @@ def format_interval(by_metric: pd.DataFrame, metric: str) -> str:
     if metric not in by_metric.index:
         return "-"
     row = by_metric.loc[metric]
-    half = row["ci_high"] - row["mean"]
-    return f"{row['mean']:.4f}" + (f" ± {half:.4f}" if pd.notna(half) else "")
+    return interval_text(row["mean"], row["ci_high"])
+
+
+def interval_text(mean: float, ci_high: float) -> str:
+    """`0.9412 ± 0.0031`; the mean alone where there is no interval."""
+    half = ci_high - mean
+    return f"{mean:.4f}" + (f" ± {half:.4f}" if pd.notna(half) else "")
 
 
 def print_parity(parity: pd.DataFrame, console: Console) -> None:

@@ -133,13 +133,13 @@ class Trial:
             metrics=continual_metrics(self._matrix()) if status == "ok" else None,
             seconds=self.seconds,
             peak_rss_mb=self.peak_rss / MIB,
-            penalty_state_mb=sum(map(_state_bytes, self.method_plugins)) / MIB,
+            penalty_state_mb=sum(map(state_bytes, self.method_plugins)) / MIB,
         )
 
     def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
         settings = self.settings
         self.model = model = make_model(settings, stream)
-        optimizer = _OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
+        optimizer = OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
         fast = FastData(stream) if settings.data_path == "fast" else None
         self.method_plugins = _method_plugins(settings, fast)
         watch = _Watch(settings.iterations)
@@ -236,7 +236,7 @@ class _Watch(SupervisedPlugin):
         self.epochs_end = time.perf_counter()
 
 
-_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
@@ -266,7 +266,7 @@ def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[torch
     )
 
 
-def _state_bytes(plugin: Any) -> int:
+def state_bytes(plugin: Any) -> int:
     """Memory that a method keeps between experiences to compute its penalty."""
     if isinstance(plugin, DiagonalEWCPlugin):
         return plugin.penalty.nbytes

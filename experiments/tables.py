@@ -278,12 +278,10 @@ def distinctions(runs: pd.DataFrame) -> dict[str, str]:
         Such as `epochs 4, mode online`: the settings in which a cell differs from others of its
         benchmark, dataset, scenario and method; "" where there are none.
     """
-    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
     told = {}
-    for _, alike in runs.groupby(["benchmark", "dataset", "scenario", "method"], sort=False):
-        cells = alike.drop_duplicates("config_hash")
-        varied = [name for name in names if cells[name].nunique(dropna=False) > 1]
-        for cell in cells.to_dict("records"):
+    for _, alike in runs.groupby(CELL[:4], sort=False):
+        varied = varied_settings(alike)
+        for cell in alike.drop_duplicates("config_hash").to_dict("records"):
             values = [f"{n.replace('_', ' ')} {_shown(cell[n])}" for n in varied]
             told[cell["config_hash"]] = ", ".join(values)
     return told
@@ -299,7 +297,7 @@ def varied_settings(runs: pd.DataFrame) -> list[str]:
     """The settings that tell cells of one method apart, besides Fisher type and lambda."""
     cells = runs.drop_duplicates("config_hash")
     names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
-    by = cells.groupby([*CELL[:4]])
+    by = cells.groupby(CELL[:4])
     return [name for name in names if (by[name].nunique(dropna=False) > 1).any()]
 
 
