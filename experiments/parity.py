@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +115,7 @@ def run(settings: Parity) -> pd.DataFrame:
     Returns:
         Rows of `parity.csv`.
     """
-    console = Console()
+    console = Console(quiet=settings.quiet)
     folder = settings.folder
     source = find_data(settings.dataset, settings.data_root)
     make = not settings.tables_only
@@ -148,7 +148,7 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
     rows = []
     for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
         file = kept / f"{name}.json"
-        wanted = "numerical" in settings.parts and not settings.tables_only
+        wanted = "numerical" in settings.parts and not (settings.tables_only or settings.dry_run)
         if wanted and (settings.force or not file.exists()):
             tables.replace_file(file, json.dumps(list(make())))
             console.print(f"{name}: done", highlight=False)
@@ -158,6 +158,5 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
 
 
 def _shared(settings: Parity, part: str) -> dict[str, Any]:
-    names = ("dataset", "data_root", "jobs", "force", "device", "data_path")
-    shared = {name: getattr(settings, name) for name in names}
+    shared = {field.name: getattr(settings, field.name) for field in fields(Job)}
     return {**shared, "out": str(settings.folder / part)}

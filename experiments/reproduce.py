@@ -64,7 +64,7 @@ def run(settings: Reproduce) -> pd.DataFrame:
     Returns:
         A row per arm; of a search, the candidates' rows of `summary.csv`.
     """
-    console = Console()
+    console = Console(quiet=settings.quiet)
     protocol = load_protocol(settings.protocol)
     if settings.search:
         return _search(settings, console)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import tables
+from experiments import parity, tables
 from experiments.data import find_data
 from experiments.parity_curves import LAMBDAS, WAYS, Curves, curves
 from experiments.parity_numerical import sample_loop
@@ -146,3 +146,20 @@ def test_the_committed_whole_runs_are_the_built_ins():
     assert set(exact["benchmark"]) == {"split", "permuted"}
     assert (exact["difference"] == 0).all()
     assert not (parity["verdict"] == "different").any()
+
+
+def test_a_dry_run_computes_nothing(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        parity.run(parity.Parity(dataset="digits", out=str(tmp_path), dry_run=True))
+    assert end.value.code == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_every_part_is_told_what_the_command_was():
+    command = parity.Parity(
+        checkpoint=True, scheduler="tcp://host:8786", quiet=True, jobs=3, out="there"
+    )
+    part = Curves(**parity._shared(command, "curves"))
+    assert part.out == "there/curves"
+    for name in ("checkpoint", "scheduler", "quiet", "jobs"):
+        assert getattr(part, name) == getattr(command, name)
