@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,20 @@ def _prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], Data
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
     if job.left_out:
         console.print(f"NOTE: {job.left_out}", style="bold yellow", soft_wrap=True)
-    folder, cells = Path(job.out or f"runs/{job.name}"), list(job.cells(source.name))
+    cells = list(job.cells(source.name))
     if job.dry_run:
-        print_plan(cells, folder, job.jobs, job.force, console)
+        show_plan(job, cells, console)
         raise SystemExit(0)
-    return Store(folder), cells, source
+    return Store(_folder(job)), cells, source
+
+
+def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
+    """What would become of each cell of a job."""
+    print_plan(cells, _folder(job), job.jobs, job.force, console)
+
+
+def _folder(job: Job) -> Path:
+    return Path(job.out or f"runs/{job.name}")
 
 
 def _sweep(

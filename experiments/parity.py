@@ -18,6 +18,7 @@ from rich.console import Console
 from experiments import tables
 from experiments.comparison import paired_differences
 from experiments.data import DataSource, find_data
+from experiments.jobs import show_plan
 from experiments.parity_curves import Curves, run_curves
 from experiments.penalty_sweeps import run_cells
 from experiments.plots import plot_all
@@ -31,6 +32,7 @@ from experiments.settings import (
     RunSettings,
     SplitMnist,
 )
+from experiments.store import read_results
 
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
@@ -119,16 +121,17 @@ def run(settings: Parity) -> pd.DataFrame:
     folder = settings.folder
     source = find_data(settings.dataset, settings.data_root)
     make = not settings.tables_only
+    curves = Curves(
+        **_shared(settings, "curves"), seeds=settings.curve_seeds, hidden_size=settings.hidden_size
+    )
+    tuning = _Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds)
+    if settings.dry_run:
+        _show_plans(settings, curves, tuning, source.name, console)
+        raise SystemExit(0)
     rows = _numerical(settings, source, console)
     if "curves" in settings.parts:
-        curves = Curves(
-            **_shared(settings, "curves"),
-            seeds=settings.curve_seeds,
-            hidden_size=settings.hidden_size,
-        )
         run_curves(curves, console, make=make)
     if "behaviour" in settings.parts:
-        tuning = _Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds)
         run_cells(tuning, console, make=make)
         runs, _ = run_cells(settings, console, make=make)
         plot_all(tables.read(folder, tables.ACCURACY), runs, folder / "plots")
@@ -137,6 +140,26 @@ def run(settings: Parity) -> pd.DataFrame:
     tables.write(table, folder, tables.PARITY)
     print_parity(table, console)
     return table
+
+
+def _show_plans(
+    settings: Parity, curves: Curves, tuning: _Tuning, dataset: Dataset, console: Console
+) -> None:
+    """What each part would run."""
+    if "curves" in settings.parts:
+        show_plan(curves, list(curves.cells(dataset)), console)
+    if "behaviour" in settings.parts:
+        cells = list(tuning.cells(dataset))
+        show_plan(tuning, cells, console)
+        found = read_results(settings.folder / "tuning")[1]
+        if {cell.run_id for cell in cells} <= set(found["run_id"]):
+            show_plan(settings, list(settings.cells(dataset)), console)
+        else:
+            n = len(settings.seeds) * len(BENCHMARKS) * len(PENALISED)
+            line = f"Then {n} paired runs, with the lambdas that those find best."
+            console.print(line, highlight=False)
+    if "numerical" in settings.parts:
+        console.print("The numerical checks that are not there yet come first.")
 
 
 def _numerical(settings: Parity, source: DataSource, console: Console) -> list[dict[str, Any]]:
@@ -148,7 +171,7 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
     rows = []
     for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
         file = kept / f"{name}.json"
-        wanted = "numerical" in settings.parts and not (settings.tables_only or settings.dry_run)
+        wanted = "numerical" in settings.parts and not settings.tables_only
         if wanted and (settings.force or not file.exists()):
             tables.replace_file(file, json.dumps(list(make())))
             console.print(f"{name}: done", highlight=False)

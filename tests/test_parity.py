@@ -148,10 +148,17 @@ def test_the_committed_whole_runs_are_the_built_ins():
     assert not (parity["verdict"] == "different").any()
 
 
-def test_a_dry_run_computes_nothing(tmp_path):
+def test_a_dry_run_computes_nothing_and_names_every_part(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parity.run(parity.Parity(dataset="digits", out=str(tmp_path), dry_run=True))
     assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    curves, tuning = (
+        len(list(part.cells("digits"))) for part in (parity.Curves(), parity._Tuning())
+    )
+    assert f"{curves} of {curves} runs would run" in shown
+    assert f"{tuning} of {tuning} runs would run" in shown
+    assert "Then 40 paired runs" in shown
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

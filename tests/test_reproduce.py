@@ -3,12 +3,14 @@
 import pandas as pd
 import pytest
 
+from experiments import reproduce, tables
 from experiments.protocol import PROTOCOLS, Arm, Protocol, Reference, load_protocol
 from experiments.reproduce_table import reproduce_table
 from experiments.settings import TUNING_SEEDS
 
 SETTING = {"benchmark": "split", "scenario": "task", "hidden_size": 16}
 NAIVE = Arm("Naive", {"method": "naive"})
+EWC = {"method": "ewc", "fisher_type": "predicted", "ewc_lambda": 1.0, "mode": "separate"}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -71,15 +73,14 @@ def runs_of(protocol, accuracies):
 
 
 def test_the_table_pairs_seeds_and_says_what_did_not_run():
-    ewc = {"method": "ewc", "fisher_type": "predicted", "ewc_lambda": 1.0, "mode": "separate"}
-    far = {**ewc, "ewc_lambda": 9.0}
+    far = {**EWC, "ewc_lambda": 9.0}
     protocol = Protocol(
         "p",
         "a source",
         SETTING,
         (
             NAIVE,
-            Arm("EWC", ewc, Reference(0.95, 0.01, "table 1"), "Naive"),
+            Arm("EWC", EWC, Reference(0.95, 0.01, "table 1"), "Naive"),
             Arm("far", far, Reference(0.95, 0.01, "table 1"), "Naive"),
         ),
         (0, 1, 2),
@@ -92,3 +93,37 @@ def test_the_table_pairs_seeds_and_says_what_did_not_run():
     assert row["mean"] == pytest.approx(0.955)
     assert row["difference"] == pytest.approx((0.06 + 0.15) / 2)  # seeds 0 and 1 alone
     assert row["verdict"] == "undecided"
+
+
+def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeypatch):
+    protocol = Protocol(
+        "vandeven2022",
+        "a source",
+        {**SETTING, "epochs": 8, "batch_size": 32, "n_experiences": 2},
+        (
+            Arm("Naive", {"method": "naive"}, Reference(0.8, 0.2, "table 1")),
+            Arm("EWC", EWC, Reference(0.01, 0.001, "table 2"), "Naive"),
+        ),
+        (0, 1),
+    )
+    monkeypatch.setattr(reproduce, "load_protocol", lambda name: protocol)
+    settings = reproduce.Reproduce(
+        protocol="vandeven2022", dataset="digits", out=str(tmp_path), jobs=1, quiet=True
+    )
+    table = reproduce.run(settings).set_index("arm")
+    assert list(table["reproduced"]) == ["yes", "no"]
+    assert list(table["n"]) == [2, 2]
+
+    loaded = tables.load(tmp_path)
+    runs = loaded["runs"]
+    for arm, row in loaded["reproduce"].set_index("arm").iterrows():
+        own = runs[runs["method"] == row["method"]]
+        assert row["mean"] == own["average_accuracy"].mean(), arm
+    by_seed = runs.pivot(index="seed", columns="method", values="average_accuracy")
+    difference = (by_seed["ewc"] - by_seed["naive"]).mean()
+    assert table.loc["EWC", "difference"] == pytest.approx(difference, abs=1e-12)
+    assert list((tmp_path / "plots").glob("*.png"))
+
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
+    pd.testing.assert_frame_equal(reproduce.run(settings).set_index("arm"), table)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()} == parts
