@@ -46,6 +46,32 @@ def test_tensorboard_gets_the_accuracies_of_the_table(tmp_path, unwatched):
     assert logged == pytest.approx(rows, rel=1e-6)  # float32 there
 
 
+def test_tensorboard_goes_on_where_a_killed_run_was(tmp_path, unwatched):
+    class KilledError(BaseException):
+        """Not an error of the run's own, which would become a row."""
+
+    def observe(done, accuracy):
+        raise KilledError
+
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / SETTINGS.run_id
+    whole = Logs(tmp_path / "whole", tensorboard=True)
+    run(SETTINGS, DIGITS, logs=whole)
+    with pytest.raises(KilledError):
+        run(SETTINGS, DIGITS, observe, checkpoint, logs=Logs(tmp_path, tensorboard=True))
+    result = run(SETTINGS, DIGITS, checkpoint=checkpoint, logs=Logs(tmp_path, tensorboard=True))
+    assert result.rows == unwatched.rows
+    assert scalars(folder) == scalars(whole.folder / SETTINGS.run_id)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+        if "Seconds" not in name
+    }
+
+
 @pytest.mark.slow
 def test_wandb_writes_a_run_that_can_be_uploaded(tmp_path, unwatched, monkeypatch):
     pytest.importorskip("wandb")
