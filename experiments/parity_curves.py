@@ -18,8 +18,10 @@ from experiments.plots import DPI
 from experiments.settings import Dataset, Job, RunSettings
 from experiments.tables import replace_file
 
-LAMBDAS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
-METRICS = ("average_accuracy", "forgetting")
+LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
+RANGES = {"average_accuracy": (0.6, 1.0), "forgetting": (-0.02, 0.3)}  # of the axes
+METRICS = tuple(RANGES)
+NAIVE = "naive"
 BATCHES = (32, 128)
 TYPES = {
     "predicted": "#009E73",
@@ -39,22 +41,21 @@ BUILTIN = {
 class Curves(Job):
     """A grid of lambda for each way to compute F."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Each seeds the permutations, the initial weights and the order of the samples."""
     hidden_size: int = 100
     """Units in each of the two hidden layers."""
-    experiences: int = 3
+    experiences: int = 5
     """Number of permutations."""
 
     name = "parity/curves"
     compares = False
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """Every way at every lambda, seed by seed."""
+        """Every way at every lambda, and no protection, seed by seed."""
         for seed in self.seeds:
             base = RunSettings(
-                *("permuted", dataset, "domain", "ewc", seed),
-                mode="separate",
+                *("permuted", dataset, "domain", NAIVE, seed),
                 n_experiences=self.experiences,
                 epochs=1 if dataset == "mnist" else 20,
                 batch_size=256 if dataset == "mnist" else 32,
@@ -64,13 +65,14 @@ class Curves(Job):
                 device=self.device,
                 data_path=self.data_path,
             )
+            yield base
             for ewc_lambda in LAMBDAS:
                 for way in WAYS.values():
-                    yield replace(base, ewc_lambda=ewc_lambda, **way)
+                    yield replace(base, ewc_lambda=ewc_lambda, mode="separate", **way)
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    **{name: {"fisher_type": name} for name in TYPES},
+    **{name: {"method": "ewc", "fisher_type": name} for name in TYPES},
     **{
         f"built-in, batch {size}, {order or 'sorted by class'}": {
             "method": "avalanche-ewc",
@@ -92,7 +94,7 @@ def run_curves(settings: Curves, console: Console, *, make: bool = True) -> pd.D
         make: Whether to make runs; else those that are there have to do.
 
     Returns:
-        A row per way, metric and lambda.
+        A row per way, metric and lambda; without protection there is no lambda.
     """
     runs, folder = run_cells(settings, console, make=make)
     table = curves(runs)
@@ -111,9 +113,9 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
         f"{first['optimizer']} {first['learning_rate']:g}, batch {first['batch_size']}"
     )
     parts = []
-    for name, way in WAYS.items():
+    for name, way in {**WAYS, NAIVE: {"method": NAIVE}}.items():
         rows = runs
-        for column, value in {"method": "ewc", **way}.items():
+        for column, value in way.items():
             rows = rows[rows[column].isna() if value is None else rows[column].eq(value)]
         for metric in METRICS if len(rows) else ():
             labels = {"setting": setting, "fisher": name, "metric": metric}
@@ -129,19 +131,25 @@ def plot(table: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         len(METRICS), 2, figsize=(11, 7), sharex=True, sharey="row", layout="constrained"
     )
+    for metric, row in zip(METRICS, axes, strict=True):
+        row[0].set(xscale="log", ylim=RANGES[metric], ylabel=metric.replace("_", " "))
     for (fisher, metric), curve in table.groupby(["fisher", "metric"], sort=False):
-        axis = axes[METRICS.index(metric), int(fisher not in TYPES)]
-        axis.set(xscale="log", ylim=(-0.05, 0.6) if metric == "forgetting" else (0, 1))
+        row = axes[METRICS.index(metric)]
+        if fisher == NAIVE:
+            for axis in row:
+                axis.axhline(curve["mean"].item(), color="grey", linestyle=":", label=NAIVE)
+            continue
+        axis = row[int(fisher not in TYPES)]
         draw_curve(axis, curve, fisher, COLOURS[fisher])
         lost = curve[curve["diverged"] > 0]
         if len(lost):
             axis.axvspan(lost["ewc_lambda"].min(), max(LAMBDAS), color="grey", alpha=0.08)
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.set_ylabel(metric.replace("_", " ") if fisher in TYPES else "")
-        if metric == METRICS[0]:
-            axis.legend(fontsize=8)
-        else:
-            axis.set_xlabel("ewc_lambda")
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("ewc_lambda")
     n = int(table["n"].max())
     figure.suptitle(f"Permuted MNIST, {table['setting'].iloc[0]}; n = {n}; grey: diverges")
     return figure

@@ -21,6 +21,7 @@ from experiments import sweep as sweep_module
 from experiments import tables, worker
 from experiments.data import find_data
 from experiments.lanes import OneProcess
+from experiments.logs import Logs
 from experiments.settings import PermutedMnist
 from experiments.store import PARTS, Store
 from experiments.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
@@ -211,12 +212,14 @@ def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
     thread = threading.Thread(target=kill_one, args=arguments)
     thread.start()
     options = {"console": Console(quiet=True), "scheduler": address, "checkpoint": True}
-    sweep(wanted, DIGITS, store, jobs=2, **options)
+    logs = Logs(tmp_path / "logs", tensorboard=True)
+    sweep(wanted, DIGITS, store, jobs=2, logs=logs, **options)
     thread.join()
     assert killed
     assert workers[0].wait() == -signal.SIGKILL
     assert store.added == Counter({cell.run_id: 1 for cell in wanted})
     assert_same_results(store, whole)
+    assert {path.name for path in logs.folder.iterdir()} == {cell.run_id for cell in wanted}
 
 
 def command(folder, *arguments):

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
 from experiments import parity, tables
 from experiments.data import find_data
-from experiments.parity_curves import LAMBDAS, WAYS, Curves, curves
+from experiments.parity_curves import LAMBDAS, METRICS, WAYS, Curves, curves, plot
 from experiments.parity_numerical import sample_loop
 from experiments.parity_runs import same_definition, same_mathematics, trace_of
 from experiments.run import run
@@ -123,21 +124,26 @@ def test_per_sample_fishers_refuse_mini_batches():
 
 def test_curves_have_every_way_and_count_what_diverged():
     cells = list(Curves(seeds=(0, 1)).cells("digits"))
-    assert len(cells) == len(WAYS) * len(LAMBDAS) * 2
+    assert len(cells) == (len(WAYS) * len(LAMBDAS) + 1) * 2
     assert len({cell.run_id for cell in cells}) == len(cells)
     runs = pd.DataFrame([
         {
             **vars(cell),
-            "status": "diverged" if cell.ewc_lambda > 1e4 else "ok",
+            "status": "diverged" if (cell.ewc_lambda or 0) > 100 else "ok",
             "average_accuracy": 0.9,
             "forgetting": 0.1,
         }
         for cell in cells
     ])
     table = curves(runs)
-    assert len(table) == len(WAYS) * len(LAMBDAS) * 2
-    assert set(table.loc[table["ewc_lambda"] > 1e4, "diverged"]) == {2}
-    assert set(table.loc[table["ewc_lambda"] <= 1e4, "n"]) == {2}
+    assert len(table) == (len(WAYS) * len(LAMBDAS) + 1) * 2
+    assert set(table.loc[table["ewc_lambda"] > 100, "diverged"]) == {2}
+    assert set(table.loc[~(table["ewc_lambda"] > 100), "n"]) == {2}
+    assert set(table.loc[table["fisher"] == "naive", "metric"]) == set(METRICS)
+    figure = plot(table)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert {"predicted", "predicted: diverged", "naive"} <= set(labels)
+    plt.close(figure)
 
 
 def test_the_committed_whole_runs_are_the_built_ins():
