@@ -45,5 +45,9 @@ PROTOCOL = Protocol(
     },
     arms=(*_arms("task"), *_arms("domain"), *_arms("class")),
     seeds=(0, 1, 2),
+    search=tuple(
+        {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": ewc_lambda}
+        for ewc_lambda in (1e2, 1e3, 1e4, 1e5, LAMBDA["domain"])
+    ),
     digits={"iterations": 60, "hidden_size": 24, "batch_size": 32},
 )
