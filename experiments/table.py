@@ -1,12 +1,15 @@
 """Paper-ready tables from a results folder: mean ± half-width of the 95 % interval, and n.
 
-The best of a benchmark is bold only where its interval against each other method allows it.
+The best of a benchmark is bold only where its interval against each other method allows it. What
+`parity` and `reproduce` find is printed likewise, with the interval of each paired difference.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +18,8 @@ import tyro
 from scipy import stats
 
 from experiments import tables
-from experiments.report import SHOWN, by_cell, format_interval
+from experiments.comparison import COMPARED
+from experiments.report import SHOWN, by_cell, format_interval, interval_text
 from experiments.settings import STREAM
 
 LOWER_IS_BETTER = ("forgetting",)
@@ -26,10 +30,13 @@ SAME_TEST = [*STREAM, "n_experiences", "validation"]  # what makes accuracies co
 
 @dataclass(frozen=True)
 class Table:
-    """Print the summary of a results folder."""
+    """Print the summary of a results folder, or what it says beside Avalanche or a paper."""
 
     folder: Annotated[str, tyro.conf.Positional] = "results/main"
-    """Folder that holds summary.csv and runs.csv."""
+    """Folder of results."""
+    of: Literal["summary", "parity", "reproduce"] = "summary"
+    """What to print: methods side by side; paired differences from Avalanche's built-in EWC; a
+    published experiment beside its number."""
     format: Literal["markdown", "latex", "csv"] = "markdown"
     """Notation of the table; LaTeX needs the package booktabs."""
 
@@ -57,17 +64,34 @@ def run(settings: Table) -> SummaryTable:
         What was printed.
 
     Raises:
-        ValueError: The folder has no summary.
+        ValueError: The folder does not hold it.
     """
-    found = tables.load(settings.folder)
-    if missing := {"summary", "runs"} - set(found):
-        raise ValueError(
-            f"`folder` must hold summary.csv and runs.csv, got {settings.folder} without "
-            f"{', '.join(sorted(missing))}."
-        )
-    table = summary_table(found["summary"], found["runs"])
+    table = table_of(settings.folder, settings.of)
     print(render(table, settings.format), end="")
     return table
+
+
+def table_of(folder: str | Path, of: str) -> SummaryTable:
+    """What `run` prints.
+
+    Args:
+        folder: Of results.
+        of: One of `MADE_FROM`.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: The folder does not hold it.
+    """
+    names, make = MADE_FROM[of]
+    found = tables.load(folder)
+    if missing := set(names) - set(found):
+        files = " and ".join(f"{name}.csv" for name in names)
+        raise ValueError(
+            f"`folder` must hold {files}, got {folder} without {', '.join(sorted(missing))}."
+        )
+    return make(*(found[name] for name in names))
 
 
 def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
@@ -86,7 +110,7 @@ def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
     rows, bold = [], []
     for cell in by_cell(summary):
         rows.append({
-            "benchmark": f"{cell.benchmark} {cell.dataset}, {cell.scenario}-incremental",
+            "benchmark": _stream(cell),
             "method": cell.label,
             "Fisher": cell.fisher_type,
             "λ": cell.ewc_lambda,
@@ -97,6 +121,78 @@ def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
         bold.append({m.replace("_", " "): cell.config_hash in best[m] for m in SHOWN})
     text = pd.DataFrame(rows)
     return SummaryTable(text, pd.DataFrame(bold).reindex(columns=text.columns, fill_value=False))
+
+
+def parity_table(parity: pd.DataFrame) -> SummaryTable:
+    """Ours less the built-in, seed by seed; the numerical checks stay in the CSV.
+
+    Args:
+        parity: Rows of `parity.csv`.
+
+    Returns:
+        The table, nothing of it bold.
+    """
+    paired = parity[parity["quantity"].isin(COMPARED)]
+    return _plain(
+        {
+            "benchmark": _stream(row),
+            "compared": row.check.removeprefix("paired seeds, "),
+            "metric": row.quantity.replace("_", " "),
+            "ours": f"{row.ours:.4f}",
+            "built-in": f"{row.builtin:.4f}",
+            "difference": _difference(row.difference, row.ci_low, row.ci_high),
+            "n": str(row.n),
+            "verdict": row.verdict,
+        }
+        for row in paired.itertuples()
+    )
+
+
+def reproduce_table(reproduce: pd.DataFrame) -> SummaryTable:
+    """Each arm of a published experiment beside its number.
+
+    Args:
+        reproduce: Rows of `reproduce.csv`.
+
+    Returns:
+        The table, nothing of it bold.
+    """
+    return _plain(
+        {
+            "experiment": row.protocol,
+            "arm": row.arm,
+            "published": _word(row.reference),
+            "average accuracy": "-" if row.n == 0 else interval_text(row.mean, row.ci_high),
+            "difference": "-"
+            if pd.isna(row.difference)
+            else f"{_difference(row.difference, row.difference_ci_low, row.difference_ci_high)}"
+            f" from {row.against}",
+            "n": str(row.n),
+            "reproduced": row.reproduced,
+        }
+        for row in reproduce.itertuples()
+    )
+
+
+def _plain(rows: Iterable[dict[str, str]]) -> SummaryTable:
+    text = pd.DataFrame(list(rows))
+    return SummaryTable(text, text.map(lambda entry: False))
+
+
+def _stream(row: Any) -> str:
+    return f"{row.benchmark} {row.dataset}, {row.scenario}-incremental"
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else "")
+
+
+# What to print -> the tables that it is made from, and how.
+MADE_FROM: dict[str, tuple[tuple[str, ...], Callable[..., SummaryTable]]] = {
+    "summary": (("summary", "runs"), summary_table),
+    "parity": (("parity",), parity_table),
+    "reproduce": (("reproduce",), reproduce_table),
+}
 
 
 def _word(value: Any) -> str:
@@ -156,7 +252,7 @@ def render(table: SummaryTable, notation: str) -> str:
     text = _latex_text(table.text) if notation == "latex" else table.text
     text = text.mask(table.best.to_numpy(dtype=bool), text.map(mark.format))
     if notation == "latex":
-        return _latex(text, table.text["benchmark"])
+        return _latex(text)
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -172,10 +268,11 @@ def _latex_text(text: pd.DataFrame) -> pd.DataFrame:
     return text.map(escaped).rename(columns=escaped)
 
 
-def _latex(text: pd.DataFrame, benchmarks: pd.Series[str]) -> str:
-    """Numbers to the right, a rule between benchmarks, whose name is said once."""
-    new = benchmarks.ne(benchmarks.shift()).to_numpy()
-    text = text.assign(benchmark=np.where(new, text["benchmark"], ""))
+def _latex(text: pd.DataFrame) -> str:
+    """Numbers to the right, a rule between what the first column names, which is said once."""
+    first = text.columns[0]
+    new = text[first].ne(text[first].shift()).to_numpy()
+    text = text.assign(**{first: np.where(new, text[first], "")})
     lines = [
         rf"\begin{{tabular}}{{lll{'r' * (text.shape[1] - 3)}}}",
         r"\toprule",

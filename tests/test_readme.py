@@ -19,13 +19,13 @@ from experiments.data import find_data
 from experiments.report import chosen_lambdas
 from experiments.run import run
 from experiments.settings import CHOSEN_LAMBDA, TUNING_SEEDS, RunSettings
-from experiments.table import render, summary_table
+from experiments.table import render, table_of
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "results/README.md")
 PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-TABLE = re.compile(r"<!-- table:(\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+TABLE = re.compile(r"<!-- table:(\S+)(?: --of (\S+))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def blocks():
@@ -114,9 +114,8 @@ def test_the_quickstart_does_what_it_says(monkeypatch, capsys):
 def test_the_readme_shows_the_committed_tables():
     found = TABLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert found
-    for folder, shown in found:
-        found_tables = tables.load(ROOT / folder)
-        table = summary_table(found_tables["summary"], found_tables["runs"])
+    for folder, of, shown in found:
+        table = table_of(ROOT / folder, of or "summary")
         assert shown.strip() == render(table, "markdown").strip(), (
             f"put the output of `python -m experiments table {folder}` into README.md"
         )

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,9 @@ from experiments.__main__ import main
 from experiments.metrics import continual_metrics
 from experiments.page_tables import summary_tables
 from experiments.settings import RunSettings
-from experiments.table import best_cells, render, summary_table
+from experiments.table import best_cells, render, summary_table, table_of
 
+RESULTS = Path(__file__).parent.parent / "results"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 
@@ -275,3 +277,29 @@ def test_the_table_in_each_notation():
         r"\end{tabular}",
     ]
     assert render(table, "csv").splitlines()[2].split(",")[5:7] == ["1e+06", "0.7500 ± 0.1242"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "of", "first"),
+    [
+        ("parity", "parity", "| benchmark | compared | metric |"),
+        ("reproduce/baselines", "reproduce", "| experiment | arm | published |"),
+    ],
+)
+def test_the_table_of_a_comparison_has_a_line_per_row(folder, of, first):
+    folder = RESULTS / folder
+    text = render(table_of(folder, of), "markdown").splitlines()
+    assert text[0].startswith(first)
+    found = tables.load(folder)[of]
+    if of == "parity":
+        found = found[found["quantity"].isin(("average_accuracy", "forgetting"))]
+    assert len(text) == 2 + len(found)
+    for line, row in zip(text[2:], found.itertuples(), strict=True):
+        assert line.endswith(f"| {row.n} | {row.verdict if of == 'parity' else row.reproduced} |")
+        if pd.notna(row.difference):
+            assert f"| {row.difference:+.4f} [" in line
+
+
+def test_the_table_of_a_folder_without_it_is_refused():
+    with pytest.raises(ValueError, match=r"`folder` must hold reproduce\.csv, got .*main without"):
+        table_of(RESULTS / "main", "reproduce")

@@ -38,6 +38,10 @@ PROTOCOL = Protocol(
         Arm("predicted, λ = 30", {**PREDICTED, "ewc_lambda": 30.0}, None, NAIVE),
     ),
     seeds=(0, 1, 2),
+    search=(
+        *({**PREDICTED, "ewc_lambda": x} for x in (1.0, 3.0, 10.0)),
+        *({**BUILTIN, "ewc_lambda": x} for x in (10.0, 100.0, 1000.0)),
+    ),
     reduced="one epoch at rate 1e-2 instead of ten at 1e-3: rate times steps is the same",
     digits={"epochs": 2, "hidden_size": 24, "batch_size": 32, "n_experiences": 3},
 )
