@@ -47,7 +47,7 @@ PROTOCOL = Protocol(
     seeds=(0, 1, 2),
     search=tuple(
         {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": ewc_lambda}
-        for ewc_lambda in (1e2, 1e3, 1e4, 1e5, LAMBDA["domain"])
+        for ewc_lambda in (1e2, 1e3, 1e4, 1e5, 5e5, 5e6, 5e7)
     ),
     digits={"iterations": 60, "hidden_size": 24, "batch_size": 32},
 )
