@@ -1,5 +1,7 @@
 """Protocols of published experiments, the table of what came out, and one run end to end."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -127,3 +129,17 @@ def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeyp
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
     pd.testing.assert_frame_equal(reproduce.run(settings).set_index("arm"), table)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()} == parts
+
+
+def test_the_readmes_words_on_the_fisher_types_are_those_of_the_committed_table():
+    folder = Path(__file__).parent.parent / "results" / "reproduce" / "vandeven2025"
+    table = tables.load(folder)["reproduce"].dropna(subset=["fisher_type"])
+    assert (table["n"] == 3).all()
+    best = table.loc[table.groupby("fisher_type")["mean"].idxmax()].set_index("fisher_type")
+    assert best["mean"].max() - best["mean"].min() < 0.004
+    assert best["ewc_lambda"].drop("batched").eq(5e3).all()
+    assert best.loc["batched", "ewc_lambda"] == 5e5
+    weakest = table[table["ewc_lambda"] == 50].set_index("fisher_type")["mean"]
+    assert weakest[["exact", "sampled"]].min() > 0.98
+    assert weakest[["empirical", "predicted", "batched"]].is_monotonic_decreasing
+    assert weakest["batched"] < 0.87
