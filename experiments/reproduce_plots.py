@@ -116,7 +116,9 @@ def _over_lambda(runs: pd.DataFrame) -> plt.Figure:
         draw_curve(axis, by_lambda(part, "average_accuracy"), name, colour)
     naive = runs.loc[runs["method"] == "naive", "average_accuracy"]
     axis.axhline(naive.mean(), color="grey", linestyle="--", label="Naive")
+    # Student's intervals of few seeds know no bounds.
+    axis.set_ylim(np.floor(20 * runs["average_accuracy"].min()) / 20, 1.0)
     axis.set(xlabel="ewc_lambda", ylabel="average accuracy", title=f"n = {runs['seed'].nunique()}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
     return figure
