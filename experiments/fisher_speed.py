@@ -10,6 +10,8 @@ and is off the float64 sample loop by more than 1 %.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import random
 import time
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib
 
@@ -43,10 +45,14 @@ from experiments.fisher_speed_engines import (
     relative_error,
     sample_loop,
 )
+from experiments.report import write_environment
 from experiments.tables import replace_file
 
 WRONG = 0.01  # relative error; float32 with a flipped ReLU stays below
 _ERROR_SAMPLES = 6
+Kind = Literal["predicted", "exact"]
+KINDS = get_args(Kind)
+MEASURED = ["device", "network", "kind"]  # together, so that multiples are of one unit
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class FisherSpeedSettings:
     """Networks to measure on."""
     engines: tuple[str, ...] = tuple(ENGINES)
     """Engines to measure; the gradient pass is always among them."""
-    kinds: tuple[Literal["predicted", "exact"], ...] = ("predicted", "exact")
+    kinds: tuple[Kind, ...] = KINDS
     """Label types: the model's argmax, or all classes."""
     rounds: int = 9
     """Times each engine is measured, in turn, after one round that is not counted."""
@@ -70,10 +76,11 @@ class FisherSpeedSettings:
 
 
 def run(settings: FisherSpeedSettings) -> pd.DataFrame:
-    """Measures everything and writes `fisher_speed.csv` and `fisher_speed.png`.
+    """Measures and writes `fisher_speed.csv` and `fisher_speed.png`.
 
     Args:
-        settings: What to measure.
+        settings: What to measure. What the folder holds of other networks, label types and devices
+            is kept.
 
     Returns:
         A row per network, label type and engine. Units: seconds per sample, multiples of the
@@ -90,16 +97,31 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
         for kind in settings.kinds:
             console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
             rows += _measure(network, kind, settings)
-    table = pd.DataFrame(rows)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
+    table = _with_kept(pd.DataFrame(rows), folder / "fisher_speed.csv")
     replace_file(folder / "fisher_speed.csv", table.to_csv(index=False))
+    write_environment(folder, None)
     plot(table, folder / "fisher_speed.png")
     columns = ["network", "kind", "engine", "status", "multiple", "peak_multiple", "error"]
     shown = table.reindex(columns=columns)
     console.print(shown.to_string(index=False, float_format="{:.3g}".format))
     console.print(f"Table and plot: {folder}")
     return table
+
+
+def _with_kept(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The new rows, and those that `path` holds of what was not measured anew."""
+    if not path.exists():
+        return table
+    held = pd.read_csv(path)
+    new = set(table[MEASURED].itertuples(index=False, name=None))
+    kept = [cell not in new for cell in held[MEASURED].itertuples(index=False, name=None)]
+    both = pd.concat([held[kept], table], ignore_index=True) if any(kept) else table
+    places = {name: i for i, name in enumerate((*NETWORKS, *KINDS))}
+    return both.sort_values(
+        MEASURED, kind="stable", key=lambda c: c.map(lambda x: places.get(x, x)), ignore_index=True
+    )
 
 
 def _check(settings: FisherSpeedSettings) -> None:
@@ -248,10 +270,17 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
     status = Path("/proc/self")
     if not status.exists():
         return float("nan")  # only Linux tells a process its own high-water mark
+    _give_back()
     (status / "clear_refs").write_text("5")  # resets the mark to what is resident now
     before = _high_water()
     call()
     return _high_water() - before
+
+
+def _give_back() -> None:
+    """Memory that was freed before the call, which it could use without a trace."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _high_water() -> float:

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments.fisher_speed import FisherSpeedSettings, run
+from experiments.fisher_speed import FisherSpeedSettings, _with_kept, run
 from experiments.fisher_speed_engines import OURS, UNIT
 
 
@@ -28,6 +28,26 @@ def test_table_holds_what_was_measured(tmp_path):
     stored = pd.read_csv(tmp_path / "fisher_speed.csv")
     assert stored["multiple"].to_list()[:3] == pytest.approx(table["multiple"].to_list()[:3])
     assert (tmp_path / "fisher_speed.png").stat().st_size > 10_000
+
+
+def test_what_is_not_measured_anew_is_kept_in_its_place(tmp_path):
+    def rows(multiple, *cells):
+        return pd.DataFrame([
+            {"network": n, "kind": k, "device": d, "engine": e, "multiple": multiple}
+            for n, k, d in cells
+            for e in (UNIT, OURS)
+        ])
+
+    path = tmp_path / "fisher_speed.csv"
+    cells = [(n, k, "cpu") for n in ("mlp-512", "simple-cnn") for k in ("predicted", "exact")]
+    rows(1.5, *cells).to_csv(path, index=False)
+    table = _with_kept(rows(2.5, ("mlp-512", "predicted", "cpu")), path)
+    assert list(table["multiple"]) == [2.5] * 2 + [1.5] * 6
+    table = _with_kept(rows(2.5, ("simple-cnn", "predicted", "cpu")), path)
+    assert list(table["multiple"]) == [1.5] * 4 + [2.5] * 2 + [1.5] * 2
+    table = _with_kept(rows(2.5, ("mlp-512", "exact", "cuda")), path)
+    assert list(table["device"]) == ["cpu"] * 8 + ["cuda"] * 2
+    assert list(table["engine"]) == [UNIT, OURS] * 5
 
 
 @pytest.mark.parametrize(
