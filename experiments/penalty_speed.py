@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
 from experiments.plots import DPI
+from experiments.report import write_environment
 from experiments.run import OPTIMIZERS, state_bytes
 from experiments.tables import replace_file
 
@@ -110,6 +111,7 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
         table = pd.concat([table, new], ignore_index=True) if len(table) else new
         table = table.sort_values(KEY, kind="stable", ignore_index=True)
         replace_file(path, table.to_csv(index=False))
+    write_environment(folder, None)
     plot(table).savefig(folder / "penalty_speed.png", dpi=DPI, metadata={"Software": None})
     return table
 
