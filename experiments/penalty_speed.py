@@ -262,5 +262,5 @@ def plot(table: pd.DataFrame) -> plt.Figure:
     axes[0, 0].legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("past experiences")
-    figure.suptitle("Step time with a penalty (median, quartiles); dotted: 1.10")
+    figure.suptitle("Step time with a penalty\n(median, quartiles); dotted: 1.10")
     return figure
