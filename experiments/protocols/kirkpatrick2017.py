@@ -1,8 +1,9 @@
 """Permuted MNIST, ten tasks: does EWC with predicted labels average 0.94?
 
 The source leaves the network's width, the optimizer, its rate and lambda open. The search tried
-wider networks, more epochs and lower rates on validation images; none of what was affordable passed
-0.915.
+wider networks, more epochs, lower rates and F divided by its mean on validation images; none of
+what was affordable passed 0.93. The best, two layers of 400 with F divided by its mean, was found
+after the arms below had run: they are those of the five-task benchmark.
 """
 
 from typing import Any
