@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -56,16 +55,12 @@ def _prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], Data
     if job.dry_run:
         show_plan(job, cells, console)
         raise SystemExit(0)
-    return Store(_folder(job)), cells, source
+    return Store(job.folder), cells, source
 
 
 def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
     """What would become of each cell of a job."""
-    print_plan(cells, _folder(job), job.jobs, job.force, console)
-
-
-def _folder(job: Job) -> Path:
-    return Path(job.out or f"runs/{job.name}")
+    print_plan(cells, job.folder, job.jobs, job.force, console)
 
 
 def _sweep(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -73,11 +72,6 @@ class Parity(Job):
         summary = tables.read(self.folder / "tuning", tables.SUMMARY)
         rows = chosen_lambdas(summary[summary["dataset"] == dataset])
         return {(r.benchmark, r.scenario, r.method): r.ewc_lambda for r in rows.itertuples()}
-
-    @property
-    def folder(self) -> Path:
-        """Where everything goes."""
-        return Path(self.out or f"runs/{self.name}")
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console
 
 def _search(settings: Reproduce, console: Console) -> pd.DataFrame:
     run_cells(settings, console, make=not settings.tables_only)
-    summary = tables.load(settings.out or f"runs/{settings.name}")["summary"]
+    summary = tables.load(settings.folder)["summary"]
     rows = summary[summary["metric"] == "average_accuracy"].sort_values("mean", ascending=False)
     console.print(rows[["config_hash", "method", "ewc_lambda", "n", "mean"]].to_string(index=False))
     return rows

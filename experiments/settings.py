@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -181,6 +182,11 @@ class Job:
     def name(self) -> str:
         """The subcommand's name, which is also the default output folder's."""
         raise NotImplementedError
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.out or f"runs/{self.name}")
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """The settings of every run."""

@@ -165,8 +165,8 @@ def reproduce_table(reproduce: pd.DataFrame) -> SummaryTable:
             "average accuracy": "-" if row.n == 0 else interval_text(row.mean, row.ci_high),
             "difference": "-"
             if pd.isna(row.difference)
-            else f"{_difference(row.difference, row.difference_ci_low, row.difference_ci_high)}"
-            f" from {row.against}",
+            else _difference(row.difference, row.difference_ci_low, row.difference_ci_high)
+            + f" from {row.against}",
             "n": str(row.n),
             "reproduced": row.reproduced,
         }

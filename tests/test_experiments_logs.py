@@ -2,6 +2,7 @@
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_experiments_checkpoint import KilledError
 from wandb_files import finished_run
 
 from experiments import tables
@@ -47,9 +48,6 @@ def test_tensorboard_gets_the_accuracies_of_the_table(tmp_path, unwatched):
 
 
 def test_tensorboard_goes_on_where_a_killed_run_was(tmp_path, unwatched):
-    class KilledError(BaseException):
-        """Not an error of the run's own, which would become a row."""
-
     def observe(done, accuracy):
         raise KilledError
 
