@@ -170,7 +170,8 @@ class Trial:
 
     def _train(self, strategy: Any, watch: _Watch, experience: Any) -> None:
         start = time.perf_counter()
-        strategy.train(experience, eval_streams=[])
+        reset = self.settings.optimizer_state == "reset"
+        strategy.train(experience, eval_streams=[], reset_optimizer_state=reset)
         end = time.perf_counter()
         self.seconds["train_s"] += watch.epochs_end - start
         self.seconds["fisher_s"] += end - watch.epochs_end

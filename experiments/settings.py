@@ -97,6 +97,7 @@ class RunSettings:
     # Mini-batches of Avalanche's definition of F alone; unset, those of training, in class order.
     importance_batch: int | None = None
     importance_order: str | None = None  # "shuffled"
+    optimizer_state: str | None = None  # "reset" before each experience; unset, it is kept
 
     def __post_init__(self) -> None:
         _check(self)
@@ -225,6 +226,8 @@ class Grid(Job):
     """Optimizer; no weight decay, no momentum for sgd."""
     learning_rate: tuple[float, ...] = (1e-3,)
     """Step size of the optimizer."""
+    optimizer_state: tuple[Literal["kept", "reset"], ...] = ("kept",)
+    """Whether the optimizer's moments outlive an experience, as Avalanche has it."""
     model: tuple[Model, ...] = ("mlp",)
     """Fully connected or small convolutional network; task-incremental gets a head per task."""
     hidden_size: tuple[int, ...] = (256,)
@@ -261,10 +264,11 @@ class Grid(Job):
 
     def _combinations(self, dataset: Dataset) -> Iterator[RunSettings]:
         for seed, (benchmark, scenario) in product(self.seeds, self.streams):
-            varied = {
+            varied: dict[str, Any] = {
                 "n_experiences": self.experiences,
                 "epochs": self.epochs or (DEFAULT_EPOCHS[benchmark, dataset],),
                 "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
+                "optimizer_state": [None if s == "kept" else s for s in self.optimizer_state],
                 **{name: getattr(self, name) for name in _SHARED_LISTS},
             }
             for values in product(*varied.values()):
@@ -460,6 +464,8 @@ def _check(run: RunSettings) -> None:
     if run.ewc_lambda is not None:
         fits = math.isfinite(run.ewc_lambda) and run.ewc_lambda >= 0
         _require(fits, "ewc_lambda", ">= 0 and finite", run.ewc_lambda)
+    known = run.optimizer_state in (None, "reset")
+    _require(known, "optimizer_state", "unset or 'reset'", run.optimizer_state)
     _check_importances(run)
     if run.mode == "online":
         given = run.decay_factor is not None and 0 <= run.decay_factor <= 1

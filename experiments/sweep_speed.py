@@ -6,6 +6,7 @@ last bit, on every path. Then the same grid of runs is swept with one process an
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from experiments.run import run as run_once
 from experiments.settings import Dataset, PermutedMnist, RunSettings
 from experiments.tables import replace_file
 
-OURS_FAST, BUILTIN, PLAIN = "ours, fast path", "built-in, classic path", "plain PyTorch loop"
+OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
+BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SweepSpeed:
 
 
 def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Makes the runs and writes `sweep_speed.csv` and `sweep_scaling.csv`.
+    """Makes what the folder does not hold yet; writes the tables anew after each of its parts.
 
     Args:
         settings: What to run.
@@ -75,17 +77,20 @@ def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     console = Console()
-    runs = time_runs(settings, source)
+    rounds = time_rounds(settings, source, folder / "sweep_speed_rounds.csv", console)
+    runs = summarise(rounds)
     replace_file(folder / "sweep_speed.csv", runs.to_csv(index=False))
-    console.print(runs.to_string(index=False, float_format="%.4g"), highlight=False, soft_wrap=True)
-    scaling = time_sweeps(settings, source, console) if settings.seeds else pd.DataFrame()
+    _show(console, runs)
+    scaling = time_sweeps(settings, source, folder / "sweep_scaling.csv", console)
     if len(scaling):
-        replace_file(folder / "sweep_scaling.csv", scaling.to_csv(index=False))
-        console.print(
-            scaling.to_string(index=False, float_format="%.4g"), highlight=False, soft_wrap=True
-        )
+        _show(console, scaling)
     write_environment(folder, source)
     return runs, scaling
+
+
+def _show(console: Console, table: pd.DataFrame) -> None:
+    text = table.to_string(index=False, float_format="%.4g")
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _grid(settings: SweepSpeed, **options: object) -> PermutedMnist:
@@ -99,62 +104,112 @@ def _grid(settings: SweepSpeed, **options: object) -> PermutedMnist:
     return PermutedMnist(**fields)  # type: ignore[arg-type]
 
 
-def time_runs(settings: SweepSpeed, source: DataSource) -> pd.DataFrame:
-    """The same run in each way, in turn.
+def time_rounds(
+    settings: SweepSpeed, source: DataSource, path: Path, console: Console
+) -> pd.DataFrame:
+    """The same run in each way, in turn, round by round; whole rounds are kept in `path`.
 
     Args:
         settings: Sizes.
         source: Where the images are.
+        path: Table of the rounds; those of the same sizes that it holds are not repeated.
+        console: Where progress is shown.
 
     Returns:
-        Per way the median seconds of a run with their smallest and largest; the median, smallest
-        and largest of the rounds' ratios to ours through the fast path; and whether its accuracies
-        are all those of ours, which is no question of the built-in, another EWC.
+        A row per round and way: the seconds of the run, and what it came to.
     """
     theirs, ours = _grid(settings, methods=("avalanche-ewc", "ewc"), seeds=(0,)).cells(source.name)
-    ways: dict[str, Callable[[int], Timed]] = {
-        OURS_FAST: lambda epochs: _through_avalanche(replace(ours, epochs=epochs), source),
-        PLAIN: lambda epochs: run_plainly(replace(ours, epochs=epochs), source),
-        "ours, classic path": lambda epochs: _through_avalanche(
-            replace(ours, epochs=epochs, data_path="classic"), source
-        ),
-        BUILTIN: lambda epochs: _through_avalanche(
-            replace(theirs, epochs=epochs, data_path="classic"), source
-        ),
+    ways: dict[str, Callable[[], Timed]] = {
+        OURS_FAST: lambda: _through_avalanche(ours, source),
+        PLAIN: lambda: run_plainly(ours, source),
+        OURS_CLASSIC: lambda: _through_avalanche(replace(ours, data_path="classic"), source),
+        BUILTIN: lambda: _through_avalanche(replace(theirs, data_path="classic"), source),
     }
-    ways[OURS_FAST](1)  # warms up, and reads the images once for all
-    measured: dict[str, list[Timed]] = {name: [] for name in ways}
-    for _ in range(settings.rounds):
+    sizes = _sizes(settings, source, ours)
+    others, held = _held(path, sizes)
+    if len(held) < settings.rounds * len(ways):
+        _through_avalanche(replace(ours, epochs=1), source)  # warms up; reads the images for all
+    for i in range(len(held) // len(ways), settings.rounds):
+        rows = []
         for name, make in ways.items():
-            measured[name].append(make(settings.epochs))
-    reference = measured[OURS_FAST]
-    return pd.DataFrame([
-        {
+            timed = make()
+            console.print(f"round {i + 1}, {name}: {timed.seconds:.1f} s", highlight=False)
+            rows.append({
+                **sizes,
+                "round": i,
+                "run": name,
+                "seconds": timed.seconds,
+                "average_accuracy": float(np.mean(timed.accuracies[-1])),
+                "accuracies": _digest(timed.accuracies),
+            })
+        held = pd.concat([held, pd.DataFrame(rows)], ignore_index=True)
+        _write(path, others, held)
+    return held
+
+
+def _sizes(settings: SweepSpeed, source: DataSource, cell: RunSettings) -> dict[str, object]:
+    """What has to be equal for two measurements to be of the same thing."""
+    return {
+        "dataset": source.name,
+        "n_experiences": settings.experiences,
+        "epochs": settings.epochs,
+        "batch_size": cell.batch_size,
+        "hidden_layers": cell.hidden_layers,
+        "hidden_size": cell.hidden_size,
+    }
+
+
+def _held(path: Path, sizes: dict[str, object]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that a table on disk has of other sizes, and of these."""
+    if not path.exists():
+        return pd.DataFrame(), pd.DataFrame()
+    table = pd.read_csv(path, dtype={"accuracies": str})
+    same = np.logical_and.reduce([table[name] == value for name, value in sizes.items()])
+    return table[~same], table[same].reset_index(drop=True)
+
+
+def _write(path: Path, *parts: pd.DataFrame) -> None:
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    replace_file(path, table.to_csv(index=False))
+
+
+def _digest(accuracies: object) -> str:
+    """Ten hex digits that are the same for the same bits."""
+    return hashlib.sha256(repr(accuracies).encode()).hexdigest()[:10]
+
+
+def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
+    """A row per way of making the run.
+
+    Args:
+        rounds: What `time_rounds` returns.
+
+    Returns:
+        The median seconds with their smallest and largest; the median, smallest and largest of the
+        rounds' ratios to ours through the fast path; and whether the accuracies of every round are
+        all those of ours, which is no question of the built-in, another EWC.
+    """
+    unequal = ("round", "run", "seconds", "average_accuracy", "accuracies")
+    ours = rounds[rounds["run"] == OURS_FAST].set_index("round")
+    table = []
+    for name, found in rounds.groupby("run", sort=False):
+        found = found.set_index("round")
+        table.append({
             "run": name,
-            "dataset": source.name,
-            "n_experiences": settings.experiences,
-            "epochs": settings.epochs,
-            "batch_size": ours.batch_size,
-            "rounds": settings.rounds,
-            **_spread("seconds", [timed.seconds for timed in found]),
-            **_spread(
-                "ratio", [a.seconds / b.seconds for a, b in zip(found, reference, strict=True)]
-            ),
-            "average_accuracy": float(np.mean(found[0].accuracies[-1])),
+            **found.drop(columns=unequal, errors="ignore").iloc[0],
+            "rounds": len(found),
+            **_spread("seconds", found["seconds"]),
+            **_spread("ratio", found["seconds"] / ours["seconds"]),
+            "average_accuracy": found["average_accuracy"].iloc[0],
             "same_accuracies": None
             if name == BUILTIN
-            else all(timed.accuracies == reference[0].accuracies for timed in found),
-        }
-        for name, found in measured.items()
-    ])
+            else bool((found["accuracies"] == ours["accuracies"].iloc[0]).all()),
+        })
+    return pd.DataFrame(table)
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float]:
-    return {
-        name: float(np.median(values)),
-        f"{name}_min": min(values),
-        f"{name}_max": max(values),
-    }
+def _spread(name: str, values: pd.Series[float]) -> dict[str, float]:
+    return {name: values.median(), f"{name}_min": values.min(), f"{name}_max": values.max()}
 
 
 def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
@@ -168,12 +223,15 @@ def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
     return Timed(sum(record[part] for part in ("train_s", "fisher_s", "eval_s")), accuracies)
 
 
-def time_sweeps(settings: SweepSpeed, source: DataSource, console: Console) -> pd.DataFrame:
+def time_sweeps(
+    settings: SweepSpeed, source: DataSource, path: Path, console: Console
+) -> pd.DataFrame:
     """The same grid with every number of processes, from nothing to its tables.
 
     Args:
         settings: Sizes.
         source: Where the images are.
+        path: Table of the sweeps; those of the same sizes that it holds are not repeated.
         console: Where progress is shown.
 
     Returns:
@@ -181,29 +239,33 @@ def time_sweeps(settings: SweepSpeed, source: DataSource, console: Console) -> p
         efficiency, first jobs · first seconds / (jobs · seconds); and whether the accuracies are
         those of the first.
     """
-    rows: list[dict[str, object]] = []
-    first: tuple[float, pd.DataFrame] | None = None
+    if not settings.seeds:
+        return pd.DataFrame()
+    seeds = tuple(range(settings.seeds))
+    options = {"methods": ("ewc",), "seeds": seeds, "dataset": source.name}
+    cells = list(_grid(settings, **options).cells(source.name))
+    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)}
+    others, held = _held(path, sizes)
     for jobs in settings.jobs:
+        if len(held) and jobs in set(held["jobs"]):
+            continue
         with tempfile.TemporaryDirectory() as out:
-            grid = _grid(
-                settings,
-                methods=("ewc",),
-                seeds=tuple(range(settings.seeds)),
-                jobs=jobs,
-                out=out,
-                dataset=source.name,
-            )
             start = time.perf_counter()
-            store, cells, _ = run_cells(grid, console)
+            store, _, _ = run_cells(_grid(settings, **options, jobs=jobs, out=out), console)
             accuracy, _ = store.rebuild()
             seconds = time.perf_counter() - start
-        first = first or (jobs * seconds, accuracy)
-        rows.append({
-            "jobs": jobs,
-            "runs": len(cells),
-            "seconds": seconds,
-            "seconds_per_run": seconds / len(cells),
-            "efficiency": first[0] / (jobs * seconds),
-            "same_accuracies": accuracy.equals(first[1]),
-        })
-    return pd.DataFrame(rows)
+        accuracies = _digest(accuracy.to_csv(index=False))
+        row = {**sizes, "jobs": jobs, "seconds": seconds, "accuracies": accuracies}
+        held = _compared(pd.concat([held, pd.DataFrame([row])], ignore_index=True))
+        _write(path, others, held)
+    return held
+
+
+def _compared(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """Each sweep beside the first."""
+    spent = sweeps["jobs"] * sweeps["seconds"]
+    return sweeps.assign(
+        seconds_per_run=sweeps["seconds"] / sweeps["runs"],
+        efficiency=spent[0] / spent,
+        same_accuracies=sweeps["accuracies"] == sweeps["accuracies"][0],
+    )

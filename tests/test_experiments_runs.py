@@ -142,3 +142,24 @@ def test_validation_runs_hold_out_a_sixth_of_the_training_images():
         for s in (stream.benchmark.train_stream, stream.benchmark.test_stream)
     ]
     assert n == [1197, 240]  # of the 1,437 training images; none of the 360 test images
+
+
+@pytest.mark.parametrize(("optimizer_state", "first"), [(None, [0, 3, 6]), ("reset", [0, 0, 0])])
+def test_the_optimizers_state_is_kept_or_reset(optimizer_state, first, monkeypatch):
+    seen = []
+    step = torch.optim.Adam.step
+
+    def count(optimizer, *args, **kwargs):
+        states = [s["step"] for s in optimizer.state.values() if "step" in s]
+        seen.append(int(max(states, default=0)))
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", count)
+    sizes = {"n_experiences": 3, "iterations": 3, "optimizer_state": optimizer_state}
+    trained(settings(benchmark="permuted", scenario="domain", **sizes))
+    assert seen[::3] == first
+
+
+def test_an_unknown_optimizer_state_is_refused():
+    with pytest.raises(ValueError, match="`optimizer_state` must be unset or 'reset', got kept"):
+        settings(optimizer_state="kept")

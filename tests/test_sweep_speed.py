@@ -1,13 +1,18 @@
 """The benchmark of runs and sweeps: the plain loop does the same work, bit for bit."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.data import find_data
 from experiments.plain_loop import run_plainly
 from experiments.run import run
 from experiments.settings import PermutedMnist
+from experiments.sweep_speed import SweepSpeed, time_sweeps
+from experiments.sweep_speed import run as run_benchmark
 
 
 def test_the_plain_loop_has_the_accuracies_of_the_run_through_avalanche():
@@ -44,3 +49,28 @@ def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["sweep-speed", *arguments]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path):
+    sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path), "batch_size": 64}
+    once = SweepSpeed(rounds=1, seeds=2, jobs=(1,), **sizes)
+    run_benchmark(once)
+    first = {path.name: pd.read_csv(path) for path in tmp_path.glob("*.csv")}
+    again = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    run_benchmark(once)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == again
+    runs, _ = run_benchmark(replace(once, rounds=2))
+    assert list(runs["rounds"]) == [2, 2, 2, 2]
+    rounds = pd.read_csv(tmp_path / "sweep_speed_rounds.csv")
+    assert list(rounds["round"]) == [0] * 4 + [1] * 4
+    pd.testing.assert_frame_equal(rounds[:4], first["sweep_speed_rounds.csv"])
+
+
+def test_other_sizes_are_other_rows(tmp_path):
+    path = tmp_path / "sweep_scaling.csv"
+    source = find_data("digits", None)
+    for epochs in (1, 2):
+        settings = SweepSpeed(experiences=2, epochs=epochs, jobs=(1,), seeds=1)
+        table = time_sweeps(settings, source, path, Console(quiet=True))
+        assert list(table["epochs"]) == [epochs]
+    assert list(pd.read_csv(path)["epochs"]) == [1, 2]
