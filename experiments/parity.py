@@ -35,6 +35,7 @@ from experiments.store import read_results
 
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
+BATCH_SIZE = {"mnist": 256, "digits": 128}
 # Where `tune` has no grid of its own, the one of split MNIST, task-incremental, is tried.
 COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}
 
@@ -99,6 +100,7 @@ def _grid(
 ) -> Iterator[RunSettings]:
     grid = SplitMnist if benchmark == "split" else PermutedMnist
     options: dict[str, Any] = {"methods": (method,), "ewc_lambda": lambdas, "seeds": seeds}
+    options |= {"hidden_layers": 2, "learning_rate": 1e-3, "batch_size": BATCH_SIZE[dataset]}
     yield from grid(scenario=scenario, **options).cells(dataset)
 
 

@@ -39,7 +39,8 @@ DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("permuted", "mnist"): 1,
     ("permuted", "digits"): 20,
 }
-DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 256, "digits": 128}
+DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 512, "digits": 128}
+DEFAULT_LEARNING_RATE: dict[str, float] = {"mnist": 2e-3, "digits": 1e-3}
 # What `python -m experiments tune` chose on validation data for the settings of the main job; a
 # test holds these numbers to results/tuning.
 CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
@@ -221,18 +222,18 @@ class Grid(Job):
     """Passes over the data of each experience. Empty: 4 on split MNIST (at one, Naive has not
     forgotten yet), 1 on permuted MNIST, 40 and 20 on the digits."""
     batch_size: tuple[int, ...] = ()
-    """Samples per training mini-batch. Empty: 256 on MNIST, 128 on the digits."""
+    """Samples per training mini-batch. Empty: 512 on MNIST, 128 on the digits."""
     optimizer: tuple[Optimizer, ...] = ("adam",)
     """Optimizer; no weight decay, no momentum for sgd."""
-    learning_rate: tuple[float, ...] = (1e-3,)
-    """Step size of the optimizer."""
+    learning_rate: tuple[float, ...] = ()
+    """Step size of the optimizer. Empty: 2e-3 on MNIST, 1e-3 on the digits."""
     optimizer_state: tuple[Literal["kept", "reset"], ...] = ("kept",)
     """Whether the optimizer's moments outlive an experience, as Avalanche has it."""
     model: tuple[Model, ...] = ("mlp",)
     """Fully connected or small convolutional network; task-incremental gets a head per task."""
     hidden_size: tuple[int, ...] = (256,)
     """Units per hidden layer of the MLP."""
-    hidden_layers: tuple[int, ...] = (2,)
+    hidden_layers: tuple[int, ...] = (1,)
     """Hidden layers of the MLP."""
     dropout: tuple[float, ...] = (0.0,)
     """Dropout rate while training; the Fisher is always taken without."""
@@ -268,6 +269,7 @@ class Grid(Job):
                 "n_experiences": self.experiences,
                 "epochs": self.epochs or (DEFAULT_EPOCHS[benchmark, dataset],),
                 "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
+                "learning_rate": self.learning_rate or (DEFAULT_LEARNING_RATE[dataset],),
                 "optimizer_state": [None if s == "kept" else s for s in self.optimizer_state],
                 **{name: getattr(self, name) for name in _SHARED_LISTS},
             }
@@ -309,10 +311,13 @@ class Grid(Job):
 # Fields of `Grid` and of `RunSettings` alike.
 _SHARED = ("validation", "data_path", "device")
 _SHARED_LISTS = (
-    *("optimizer", "learning_rate", "model"),
+    *("optimizer", "model"),
     *("hidden_size", "hidden_layers", "dropout"),
 )
-_MAY_BE_EMPTY = ("ewc_lambda", "decay_factor", "epochs", "batch_size", "scenario")
+_MAY_BE_EMPTY = (
+    *("ewc_lambda", "decay_factor", "epochs", "batch_size", "learning_rate"),
+    "scenario",
+)
 _MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
 
 
