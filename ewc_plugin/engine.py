@@ -12,6 +12,7 @@ from ewc_plugin.capture import Capture
 from ewc_plugin.logits import check_finite, checked_logits
 from ewc_plugin.matching import Served
 from ewc_plugin.plan import Plan
+from ewc_plugin.readout import find_readout
 from ewc_plugin.record import Record, Trace, parameters_in_graph
 from ewc_plugin.rules.base import Layout, Sums
 from ewc_plugin.samplewise import Forward, loop_squares, vmap_squares, zeros
@@ -111,6 +112,17 @@ class EnginePass:
             self._add_chunk(batch, N)
             return
         scores = self.scores(batch, logits)
+        if not self._served("vmap", "loop") and (readout := find_readout(trace, logits, scores)):
+            vectors = [scores.vector(s).to(logits.dtype) for s in range(scores.count)]
+            readout.add(trace, torch.stack(vectors, 1))
+        else:
+            self._pull_back(batch, logits, scores, trace)
+        del logits
+        for record in trace.records:
+            record.add_pool(self._layout(record), N, self.pending)
+
+    def _pull_back(self, batch: Batch, logits: Tensor, scores: Scores, trace: Trace) -> None:
+        """One backward pass per vector, and the samplewise engines on blocks of them."""
         scale = self._scale(scores, logits)
         self._unscale = 1 / scale
         samplewise = self._served("vmap", "loop")
@@ -124,9 +136,6 @@ class EnginePass:
             if vectors and (last or len(vectors) == _VECTORS_AT_ONCE):
                 self._samplewise(batch, torch.stack(vectors, 1))
                 vectors = []
-        del logits
-        for record in trace.records:
-            record.add_pool(self._layout(record), N, self.pending)
 
     def _scale(self, scores: Scores, logits: Tensor) -> float:
         """A power of two that brings half-precision score vectors to size 1, off the underflow."""
