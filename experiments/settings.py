@@ -99,6 +99,7 @@ class RunSettings:
     importance_batch: int | None = None
     importance_order: str | None = None  # "shuffled"
     optimizer_state: str | None = None  # "reset" before each experience; unset, it is kept
+    pixels: str | None = None  # "unit": in [0, 1]; unset, normalised as Avalanche has them
 
     def __post_init__(self) -> None:
         _check(self)
@@ -130,6 +131,7 @@ class RunSettings:
             self.seed if self.benchmark == "permuted" else 0,
             n_experiences=self.n_experiences,
             validation=self.validation,
+            pixels=self.pixels,
         )
 
 
@@ -237,6 +239,8 @@ class Grid(Job):
     """Hidden layers of the MLP."""
     dropout: tuple[float, ...] = (0.0,)
     """Dropout rate while training; the Fisher is always taken without."""
+    pixels: tuple[Literal["normalized", "unit"], ...] = ("normalized",)
+    """By MNIST's mean and deviation, as Avalanche has it, or in [0, 1], as other papers do."""
     validation: bool = False
     """Evaluate on the last sixth of the training images, which then is not trained on."""
 
@@ -271,6 +275,7 @@ class Grid(Job):
                 "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
                 "learning_rate": self.learning_rate or (DEFAULT_LEARNING_RATE[dataset],),
                 "optimizer_state": [None if s == "kept" else s for s in self.optimizer_state],
+                "pixels": [None if p == "normalized" else p for p in self.pixels],
                 **{name: getattr(self, name) for name in _SHARED_LISTS},
             }
             for values in product(*varied.values()):
@@ -469,8 +474,9 @@ def _check(run: RunSettings) -> None:
     if run.ewc_lambda is not None:
         fits = math.isfinite(run.ewc_lambda) and run.ewc_lambda >= 0
         _require(fits, "ewc_lambda", ">= 0 and finite", run.ewc_lambda)
-    known = run.optimizer_state in (None, "reset")
-    _require(known, "optimizer_state", "unset or 'reset'", run.optimizer_state)
+    for name, only in (("optimizer_state", "reset"), ("pixels", "unit")):
+        value = getattr(run, name)
+        _require(value in (None, only), name, f"unset or {only!r}", value)
     _check_importances(run)
     if run.mode == "online":
         given = run.decay_factor is not None and 0 <= run.decay_factor <= 1

@@ -21,13 +21,13 @@ from avalanche.benchmarks.utils import (
     _make_taskaware_classification_dataset,
     make_avalanche_dataset,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from experiments.data import DataSource, ImageDataset, load_images, split_validation
 from experiments.settings import N_CLASSES, RunSettings
 
-MNIST_NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
+NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Images:
     Every experience shares `images`, so that a stream of many needs no more memory than one.
 
     Attributes:
-        images: All normalised images of the dataset, [M, 1, H, W] float32.
+        images: All images of the dataset, transformed, [M, 1, H, W] float32.
         indices: Those meant, in their order, [N] int64.
         pixels: Orders of the pixels, [E, H * W] int64; None where they stay as they are.
         which: The row of `pixels` for each image, [N] int64; all zero if E is 1.
@@ -125,20 +125,25 @@ def make_stream(run: RunSettings, source: DataSource) -> Stream:
     return make(run, train, test, source.root if own_generator else None)
 
 
+def _transform(run: RunSettings) -> nn.Module:
+    """What the stream does to pixels in [0, 1]."""
+    return nn.Identity() if run.pixels == "unit" else NORMALIZE
+
+
 def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None) -> Stream:
     options: dict[str, Any] = {
         "n_experiences": run.n_experiences,
         "fixed_class_order": list(range(N_CLASSES)),  # 0/1, 2/3, ... as in the literature
         "class_ids_from_zero_in_each_exp": run.scenario != "class",
-        "train_transform": MNIST_NORMALIZE,
-        "eval_transform": MNIST_NORMALIZE,
+        "train_transform": _transform(run),
+        "eval_transform": _transform(run),
     }
     by_task = run.scenario == "task"
     if root is not None:
         benchmark = SplitMNIST(**options, return_task_id=by_task, dataset_root=root)
     else:
         benchmark = nc_benchmark(train, test, **options, task_labels=by_task)
-    ordered = _ordered_samples(benchmark, train, test)
+    ordered = _ordered_samples(benchmark, train, test, _transform(run))
     per_experience = N_CLASSES // run.n_experiences
 
     def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
@@ -162,6 +167,8 @@ def _permuted(
             run.n_experiences,
             return_task_id=run.scenario == "task",
             seed=run.seed,
+            train_transform=_transform(run),
+            eval_transform=_transform(run),
             dataset_root=root,
         )
     else:
@@ -172,22 +179,24 @@ def _permuted(
             shuffle=False,
             class_ids_from_zero_in_each_exp=True,
             one_dataset_per_exp=True,
-            train_transform=MNIST_NORMALIZE,
-            eval_transform=MNIST_NORMALIZE,
+            train_transform=_transform(run),
+            eval_transform=_transform(run),
         )
-    ordered = _ordered_samples(benchmark, train, test)
+    ordered = _ordered_samples(benchmark, train, test, _transform(run))
 
     def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
         images, classes = ordered(stream, experience)
-        # Normalising is elementwise, so that it commutes with permuting.
+        # The transform is elementwise, so that it commutes with permuting.
         pixels = permutations[experience].unsqueeze(0)
         return replace(images, pixels=pixels, which=torch.zeros_like(classes)), classes
 
     return Stream(benchmark, samples, size, N_CLASSES)
 
 
-def _ordered_samples(benchmark: Any, train: ImageDataset, test: ImageDataset) -> Samples:
-    """The normalised samples of an experience in its dataset's order.
+def _ordered_samples(
+    benchmark: Any, train: ImageDataset, test: ImageDataset, transform: nn.Module
+) -> Samples:
+    """The transformed samples of an experience in its dataset's order.
 
     Avalanche sorts each dataset by class, the classes not always in the same order.
     """
@@ -196,7 +205,7 @@ def _ordered_samples(benchmark: Any, train: ImageDataset, test: ImageDataset) ->
         "test": benchmark.test_exps_patterns_assignment,
     }
     columns = {
-        name: (MNIST_NORMALIZE(part.images()), part.targets)
+        name: (transform(part.images()), part.targets)
         for name, part in (("train", train), ("test", test))
     }
 

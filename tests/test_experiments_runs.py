@@ -46,6 +46,15 @@ def assert_same_bits(a, b):
         assert torch.equal(tensor, weights(b)[name]), name
 
 
+@pytest.mark.parametrize("benchmark", ["split", "permuted"])
+def test_fast_data_gives_the_bits_of_pixels_in_the_unit_interval(benchmark):
+    scenario = {"split": "task", "permuted": "domain"}[benchmark]
+    n = {"n_experiences": 5 if benchmark == "split" else 2, "pixels": "unit"}
+    fast = trained(settings("ewc", benchmark, scenario, **n))
+    classic = trained(settings("ewc", benchmark, scenario, **n, data_path="classic"))
+    assert_same_bits(fast, classic)
+
+
 @pytest.mark.parametrize("method", ["naive", "avalanche-ewc", "ewc", "joint"])
 @pytest.mark.parametrize(
     ("benchmark", "scenario"),
@@ -160,6 +169,21 @@ def test_the_optimizers_state_is_kept_or_reset(optimizer_state, first, monkeypat
     assert seen[::3] == first
 
 
-def test_an_unknown_optimizer_state_is_refused():
-    with pytest.raises(ValueError, match="`optimizer_state` must be unset or 'reset', got kept"):
-        settings(optimizer_state="kept")
+@pytest.mark.parametrize(
+    ("name", "value", "only"), [("optimizer_state", "kept", "reset"), ("pixels", "raw", "unit")]
+)
+def test_an_unknown_way_is_refused(name, value, only):
+    with pytest.raises(ValueError, match=f"`{name}` must be unset or '{only}', got {value}"):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize("benchmark", ["split", "permuted"])
+def test_pixels_are_normalised_or_in_the_unit_interval(benchmark):
+    scenario = {"split": "task", "permuted": "domain"}[benchmark]
+    streams = [
+        make_stream(settings("naive", benchmark, scenario, pixels=p), DIGITS)
+        for p in (None, "unit")
+    ]
+    normalized, unit = (s.benchmark.train_stream[0].dataset[0][0] for s in streams)
+    assert 0.0 == float(unit.min()) < 0.5 < float(unit.max()) <= 1.0
+    torch.testing.assert_close(normalized, (unit - 0.1307) / 0.3081)
