@@ -1,7 +1,8 @@
 """Split MNIST in the three scenarios: EWC and online EWC beside no protection.
 
 The published lambda are chosen by a grid search; they are twice ours, since the source writes
-lambda / 2. Its Fisher is per sample, of labels that the model predicts.
+lambda / 2. Its Fisher is per sample, of labels that the model predicts. Its pixels are in [0, 1];
+one arm has them as Avalanche normalises them, since a lambda serves one of the two alone.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
@@ -29,6 +30,11 @@ def _arms(scenario: str) -> tuple[Arm, ...]:
     )
 
 
+NORMALIZED = Arm(
+    "EWC, domain, pixels normalised",
+    {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": 5e5, "pixels": None},
+)
+
 PROTOCOL = Protocol(
     name="vandeven2022",
     source="van de Ven, Tuytelaars and Tolias 2022, Three types of incremental learning; numbers "
@@ -42,8 +48,9 @@ PROTOCOL = Protocol(
         "hidden_layers": 2,
         "optimizer": "adam",
         "learning_rate": 1e-3,
+        "pixels": "unit",
     },
-    arms=(*_arms("task"), *_arms("domain"), *_arms("class")),
+    arms=(*_arms("task"), *_arms("domain"), *_arms("class"), NORMALIZED),
     seeds=(0, 1, 2),
     search=tuple(
         {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": ewc_lambda}
