@@ -38,7 +38,7 @@ from experiments.run import OPTIMIZERS, state_bytes
 from experiments.tables import replace_file
 
 MIB = 2**20
-KEY = ["model", "optimizer", "past_experiences"]
+KEY = ["model", "optimizer", "batch_size", "past_experiences"]
 LAMBDA = 1e-3
 COLOURS = {
     "in the gradient": "#009E73",
@@ -58,8 +58,8 @@ class PenaltySpeed:
     """Networks: 784-512-10, 784-256-256-10, 784-2000-2000-10, Avalanche's SimpleCNN."""
     optimizers: tuple[str, ...] = ("sgd", "adam")
     """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
-    batch_size: int = 128
-    """Samples per step."""
+    batch_sizes: tuple[int, ...] = (128, 512)
+    """Samples per step: the penalty costs the same whatever they are, the plain step does not."""
     rounds: int = 20
     """Rounds, in each of which every method has its turn."""
     steps: int = 5
@@ -103,7 +103,9 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
     path = folder / "penalty_speed.csv"
     table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
     held = set(table[KEY].itertuples(index=False, name=None))
-    for cell in product(settings.models, settings.optimizers, settings.past_experiences):
+    for cell in product(
+        settings.models, settings.optimizers, settings.batch_sizes, settings.past_experiences
+    ):
         if cell in held:
             continue
         new = pd.DataFrame(measure(settings, *cell))
@@ -116,9 +118,11 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
     return table
 
 
-def measure(settings: PenaltySpeed, name: str, optimizer: str, T: int) -> list[dict[str, Any]]:
+def measure(
+    settings: PenaltySpeed, name: str, optimizer: str, batch_size: int, T: int
+) -> list[dict[str, Any]]:
     """Steps of every method in turn; the ratio is that of neighbours in time, round by round."""
-    model, x = make_model(name, settings.batch_size)
+    model, x = make_model(name, batch_size)
     batch = [x, torch.randint(0, 10, (len(x),))]
     parameters = sum(p.numel() for p in model.parameters())
     make = OPTIMIZERS[optimizer]
@@ -144,7 +148,7 @@ def measure(settings: PenaltySpeed, name: str, optimizer: str, T: int) -> list[d
             "model": name,
             "parameters": parameters,
             "optimizer": optimizer,
-            "batch_size": settings.batch_size,
+            "batch_size": batch_size,
             "threads": settings.threads,
             "method": method,
             "past_experiences": T,
@@ -230,8 +234,8 @@ def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
 
 def plot(table: pd.DataFrame) -> plt.Figure:
     """The ratio to a plain step over the number of past experiences, a panel per model."""
-    cells = list(table.groupby(["model", "optimizer"], sort=False))
-    columns = table["optimizer"].nunique()
+    cells = list(table.groupby(["model", "optimizer", "batch_size"], sort=False))
+    columns = len(table[["optimizer", "batch_size"]].drop_duplicates())
     n_rows = -(-len(cells) // columns)
     figure, axes = plt.subplots(
         n_rows,
@@ -243,7 +247,7 @@ def plot(table: pd.DataFrame) -> plt.Figure:
     )
     for axis in axes.flat[len(cells) :]:
         axis.set_axis_off()
-    for axis, ((model, optimizer), rows) in zip(axes.flat, cells, strict=False):
+    for axis, ((model, optimizer, batch_size), rows) in zip(axes.flat, cells, strict=False):
         for method, line in rows.groupby("method", sort=False):
             errors = [line["ratio"] - line["ratio_q25"], line["ratio_q75"] - line["ratio"]]
             axis.errorbar(
@@ -256,11 +260,13 @@ def plot(table: pd.DataFrame) -> plt.Figure:
                 capsize=3,
             )
         axis.axhline(1.1, color="black", lw=0.8, ls=":")
-        axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}")
+        axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}, {batch_size}")
         axis.grid(alpha=0.3, which="both")
         axis.set_ylabel("of a plain step")
     axes[0, 0].legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("past experiences")
-    figure.suptitle("Step time with a penalty\n(median, quartiles); dotted: 1.10")
+    figure.suptitle(
+        "Step time with a penalty (median, quartiles; dotted: 1.10)\nnetwork, optimizer, mini-batch"
+    )
     return figure

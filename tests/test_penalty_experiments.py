@@ -94,8 +94,8 @@ def test_training_data_is_that_of_the_experience(digits):
 
 
 def test_penalty_speed_has_a_row_per_method_and_counts_the_memory():
-    settings = PenaltySpeed(rounds=1, batch_size=4)
-    rows = {row["method"]: row for row in measure(settings, "mlp-2x256", "sgd", T=3)}
+    settings = PenaltySpeed(rounds=1)
+    rows = {row["method"]: row for row in measure(settings, "mlp-2x256", "sgd", batch_size=4, T=3)}
     P = 784 * 256 + 256 + 256 * 256 + 256 + 2560 + 10
     mib = 4 * P / 2**20
     assert rows["in the gradient"]["state_mib"] == pytest.approx(3 * mib)

@@ -1,4 +1,8 @@
-"""Avalanche's continual-learning-baselines: its EWC on permuted MNIST, and what a lambda gives."""
+"""Avalanche's continual-learning-baselines: its EWC on permuted MNIST, and what a lambda gives.
+
+The search looks for a lambda that does something, in a tenth of the time: one epoch at ten times the
+rate.
+"""
 
 from experiments.protocol import Arm, Protocol, Reference
 
@@ -6,6 +10,7 @@ WHERE = "continual-learning-baselines, permuted MNIST, as quoted in the issue"
 NAIVE = "Naive"
 BUILTIN = {"mode": "separate", "method": "avalanche-ewc"}
 PREDICTED = {"mode": "separate", "method": "ewc", "fisher_type": "predicted"}
+SHORT = {"epochs": 1, "learning_rate": 1e-2}
 
 PROTOCOL = Protocol(
     name="baselines",
@@ -14,12 +19,12 @@ PROTOCOL = Protocol(
         "benchmark": "permuted",
         "scenario": "domain",
         "n_experiences": 10,
-        "epochs": 1,
+        "epochs": 10,
         "batch_size": 256,
         "hidden_size": 512,
         "hidden_layers": 1,
         "optimizer": "sgd",
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
     },
     arms=(
         Arm(NAIVE, {"method": "naive"}, Reference(0.83, 0.015, f"{WHERE}: its EWC's")),
@@ -39,9 +44,9 @@ PROTOCOL = Protocol(
     ),
     seeds=(0, 1, 2),
     search=(
-        *({**PREDICTED, "ewc_lambda": x} for x in (1.0, 3.0, 10.0)),
-        *({**BUILTIN, "ewc_lambda": x} for x in (10.0, 100.0, 1000.0)),
+        {**SHORT, "method": "naive"},
+        *({**SHORT, **PREDICTED, "ewc_lambda": x} for x in (1.0, 3.0, 10.0, 30.0)),
+        *({**SHORT, **BUILTIN, "ewc_lambda": x} for x in (1.0, 10.0, 100.0, 1000.0)),
     ),
-    reduced="one epoch at rate 1e-2 instead of ten at 1e-3: rate times steps is the same",
     digits={"epochs": 2, "hidden_size": 24, "batch_size": 32, "n_experiences": 3},
 )
