@@ -65,7 +65,7 @@ class GradientAdder:
         self._sides: list[SideBySide] = []
         self._large: list[Pair] = []
         self._others: list[Pair] = []
-        self._scratch = torch.empty(0)  # [3, BLOCK]
+        self._scratch = torch.empty(0)  # [2, BLOCK]
 
     def __call__(self, pairs: list[Pair], scale: float) -> Tensor:
         """Adds to the gradients; returns sum d (S d + 2 B), without the constants."""
@@ -106,7 +106,7 @@ class GradientAdder:
 
     def _add_blocks(self, parameter: nn.Parameter, q: Quadratic, scale: float) -> list[Tensor]:
         if self._scratch.dtype != parameter.dtype or not len(self._scratch):
-            self._scratch = torch.empty(3, BLOCK, dtype=parameter.dtype)
+            self._scratch = torch.empty(2, BLOCK, dtype=parameter.dtype)
         assert parameter.grad is not None
         columns = [parameter.detach(), parameter.grad, q.fisher, q.anchor]
         if q.offset is not None:
@@ -115,16 +115,15 @@ class GradientAdder:
         for theta, grad, S, anchor, *rest in zip(
             *(c.view(-1).split(BLOCK) for c in columns), strict=True
         ):
-            d, half, total = self._scratch[:, : len(theta)].unbind()
+            d, half = self._scratch[:, : len(theta)].unbind()
             torch.sub(theta, anchor, out=d)
             if rest:
                 torch.addcmul(rest[0], S, d, out=half)
-                torch.add(half, rest[0], out=total)
+                grad.add_(half, alpha=2 * scale)
+                values += [torch.dot(d, half), torch.dot(d, rest[0])]
             else:
-                torch.mul(S, d, out=half)
-                total = half
-            grad.add_(half, alpha=2 * scale)
-            values.append(d.mul_(total).sum())  # faster than torch.dot
+                grad.addcmul_(S, d, value=2 * scale)
+                values.append(torch.dot(S, d.square_()))
         return values
 
 

@@ -1,7 +1,7 @@
 """Avalanche's continual-learning-baselines: its EWC on permuted MNIST, and what a lambda gives.
 
-The search looks for a lambda that does something, in a tenth of the time: one epoch at ten times the
-rate.
+The search looks for a lambda that does something, in a tenth of the time: one epoch at ten times
+the rate.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
