@@ -49,9 +49,9 @@ CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
     ("permuted", "mnist", "domain", "ewc"): 30.0,
     ("permuted", "mnist", "domain", "avalanche-ewc"): 300.0,
     ("split", "digits", "task", "ewc"): 1e6,
-    ("split", "digits", "task", "avalanche-ewc"): 1e5,
+    ("split", "digits", "task", "avalanche-ewc"): 1e4,
     ("permuted", "digits", "domain", "ewc"): 100.0,
-    ("permuted", "digits", "domain", "avalanche-ewc"): 3e3,
+    ("permuted", "digits", "domain", "avalanche-ewc"): 1e3,
 }
 # A network that fits its training data has little predicted-label Fisher left, hence the digits'.
 TUNING_GRIDS: dict[tuple[str, str, str, str], tuple[float, ...]] = {

@@ -57,7 +57,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {**PREDICTED, "dropout": 0.0, "ewc_lambda": 100.0},
     *({**PREDICTED, "pixels": None, "ewc_lambda": x} for x in (30.0, 100.0)),
     *({**PREDICTED, "ewc_lambda": x} for x in (30.0, 100.0, 300.0)),
-    *({**BUILTIN, "ewc_lambda": x} for x in (300.0, 1000.0, 3000.0)),
+    *({**BUILTIN, "ewc_lambda": x} for x in (300.0, 1000.0, 3000.0, 10000.0)),
 )
 
 PROTOCOL = Protocol(
