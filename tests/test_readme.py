@@ -174,4 +174,4 @@ def test_the_main_results_are_checked_against_the_built_in():
     assert len(parity) == 6 + 4  # two benchmarks: average accuracy and forgetting each
     accuracy = parity[parity["quantity"] == "average_accuracy"].set_index("benchmark")
     # As README.md puts it into words.
-    assert dict(accuracy["verdict"]) == {"split": "equivalent", "permuted": "equivalent"}
+    assert dict(accuracy["verdict"]) == {"split": "equivalent", "permuted": "undecided"}
