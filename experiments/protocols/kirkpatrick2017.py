@@ -56,7 +56,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {**_wide(400, 3, 3e-4), **_by_mean(1e-2), "optimizer_state": "reset"},
     {**PREDICTED, "dropout": 0.0, "ewc_lambda": 100.0},
     *({**PREDICTED, "pixels": None, "ewc_lambda": x} for x in (30.0, 100.0)),
-    *({**PREDICTED, "ewc_lambda": x} for x in (30.0, 100.0, 300.0)),
+    *({**PREDICTED, "ewc_lambda": x} for x in (10.0, 30.0, 100.0, 300.0)),
     *({**BUILTIN, "ewc_lambda": x} for x in (300.0, 1000.0, 3000.0, 10000.0)),
 )
 
