@@ -2,7 +2,7 @@
 
 The published lambda are chosen by a grid search; they are twice ours, since the source writes
 lambda / 2. Its Fisher is per sample, of labels that the model predicts. Its pixels are in [0, 1];
-one arm has them as Avalanche normalises them, since a lambda serves one of the two alone.
+three arms have them as Avalanche normalises them: a lambda serves one of the two alone.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
@@ -30,9 +30,12 @@ def _arms(scenario: str) -> tuple[Arm, ...]:
     )
 
 
-NORMALIZED = Arm(
-    "EWC, domain, pixels normalised",
-    {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": 5e5, "pixels": None},
+NORMALIZED = tuple(
+    Arm(
+        f"EWC, {scenario}, pixels normalised",
+        {**EWC, "mode": "separate", "scenario": scenario, "ewc_lambda": value, "pixels": None},
+    )
+    for scenario, value in LAMBDA.items()
 )
 
 PROTOCOL = Protocol(
@@ -50,7 +53,7 @@ PROTOCOL = Protocol(
         "learning_rate": 1e-3,
         "pixels": "unit",
     },
-    arms=(*_arms("task"), *_arms("domain"), *_arms("class"), NORMALIZED),
+    arms=(*_arms("task"), *_arms("domain"), *_arms("class"), *NORMALIZED),
     seeds=(0, 1, 2),
     search=tuple(
         {**EWC, "mode": "separate", "scenario": "domain", "ewc_lambda": ewc_lambda}
