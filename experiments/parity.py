@@ -35,6 +35,7 @@ from experiments.store import read_results
 
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
+# Two hidden layers and more steps than the main job has, which must be done while one waits.
 BATCH_SIZE = {"mnist": 256, "digits": 128}
 # Where `tune` has no grid of its own, the one of split MNIST, task-incremental, is tried.
 COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}

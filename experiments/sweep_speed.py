@@ -41,7 +41,7 @@ class SweepSpeed:
     epochs: int = 1
     """Passes over the data of each."""
     batch_size: int | None = None
-    """Samples per training mini-batch. Unset: 256 on MNIST, 128 on the digits."""
+    """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
     jobs: tuple[int, ...] = (1, 2)
     """Numbers of processes that the grid is swept with, each compared with the first."""
     seeds: int = 4
