@@ -78,6 +78,8 @@ def find_readout(trace: Trace, logits: Tensor, scores: Scores) -> Readout | None
     rows = h.dim() == 2 and hidden.out_shape == h.shape
     if not (wide and rows and hidden.rule is LINEAR and last.rule is LINEAR and weight is not None):
         return None
+    if logits._backward_hooks or h._backward_hooks:  # they expect every vector
+        return None
     if (N + h.size(1)) * n_pairs(C) > _PAIRS_ENTRIES or _record_of(logits.grad_fn) is not last:
         return None
     node = h.grad_fn

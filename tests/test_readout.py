@@ -118,6 +118,36 @@ def test_frozen_layers_and_biases(taken):
     assert relative_error(got, loop_fisher(model, x, y, "exact")) < 1e-12
 
 
+def test_hooks_see_every_vector(taken):
+    model, (x, y) = build(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), data()
+    for layer in (1, 2):
+        seen = []
+
+        def forward(m, batch, layer=layer, seen=seen):
+            h = m[: layer + 1](batch[0])
+            h.register_hook(seen.append)
+            return m[layer + 1 :](h)
+
+        diagonal_fisher(model, [(x, y)], "exact", forward=forward)
+        assert len(seen) >= 3
+    assert not taken
+
+
+def test_out_of_memory_halves_the_chunk(taken, monkeypatch):
+    model, (x, y) = build(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), data()
+    expected = loop_fisher(model, x, y, "exact")
+    products = readout.pooled_squares
+
+    def run_out(vectors, weight):
+        if len(vectors) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return products(vectors, weight)
+
+    monkeypatch.setattr(readout, "pooled_squares", run_out)
+    assert relative_error(diagonal_fisher(model, [(x, y)], "exact"), expected) < 1e-12
+    assert len(taken) > 2
+
+
 def test_many_classes_are_bounded_in_memory(taken):
     model, (x, y) = build(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3000)), data(1)
     diagonal_fisher(model, [(x, y)], lambda logits, batch: torch.ones(2, 1, 3000).double())
