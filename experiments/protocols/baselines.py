@@ -1,12 +1,12 @@
 """Avalanche's continual-learning-baselines: its EWC on permuted MNIST, and what a lambda gives.
 
 The search looks for a lambda that does something, in a tenth of the time: one epoch at ten times
-the rate.
+the rate. It found none.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
 
-WHERE = "continual-learning-baselines, permuted MNIST, as quoted in the issue"
+WHERE = "its README, permuted MNIST, EWC: ACC=0.83 where the paper has 0.94"
 NAIVE = "Naive"
 BUILTIN = {"mode": "separate", "method": "avalanche-ewc"}
 PREDICTED = {"mode": "separate", "method": "ewc", "fisher_type": "predicted"}
@@ -27,7 +27,7 @@ PROTOCOL = Protocol(
         "learning_rate": 1e-3,
     },
     arms=(
-        Arm(NAIVE, {"method": "naive"}, Reference(0.83, 0.015, f"{WHERE}: its EWC's")),
+        Arm(NAIVE, {"method": "naive"}, Reference(0.83, 0.015, f"{WHERE} (that is EWC's)")),
         Arm(
             "Avalanche's EWC, λ = 1",
             {**BUILTIN, "ewc_lambda": 1.0},
@@ -40,7 +40,6 @@ PROTOCOL = Protocol(
             None,
             NAIVE,
         ),
-        Arm("predicted, λ = 30", {**PREDICTED, "ewc_lambda": 30.0}, None, NAIVE),
     ),
     seeds=(0, 1, 2),
     search=(

@@ -1,8 +1,9 @@
 """Split MNIST in the three scenarios: EWC and online EWC beside no protection.
 
 The published lambda are chosen by a grid search; they are twice ours, since the source writes
-lambda / 2. Its Fisher is per sample, of labels that the model predicts. Its pixels are in [0, 1];
-three arms have them as Avalanche normalises them: a lambda serves one of the two alone.
+lambda / 2. Its Fisher is per sample, of labels that the model predicts. Its pixels are in [0, 1]:
+the authors' code has `ToTensor` and nothing else. Three arms have them as Avalanche normalises
+them, since a lambda serves one of the two alone.
 """
 
 from experiments.protocol import Arm, Protocol, Reference
