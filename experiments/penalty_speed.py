@@ -308,7 +308,12 @@ def plot(table: pd.DataFrame) -> plt.Figure:
         axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}, {batch_size}")
         axis.grid(alpha=0.3, which="both")
         axis.set_ylabel("of a plain step")
-    axes[0, 0].legend(fontsize=7)
+    handles = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("past experiences")
     figure.suptitle(

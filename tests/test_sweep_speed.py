@@ -1,6 +1,7 @@
 """The benchmark of runs and sweeps: the plain loop does the same work, bit for bit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from experiments.data import find_data
 from experiments.plain_loop import run_plainly
 from experiments.run import run
 from experiments.settings import PermutedMnist
-from experiments.sweep_speed import SweepSpeed, time_sweeps
+from experiments.sweep_speed import BUILTIN, OURS_CLASSIC, PLAIN, SweepSpeed, time_sweeps
 from experiments.sweep_speed import run as run_benchmark
 
 
@@ -74,3 +75,15 @@ def test_other_sizes_are_other_rows(tmp_path):
         table = time_sweeps(settings, source, path, Console(quiet=True))
         assert list(table["epochs"]) == [epochs]
     assert list(pd.read_csv(path)["epochs"]) == [1, 2]
+
+
+def test_the_committed_tables_say_what_the_readme_says():
+    folder = Path(__file__).parent.parent / "results" / "sweep_speed"
+    runs = pd.read_csv(folder / "sweep_speed.csv").set_index("run")
+    assert runs.drop(index=BUILTIN)["same_accuracies"].all()
+    assert runs.loc[OURS_CLASSIC, "ratio"] > 12
+    assert runs.loc[BUILTIN, "ratio_min"] > 3
+    assert 1 / runs.loc[PLAIN, "ratio"] < 1.15
+    sweeps = pd.read_csv(folder / "sweep_scaling.csv").set_index("jobs")
+    assert sweeps["same_accuracies"].all()
+    assert sweeps.loc[1, "seconds"] / sweeps.loc[2, "seconds"] > 1.55
