@@ -144,7 +144,7 @@ def test_lambdas_are_those_that_were_best_on_validation_data(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run_id",
-    ["split-digits-task-ewc-07c00357b8-s100", "split-digits-task-avalanche-ewc-1357f536eb-s102"],
+    ["split-digits-task-ewc-769d727abb-s100", "split-digits-task-avalanche-ewc-00672cccca-s102"],
 )
 def test_a_committed_run_made_again_has_the_committed_accuracies(run_id):
     # Digits, since they need no download. Processors and versions of torch round differently, which
