@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ewc_plugin.record import Record, Trace
 from ewc_plugin.rules.linear import LINEAR
-from ewc_plugin.rules.products import n_pairs
+from ewc_plugin.rules.products import n_pairs, pairs
 from ewc_plugin.scores import Scores
 
 _PAIRS_ENTRIES = 2**22  # of the products of two scores and two weights: above it, one by one
@@ -107,7 +107,6 @@ def pooled_squares(vectors: Tensor, weight: Tensor) -> Tensor:
         >>> torch.allclose(pooled_squares(v, W), (v @ W).square().sum(1))
         True
     """
-    t, u = torch.triu_indices(len(weight), len(weight), device=weight.device)
-    twice = torch.where(t == u, 1.0, 2.0).to(weight.dtype)
+    t, u, twice = pairs(weight)
     a = torch.bmm(vectors.transpose(1, 2), vectors)[:, t, u].mul_(twice)
     return (a @ (weight[t] * weight[u])).clamp_(min=0.0)  # rounding alone makes it negative

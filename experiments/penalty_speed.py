@@ -85,7 +85,7 @@ class _InTheLoss(DiagonalEWCPlugin):
 
 
 class _OneKernel(DiagonalEWCPlugin):
-    """The arithmetic alone, compiled into one pass over memory: what no other way can undercut."""
+    """The arithmetic alone, as a compiler fuses it: something to hold our way against."""
 
     def __init__(self, ewc_lambda: float) -> None:
         super().__init__(ewc_lambda)

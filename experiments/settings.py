@@ -274,8 +274,8 @@ class Grid(Job):
                 "epochs": self.epochs or (DEFAULT_EPOCHS[benchmark, dataset],),
                 "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
                 "learning_rate": self.learning_rate or (DEFAULT_LEARNING_RATE[dataset],),
-                "optimizer_state": [None if s == "kept" else s for s in self.optimizer_state],
-                "pixels": [None if p == "normalized" else p for p in self.pixels],
+                "optimizer_state": _unset(self.optimizer_state, "kept"),
+                "pixels": _unset(self.pixels, "normalized"),
                 **{name: getattr(self, name) for name in _SHARED_LISTS},
             }
             for values in product(*varied.values()):
@@ -298,8 +298,8 @@ class Grid(Job):
         ours = base.method == "ewc"
         own = {
             "fisher_type": [FisherType(t).value for t in self.fisher_type],
-            "normalize": [None if n == "none" else n for n in self.normalize],
-            "penalty_step": [None if s == "gradient" else s for s in self.penalty_step],
+            "normalize": _unset(self.normalize, "none"),
+            "penalty_step": _unset(self.penalty_step, "gradient"),
         }
         varied: dict[str, Any] = {
             **(own if ours else {}),
@@ -335,6 +335,11 @@ def _as_list(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _unset(values: tuple[str, ...], default: str) -> list[str | None]:
+    """The values as `RunSettings` has them, where the default is None."""
+    return [None if value == default else value for value in values]
 
 
 @dataclass(frozen=True)

@@ -189,14 +189,14 @@ def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
         rounds' ratios to ours through the fast path; and whether the accuracies of every round are
         all those of ours, which is no question of the built-in, another EWC.
     """
-    unequal = ("round", "run", "seconds", "average_accuracy", "accuracies")
+    unequal = ["run", "seconds", "average_accuracy", "accuracies"]
     ours = rounds[rounds["run"] == OURS_FAST].set_index("round")
     table = []
     for name, found in rounds.groupby("run", sort=False):
         found = found.set_index("round")
         table.append({
             "run": name,
-            **found.drop(columns=unequal, errors="ignore").iloc[0],
+            **found.drop(columns=unequal).iloc[0],
             "rounds": len(found),
             **_spread("seconds", found["seconds"]),
             **_spread("ratio", found["seconds"] / ours["seconds"]),

@@ -17,6 +17,12 @@ def n_pairs(T: int) -> int:
     return T * (T + 1) // 2
 
 
+def pairs(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The unordered pairs of t's entries along its first axis: both indices, and how often."""
+    first, second = torch.triu_indices(len(t), len(t), device=t.device)
+    return first, second, torch.where(first == second, 1.0, 2.0).to(t.dtype)
+
+
 def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
     """Adds sum_n (sum_t g_nt a_nt^T)^2 to `into` [O, I], for g [N, T, O] and a [N, T, I]."""
     if n_pairs(g.size(1)) <= MAX_PAIRS:
@@ -42,6 +48,7 @@ def add_pair_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
     if len(g) == 1:
         into.addmm_(g[0].square().T, a[0].square())
         return
-    t, u = torch.triu_indices(len(g), len(g), device=g.device)
-    twice = torch.where(t == u, 1.0, 2.0).to(g.dtype)[:, None, None]
-    into.addmm_((g[t] * g[u]).mul_(twice).flatten(0, 1).T, (a[t] * a[u]).flatten(0, 1))
+    t, u, twice = pairs(g)
+    into.addmm_(
+        (g[t] * g[u]).mul_(twice[:, None, None]).flatten(0, 1).T, (a[t] * a[u]).flatten(0, 1)
+    )
