@@ -299,6 +299,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     )
     engines = [name for name in dict.fromkeys(table["engine"]) if name != UNIT]
     colours = dict(zip(engines, plt.get_cmap("tab10").colors, strict=False))
+    counts = " or ".join(str(int(n)) for n in sorted(table["rounds"].dropna().unique()))
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
         part = table[(table["kind"] == kind) & table["multiple"].notna()]
         networks = list(dict.fromkeys(part["network"]))
@@ -323,7 +324,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks(range(len(networks)), networks)
         axis.set_ylabel("multiple of the gradient pass")
-        axis.set_title(f"{kind} (n = {int(table['rounds'].max())}; crossed out: not exact)")
+        axis.set_title(f"{kind} (n = {counts}; crossed out: not exact)")
         axis.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
