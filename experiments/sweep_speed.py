@@ -1,12 +1,15 @@
 """Seconds per run and per sweep: ours through both data paths, Avalanche's EWC, and a plain loop.
 
 The runs are interleaved in one process with one thread; ours must have the same accuracies, to the
-last bit, on every path. Then the same grid of runs is swept with one process and with several.
+last bit, on every path. Then the same grid of runs is swept with one process and with several, in
+turn, each time as a command of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,13 +22,14 @@ import torch
 from rich.console import Console
 
 from experiments.data import DataSource, find_data
-from experiments.jobs import run_cells
 from experiments.plain_loop import Accuracies, Timed, run_plainly
 from experiments.report import write_environment
 from experiments.run import run as run_once
 from experiments.settings import Dataset, PermutedMnist, RunSettings
 from experiments.tables import replace_file
 
+# What a grid's command is told.
+_GIVEN = ("methods", "seeds", "experiences", "epochs", "batch_size", "dataset", "data_root", "jobs")
 OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
 BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
 
@@ -35,7 +39,7 @@ class SweepSpeed:
     """Permuted MNIST with EWC, timed as single runs and as a grid."""
 
     rounds: int = 2
-    """Times each run is made, in turn."""
+    """Times each run, and each grid, is made, in turn."""
     experiences: int = 5
     """Experiences per run."""
     epochs: int = 1
@@ -43,8 +47,8 @@ class SweepSpeed:
     batch_size: int | None = None
     """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
     jobs: tuple[int, ...] = (1, 2)
-    """Numbers of processes that the grid is swept with, each compared with the first."""
-    seeds: int = 4
+    """Numbers of processes that the grid is swept with, each compared with the fewest."""
+    seeds: int = 8
     """Runs in that grid. 0: no grid."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
@@ -81,8 +85,10 @@ def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = summarise(rounds)
     replace_file(folder / "sweep_speed.csv", runs.to_csv(index=False))
     _show(console, runs)
-    scaling = time_sweeps(settings, source, folder / "sweep_scaling.csv", console)
+    sweeps = time_sweeps(settings, source, folder / "sweep_scaling_rounds.csv", console)
+    scaling = summarise_sweeps(sweeps)
     if len(scaling):
+        replace_file(folder / "sweep_scaling.csv", scaling.to_csv(index=False))
         _show(console, scaling)
     write_environment(folder, source)
     return runs, scaling
@@ -140,7 +146,7 @@ def time_rounds(
                 "run": name,
                 "seconds": timed.seconds,
                 "average_accuracy": float(np.mean(timed.accuracies[-1])),
-                "accuracies": _digest(timed.accuracies),
+                "accuracies": _digest(repr(timed.accuracies).encode()),
             })
         held = pd.concat([held, pd.DataFrame(rows)], ignore_index=True)
         _write(path, others, held)
@@ -173,9 +179,9 @@ def _write(path: Path, *parts: pd.DataFrame) -> None:
     replace_file(path, table.to_csv(index=False))
 
 
-def _digest(accuracies: object) -> str:
+def _digest(accuracies: bytes) -> str:
     """Ten hex digits that are the same for the same bits."""
-    return hashlib.sha256(repr(accuracies).encode()).hexdigest()[:10]
+    return hashlib.sha256(accuracies).hexdigest()[:10]
 
 
 def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
@@ -226,7 +232,7 @@ def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
 def time_sweeps(
     settings: SweepSpeed, source: DataSource, path: Path, console: Console
 ) -> pd.DataFrame:
-    """The same grid with every number of processes, from nothing to its tables.
+    """The same grid with every number of processes, in turn, each a command of its own.
 
     Args:
         settings: Sizes.
@@ -235,37 +241,67 @@ def time_sweeps(
         console: Where progress is shown.
 
     Returns:
-        Per number of processes the seconds of the sweep, the start of the processes included; the
-        efficiency, first jobs · first seconds / (jobs · seconds); and whether the accuracies are
-        those of the first.
+        A row per round and number of processes: the seconds from the start of the command to its
+        end, imports, tables and pictures included, and what it came to.
     """
-    if not settings.seeds:
-        return pd.DataFrame()
-    seeds = tuple(range(settings.seeds))
-    options = {"methods": ("ewc",), "seeds": seeds, "dataset": source.name}
-    cells = list(_grid(settings, **options).cells(source.name))
-    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)}
+    options = {"methods": ("ewc",), "seeds": tuple(range(settings.seeds)), "dataset": source.name}
+    grid = _grid(settings, **options)
+    cells = list(grid.cells(source.name))
+    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)} if cells else {}
     others, held = _held(path, sizes)
-    for jobs in settings.jobs:
-        if len(held) and jobs in set(held["jobs"]):
-            continue
-        with tempfile.TemporaryDirectory() as out:
-            start = time.perf_counter()
-            store, _, _ = run_cells(_grid(settings, **options, jobs=jobs, out=out), console)
-            accuracy, _ = store.rebuild()
-            seconds = time.perf_counter() - start
-        accuracies = _digest(accuracy.to_csv(index=False))
-        row = {**sizes, "jobs": jobs, "seconds": seconds, "accuracies": accuracies}
-        held = _compared(pd.concat([held, pd.DataFrame([row])], ignore_index=True))
-        _write(path, others, held)
+    for i in range(settings.rounds if cells else 0):
+        for jobs in settings.jobs:
+            if len(held) and ((held["round"] == i) & (held["jobs"] == jobs)).any():
+                continue
+            seconds, accuracies = _sweep(replace(grid, jobs=jobs))
+            console.print(f"round {i + 1}, {jobs} processes: {seconds:.1f} s", highlight=False)
+            row = {**sizes, "round": i, "jobs": jobs, "seconds": seconds, "accuracies": accuracies}
+            held = pd.concat([held, pd.DataFrame([row])], ignore_index=True)
+            _write(path, others, held)
     return held
 
 
-def _compared(sweeps: pd.DataFrame) -> pd.DataFrame:
-    """Each sweep beside the first."""
-    spent = sweeps["jobs"] * sweeps["seconds"]
-    return sweeps.assign(
-        seconds_per_run=sweeps["seconds"] / sweeps["runs"],
-        efficiency=spent[0] / spent,
-        same_accuracies=sweeps["accuracies"] == sweeps["accuracies"][0],
-    )
+def _sweep(grid: PermutedMnist) -> tuple[float, str]:
+    """The seconds of the command that makes a grid from nothing, and a digest of all its R."""
+    flags: list[str] = []
+    for name in _GIVEN:
+        value = getattr(grid, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if values not in ((), (None,)):
+            flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "experiments", "permuted-mnist", *flags, "--out", out]
+        if code := subprocess.run(command, check=False).returncode:
+            raise ChildProcessError(f"a grid to be timed ended with code {code}; it says why above")
+        seconds = time.perf_counter() - start
+        return seconds, _digest((Path(out) / "accuracy.csv").read_bytes())
+
+
+def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
+    """A row per number of processes.
+
+    Args:
+        rounds: What `time_sweeps` returns.
+
+    Returns:
+        The median seconds with their smallest and largest; likewise the efficiency, round by round:
+        fewest jobs * their seconds / (jobs * seconds); and whether the accuracies of every round
+        are the same.
+    """
+    if not len(rounds):
+        return rounds
+    of_jobs = {jobs: found.set_index("round") for jobs, found in rounds.groupby("jobs")}
+    fewest = min(of_jobs)
+    one = of_jobs[fewest]
+    unequal = ["seconds", "accuracies"]
+    return pd.DataFrame([
+        {
+            **found.drop(columns=unequal).iloc[0],
+            "rounds": len(found),
+            **_spread("seconds", found["seconds"]),
+            **_spread("efficiency", fewest * one["seconds"] / (jobs * found["seconds"])),
+            "same_accuracies": bool((found["accuracies"] == one["accuracies"].iloc[0]).all()),
+        }
+        for jobs, found in of_jobs.items()
+    ])

@@ -1,5 +1,6 @@
 """The benchmark of runs and sweeps: the plain loop does the same work, bit for bit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,20 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from experiments import sweep_speed
 from experiments.__main__ import main
 from experiments.data import find_data
 from experiments.plain_loop import run_plainly
 from experiments.run import run
 from experiments.settings import PermutedMnist
-from experiments.sweep_speed import BUILTIN, OURS_CLASSIC, PLAIN, SweepSpeed, time_sweeps
+from experiments.sweep_speed import (
+    BUILTIN,
+    OURS_CLASSIC,
+    PLAIN,
+    SweepSpeed,
+    summarise_sweeps,
+    time_sweeps,
+)
 from experiments.sweep_speed import run as run_benchmark
 
 
@@ -39,6 +48,7 @@ def test_the_benchmark_compares_equals(tmp_path):
     assert list(scaling["jobs"]) == [1, 2]
     assert list(scaling["runs"]) == [2, 2]
     assert scaling["same_accuracies"].all()
+    assert list(scaling["rounds"]) == [2, 2]
     assert scaling["efficiency"][0] == 1.0
 
 
@@ -52,7 +62,8 @@ def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path):
+def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_speed, "_sweep", lambda grid: (2.0, "abc"))
     sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path), "batch_size": 64}
     once = SweepSpeed(rounds=1, seeds=2, jobs=(1,), **sizes)
     run_benchmark(once)
@@ -67,14 +78,38 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path):
     pd.testing.assert_frame_equal(rounds[:4], first["sweep_speed_rounds.csv"])
 
 
-def test_other_sizes_are_other_rows(tmp_path):
-    path = tmp_path / "sweep_scaling.csv"
+def test_other_sizes_are_other_rows(tmp_path, monkeypatch):
+    path = tmp_path / "sweep_scaling_rounds.csv"
     source = find_data("digits", None)
-    for epochs in (1, 2):
-        settings = SweepSpeed(experiences=2, epochs=epochs, jobs=(1,), seeds=1)
+    made = []
+    monkeypatch.setattr(sweep_speed, "_sweep", lambda grid: (made.append(grid), (2.0, "abc"))[1])
+    for epochs in (1, 2, 1):
+        settings = SweepSpeed(rounds=1, experiences=2, epochs=epochs, jobs=(1,), seeds=1)
         table = time_sweeps(settings, source, path, Console(quiet=True))
         assert list(table["epochs"]) == [epochs]
-    assert list(pd.read_csv(path)["epochs"]) == [1, 2]
+    assert [grid.epochs for grid in made] == [(1,), (2,)]
+    assert sorted(pd.read_csv(path)["epochs"]) == [1, 2]
+
+
+def test_efficiency_is_that_of_each_round():
+    seconds = {(0, 1): 10.0, (0, 2): 5.0, (1, 1): 12.0, (1, 2): 8.0, (2, 1): 12.0, (2, 2): 10.0}
+    rounds = pd.DataFrame([
+        {"runs": 4, "round": i, "jobs": jobs, "seconds": value, "accuracies": "a" if i else "b"}
+        for (i, jobs), value in seconds.items()
+    ])
+    table = summarise_sweeps(rounds).set_index("jobs")
+    assert list(table["rounds"]) == [3, 3]
+    assert list(table.loc[2, ["efficiency_min", "efficiency", "efficiency_max"]]) == [0.6, 0.75, 1]
+    assert not table["same_accuracies"].any()
+
+
+def test_a_grid_that_fails_is_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_speed.sys, "executable", shutil.which("false"))
+    path = tmp_path / "sweep_scaling_rounds.csv"
+    source = find_data("digits", None)
+    with pytest.raises(ChildProcessError, match="ended with code 1"):
+        time_sweeps(SweepSpeed(seeds=1), source, path, Console(quiet=True))
+    assert not path.exists()
 
 
 def test_the_committed_tables_say_what_the_readme_says():
