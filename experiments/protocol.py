@@ -53,12 +53,14 @@ class Arm:
         changes: What differs from the protocol's setting.
         reference: The published number, if there is one.
         against: Label of the arm that this one is compared with, seed by seed.
+        seeds: Reported ones; empty: the protocol's.
     """
 
     label: str
     changes: Mapping[str, Any]
     reference: Reference | None = None
     against: str | None = None
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Protocol:
         source: What is reproduced.
         setting: Fields of `RunSettings` that all arms share.
         arms: What is run and compared.
-        seeds: Reported ones.
+        seeds: Reported ones, where an arm has none of its own.
         reduced: In what the setting is smaller than the published one; empty if in nothing.
         search: Fields of `RunSettings`, one entry per candidate, tried on validation images with
             `search_seeds` to find what the source leaves open.
@@ -90,9 +92,11 @@ class Protocol:
 
     def cells(self, dataset: Dataset, seeds: tuple[int, ...] = ()) -> Iterator[RunSettings]:
         """Every run, seed by seed, so that what is cut short has complete seeds."""
-        for seed in seeds or self.seeds:
+        seeds_of = {arm.label: seeds or arm.seeds or self.seeds for arm in self.arms}
+        for seed in sorted({seed for found in seeds_of.values() for seed in found}):
             for arm in self.arms:
-                yield self.run_of(arm, dataset, seed)
+                if seed in seeds_of[arm.label]:
+                    yield self.run_of(arm, dataset, seed)
 
     def search_cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """Every candidate of the search."""

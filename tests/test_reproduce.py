@@ -30,16 +30,30 @@ def test_every_protocol_has_a_source_references_and_runs(name):
     assert {arm.against for arm in protocol.arms} - {None} <= set(labels)
     for dataset in ("mnist", "digits"):
         cells = list(protocol.cells(dataset))
-        assert len({cell.run_id for cell in cells}) == len(protocol.arms) * len(protocol.seeds)
+        runs = sum(len(arm.seeds or protocol.seeds) for arm in protocol.arms)
+        assert len({cell.run_id for cell in cells}) == len(cells) == runs
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_searches_see_validation_images_and_seeds_that_are_not_reported(name):
     protocol = load_protocol(name)
-    assert not set(protocol.search_seeds) & set(protocol.seeds)
+    reported = {*protocol.seeds, *(seed for arm in protocol.arms for seed in arm.seeds)}
+    assert not set(protocol.search_seeds) & reported
     assert set(protocol.search_seeds) <= set(TUNING_SEEDS)
     assert all(cell.validation for cell in protocol.search_cells("mnist"))
     assert not any(cell.validation for cell in protocol.cells("mnist"))
+
+
+def test_an_arm_may_have_seeds_of_its_own():
+    more = Arm("more", EWC, seeds=(0, 1, 2, 3))
+    protocol = Protocol("p", "a source", SETTING, (NAIVE, more), (0, 1))
+
+    def run(seeds=()):
+        return [(cell.seed, cell.method) for cell in protocol.cells("mnist", seeds)]
+
+    pairs = [(0, "naive"), (0, "ewc"), (1, "naive"), (1, "ewc")]
+    assert run() == [*pairs, (2, "ewc"), (3, "ewc")]
+    assert run((0, 1)) == pairs
 
 
 @pytest.mark.parametrize(
