@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class SweepSpeed:
     """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
     jobs: tuple[int, ...] = (1, 2)
     """Numbers of processes that the grid is swept with, each compared with the fewest."""
-    seeds: int = 8
+    seeds: int = 12
     """Runs in that grid. 0: no grid."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
@@ -232,7 +232,7 @@ def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
 def time_sweeps(
     settings: SweepSpeed, source: DataSource, path: Path, console: Console
 ) -> pd.DataFrame:
-    """The same grid with every number of processes, in turn, each a command of its own.
+    """The same grid with every number of processes, in turn, from nothing to its tables.
 
     Args:
         settings: Sizes.
@@ -241,45 +241,66 @@ def time_sweeps(
         console: Where progress is shown.
 
     Returns:
-        A row per round and number of processes: the seconds from the start of the command to its
-        end, imports, tables and pictures included, and what it came to.
+        A row per round and way: `jobs` processes, started by one command or by as many `commands`
+        that share the seeds, which is what the machine itself allows; the seconds from the start to
+        the last end, imports, tables and pictures included; and what it came to.
     """
     options = {"methods": ("ewc",), "seeds": tuple(range(settings.seeds)), "dataset": source.name}
     grid = _grid(settings, **options)
     cells = list(grid.cells(source.name))
     sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)} if cells else {}
     others, held = _held(path, sizes)
+    ways = list(dict.fromkeys(way for n in settings.jobs for way in ((n, 1), (n, n))))
     for i in range(settings.rounds if cells else 0):
-        for jobs in settings.jobs:
-            if len(held) and ((held["round"] == i) & (held["jobs"] == jobs)).any():
+        for jobs, commands in ways:
+            key = {"round": i, "jobs": jobs, "commands": commands}
+            if len(held) and held[list(key)].eq(pd.Series(key)).all(axis=1).any():
                 continue
-            seconds, accuracies = _sweep(replace(grid, jobs=jobs))
-            console.print(f"round {i + 1}, {jobs} processes: {seconds:.1f} s", highlight=False)
-            row = {**sizes, "round": i, "jobs": jobs, "seconds": seconds, "accuracies": accuracies}
+            parts = [
+                replace(grid, jobs=jobs // commands, seeds=grid.seeds[part::commands])
+                for part in range(commands)
+            ]
+            seconds, accuracies = _sweep(parts)
+            line = f"round {i + 1}, {jobs} processes of {commands} commands: {seconds:.1f} s"
+            console.print(line, highlight=False)
+            row = {**sizes, **key, "seconds": seconds, "accuracies": accuracies}
             held = pd.concat([held, pd.DataFrame([row])], ignore_index=True)
             _write(path, others, held)
     return held
 
 
-def _sweep(grid: PermutedMnist) -> tuple[float, str]:
-    """The seconds of the command that makes a grid from nothing, and a digest of all its R."""
-    flags: list[str] = []
+def _sweep(grids: Sequence[PermutedMnist]) -> tuple[float, str]:
+    """The seconds of commands that make these grids from nothing, at once; a digest of all R."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / str(part) for part in range(len(grids))]
+        start = time.perf_counter()
+        running = [
+            subprocess.Popen([sys.executable, "-m", "experiments", *_flags(grid, out)])
+            for grid, out in zip(grids, outs, strict=True)
+        ]
+        codes = [command.wait() for command in running]
+        seconds = time.perf_counter() - start
+        if any(codes):
+            raise ChildProcessError(
+                f"a grid to be timed ended with code {max(codes, key=abs)}; it says why above"
+            )
+        rows = [line for out in outs for line in (out / "accuracy.csv").read_bytes().splitlines()]
+        return seconds, _digest(b"\n".join(sorted(set(rows))))
+
+
+def _flags(grid: PermutedMnist, out: Path) -> list[str]:
+    """What the command line of a grid says."""
+    flags = ["permuted-mnist", "--out", str(out)]
     for name in _GIVEN:
         value = getattr(grid, name)
         values = value if isinstance(value, tuple) else (value,)
         if values not in ((), (None,)):
             flags += ["--" + name.replace("_", "-"), *map(str, values)]
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "experiments", "permuted-mnist", *flags, "--out", out]
-        if code := subprocess.run(command, check=False).returncode:
-            raise ChildProcessError(f"a grid to be timed ended with code {code}; it says why above")
-        seconds = time.perf_counter() - start
-        return seconds, _digest((Path(out) / "accuracy.csv").read_bytes())
+    return flags
 
 
 def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
-    """A row per number of processes.
+    """A row per way.
 
     Args:
         rounds: What `time_sweeps` returns.
@@ -291,17 +312,15 @@ def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(rounds):
         return rounds
-    of_jobs = {jobs: found.set_index("round") for jobs, found in rounds.groupby("jobs")}
-    fewest = min(of_jobs)
-    one = of_jobs[fewest]
-    unequal = ["seconds", "accuracies"]
+    ways = {way: found.set_index("round") for way, found in rounds.groupby(["jobs", "commands"])}
+    (fewest, _), one = min(ways.items(), key=lambda item: item[0])
     return pd.DataFrame([
         {
-            **found.drop(columns=unequal).iloc[0],
+            **found.drop(columns=["seconds", "accuracies"]).iloc[0],
             "rounds": len(found),
             **_spread("seconds", found["seconds"]),
             **_spread("efficiency", fewest * one["seconds"] / (jobs * found["seconds"])),
             "same_accuracies": bool((found["accuracies"] == one["accuracies"].iloc[0]).all()),
         }
-        for jobs, found in of_jobs.items()
+        for (jobs, _), found in ways.items()
     ])

@@ -45,10 +45,11 @@ def test_the_benchmark_compares_equals(tmp_path):
     assert runs.loc["ours, fast path", "ratio"] == 1.0
     assert (runs["ratio_min"] <= runs["ratio"]).all()
     scaling = pd.read_csv(tmp_path / "sweep_scaling.csv")
-    assert list(scaling["jobs"]) == [1, 2]
-    assert list(scaling["runs"]) == [2, 2]
+    assert list(scaling["jobs"]) == [1, 2, 2]
+    assert list(scaling["commands"]) == [1, 1, 2]
+    assert list(scaling["runs"]) == [2, 2, 2]
     assert scaling["same_accuracies"].all()
-    assert list(scaling["rounds"]) == [2, 2]
+    assert list(scaling["rounds"]) == [2, 2, 2]
     assert scaling["efficiency"][0] == 1.0
 
 
@@ -63,7 +64,7 @@ def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
 
 
 def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_speed, "_sweep", lambda grid: (2.0, "abc"))
+    monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (2.0, "a"))
     sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path), "batch_size": 64}
     once = SweepSpeed(rounds=1, seeds=2, jobs=(1,), **sizes)
     run_benchmark(once)
@@ -82,7 +83,7 @@ def test_other_sizes_are_other_rows(tmp_path, monkeypatch):
     path = tmp_path / "sweep_scaling_rounds.csv"
     source = find_data("digits", None)
     made = []
-    monkeypatch.setattr(sweep_speed, "_sweep", lambda grid: (made.append(grid), (2.0, "abc"))[1])
+    monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (made.append(*grids), (2.0, "a"))[1])
     for epochs in (1, 2, 1):
         settings = SweepSpeed(rounds=1, experiences=2, epochs=epochs, jobs=(1,), seeds=1)
         table = time_sweeps(settings, source, path, Console(quiet=True))
@@ -91,10 +92,31 @@ def test_other_sizes_are_other_rows(tmp_path, monkeypatch):
     assert sorted(pd.read_csv(path)["epochs"]) == [1, 2]
 
 
+def test_a_grid_is_made_by_one_command_and_by_as_many_as_there_are_processes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (made.append(grids), (2.0, "a"))[1])
+    source = find_data("digits", None)
+    settings = SweepSpeed(rounds=2, jobs=(1, 2), seeds=5)
+    path = tmp_path / "sweep_scaling_rounds.csv"
+    table = time_sweeps(settings, source, path, Console(quiet=True))
+    assert list(table["jobs"]) == [1, 2, 2] * 2
+    assert list(table["commands"]) == [1, 1, 2] * 2
+    seeds = [[grid.seeds for grid in grids] for grids in made[:3]]
+    assert seeds == [[(0, 1, 2, 3, 4)], [(0, 1, 2, 3, 4)], [(0, 2, 4), (1, 3)]]
+    assert [[grid.jobs for grid in grids] for grids in made[:3]] == [[1], [2], [1, 1]]
+
+
 def test_efficiency_is_that_of_each_round():
     seconds = {(0, 1): 10.0, (0, 2): 5.0, (1, 1): 12.0, (1, 2): 8.0, (2, 1): 12.0, (2, 2): 10.0}
     rounds = pd.DataFrame([
-        {"runs": 4, "round": i, "jobs": jobs, "seconds": value, "accuracies": "a" if i else "b"}
+        {
+            "runs": 4,
+            "round": i,
+            "jobs": jobs,
+            "commands": 1,
+            "seconds": value,
+            "accuracies": "a" if i else "b",
+        }
         for (i, jobs), value in seconds.items()
     ])
     table = summarise_sweeps(rounds).set_index("jobs")
