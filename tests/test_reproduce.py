@@ -145,6 +145,16 @@ def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeyp
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()} == parts
 
 
+def test_the_readmes_words_on_the_baselines_are_those_of_the_committed_table():
+    folder = Path(__file__).parent.parent / "results" / "reproduce" / "baselines"
+    table = tables.load(folder)["reproduce"]
+    assert (table["n"] == 3).all()
+    published = table[table["ewc_lambda"] == 1]
+    assert len(published) == 4
+    assert (published["verdict"] == "equivalent").all()
+    assert published["difference"].between(0.001, 0.0025).all()
+
+
 def test_the_readmes_words_on_the_fisher_types_are_those_of_the_committed_table():
     folder = Path(__file__).parent.parent / "results" / "reproduce" / "vandeven2025"
     table = tables.load(folder)["reproduce"].dropna(subset=["fisher_type"])
