@@ -61,10 +61,12 @@ class SweepSpeed:
         for name in ("rounds", "experiences", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if self.seeds < 0 or not self.jobs or min(self.jobs) < 1:
+        if not self.jobs or min(self.jobs) < 1:
+            raise ValueError(f"`jobs` must be one or more numbers >= 1, got {self.jobs}.")
+        if self.seeds < max(self.jobs) and self.seeds:
             raise ValueError(
-                "`seeds` must be >= 0 and `jobs` one or more numbers >= 1, "
-                f"got {self.seeds} and {self.jobs}."
+                "`seeds` must be 0 (no grid), or enough for every process to have a run, got "
+                f"{self.seeds} with `jobs` {self.jobs}."
             )
 
 

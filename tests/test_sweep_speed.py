@@ -55,7 +55,12 @@ def test_the_benchmark_compares_equals(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--rounds", "0"], "`rounds` must be >= 1, got 0"), (["--jobs", "0"], "`jobs` one or more")],
+    [
+        (["--rounds", "0"], "`rounds` must be >= 1, got 0"),
+        (["--jobs", "0"], "`jobs` must be one or more numbers >= 1, got (0,)"),
+        (["--seeds", "1"], "`seeds` must be 0 (no grid), or enough for every process"),
+        (["--seeds", "-1"], "got -1 with `jobs` (1, 2)"),
+    ],
 )
 def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -130,7 +135,7 @@ def test_a_grid_that_fails_is_no_measurement(tmp_path, monkeypatch):
     path = tmp_path / "sweep_scaling_rounds.csv"
     source = find_data("digits", None)
     with pytest.raises(ChildProcessError, match="ended with code 1"):
-        time_sweeps(SweepSpeed(seeds=1), source, path, Console(quiet=True))
+        time_sweeps(SweepSpeed(seeds=2), source, path, Console(quiet=True))
     assert not path.exists()
 
 
