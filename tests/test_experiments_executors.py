@@ -129,6 +129,7 @@ def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_lanes):
         sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=wanted[:1])
 
 
+@pytest.mark.slow
 def test_a_process_that_died_between_tasks_is_replaced():
     lane = OneProcess()
     try:

@@ -97,6 +97,7 @@ def test_joint_measures_the_untrained_and_the_last_row():
     assert sorted({row["train_exp"] for row in result.rows}) == [-1, 4]
 
 
+@pytest.mark.slow
 def test_forgetting_is_what_avalanches_own_metric_says():
     run_settings = settings("naive", scenario="domain", epochs=20)
     record = run(run_settings, DIGITS).record
@@ -121,6 +122,7 @@ def test_forgetting_is_what_avalanches_own_metric_says():
     assert record["forgetting_avalanche"] == pytest.approx(theirs, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_ewc_forgets_less_than_naive():
     naive, ewc = (
         run(settings(m, "permuted", "domain", epochs=15, n_experiences=3, **change), DIGITS).record

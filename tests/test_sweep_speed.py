@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments import sweep_speed
 from experiments.__main__ import main
 from experiments.data import find_data
-from experiments.plain_loop import run_plainly
+from experiments.plain_loop import Timed, run_plainly
 from experiments.run import run
 from experiments.settings import PermutedMnist
 from experiments.sweep_speed import (
@@ -70,7 +70,9 @@ def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
 
 def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (2.0, "a"))
-    sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path), "batch_size": 64}
+    for name in ("_through_avalanche", "run_plainly"):
+        monkeypatch.setattr(sweep_speed, name, lambda cell, source: Timed(1.0, [[0.5, 0.25]]))
+    sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path)}
     once = SweepSpeed(rounds=1, seeds=2, jobs=(1,), **sizes)
     run_benchmark(once)
     first = {path.name: pd.read_csv(path) for path in tmp_path.glob("*.csv")}
