@@ -77,8 +77,6 @@ class Protocol:
         search: Fields of `RunSettings`, one entry per candidate, tried on validation images with
             `search_seeds` to find what the source leaves open.
         search_seeds: Not among `seeds`.
-        finals: Candidates that the search leaves close together, tried with `final_seeds`, too.
-        final_seeds: Not among `seeds` either.
         digits: What differs when it is tried out on the digits.
     """
 
@@ -90,8 +88,6 @@ class Protocol:
     reduced: str = ""
     search: tuple[Mapping[str, Any], ...] = ()
     search_seeds: tuple[int, ...] = (100,)
-    finals: tuple[Mapping[str, Any], ...] = ()
-    final_seeds: tuple[int, ...] = (101, 102)
     digits: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self, dataset: Dataset, seeds: tuple[int, ...] = ()) -> Iterator[RunSettings]:
@@ -103,14 +99,10 @@ class Protocol:
                     yield self.run_of(arm, dataset, seed)
 
     def search_cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """Every candidate of the search, and the last of them with more seeds."""
-        for seeds, candidates in (
-            (self.search_seeds, self.search),
-            (self.final_seeds, self.finals),
-        ):
-            for seed in seeds:
-                for changes in candidates:
-                    yield self._run(changes, dataset, seed, validation=True)
+        """Every candidate of the search."""
+        for seed in self.search_seeds:
+            for changes in self.search:
+                yield self._run(changes, dataset, seed, validation=True)
 
     def run_of(self, arm: Arm, dataset: Dataset, seed: int) -> RunSettings:
         """The settings of one run."""

@@ -38,19 +38,10 @@ def test_every_protocol_has_a_source_references_and_runs(name):
 def test_searches_see_validation_images_and_seeds_that_are_not_reported(name):
     protocol = load_protocol(name)
     reported = {*protocol.seeds, *(seed for arm in protocol.arms for seed in arm.seeds)}
-    assert not {*protocol.search_seeds, *protocol.final_seeds} & reported
-    assert {*protocol.search_seeds, *protocol.final_seeds} <= set(TUNING_SEEDS)
-    assert all(candidate in protocol.search for candidate in protocol.finals)
+    assert not set(protocol.search_seeds) & reported
+    assert set(protocol.search_seeds) <= set(TUNING_SEEDS)
     assert all(cell.validation for cell in protocol.search_cells("mnist"))
     assert not any(cell.validation for cell in protocol.cells("mnist"))
-
-
-def test_what_a_search_leaves_close_together_has_more_seeds():
-    far = {**EWC, "ewc_lambda": 9.0}
-    protocol = Protocol("p", "", SETTING, (), (0,), search=(EWC, far), finals=(far,))
-    cells = [(cell.seed, cell.ewc_lambda) for cell in protocol.search_cells("mnist")]
-    assert cells == [(100, 1.0), (100, 9.0), (101, 9.0), (102, 9.0)]
-    assert len(set(protocol.search_cells("mnist"))) == 4
 
 
 def test_an_arm_may_have_seeds_of_its_own():

@@ -40,10 +40,6 @@ def _by_mean(ewc_lambda: float) -> dict[str, Any]:
     return {"ewc_lambda": ewc_lambda, "normalize": "mean"}
 
 
-FINALS: tuple[dict[str, Any], ...] = (
-    *({**PREDICTED, "ewc_lambda": x} for x in (30.0, 100.0)),
-    *({**BUILTIN, "ewc_lambda": x} for x in (1000.0, 3000.0)),
-)
 CANDIDATES: tuple[dict[str, Any], ...] = (
     *(
         {**_wide(400, 3, r), "ewc_lambda": x}
@@ -76,6 +72,5 @@ PROTOCOL = Protocol(
     ),
     seeds=(0, 1, 2),
     search=CANDIDATES,
-    finals=FINALS,
     digits={"epochs": 10, "hidden_size": 32, "batch_size": 32, "n_experiences": 3},
 )
