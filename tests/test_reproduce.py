@@ -145,6 +145,16 @@ def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeyp
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()} == parts
 
 
+def test_the_readmes_words_on_the_three_scenarios_are_those_of_the_committed_table():
+    folder = Path(__file__).parent.parent / "results" / "reproduce" / "vandeven2022"
+    table = tables.load(folder)["reproduce"].set_index("arm")
+    assert (table["reproduced"].drop(table.index[table["reference"].isna()]) == "yes").all()
+    assert list(table.loc[["Naive, task", "EWC, task"], "n"]) == [15, 15]
+    domain = load_protocol("vandeven2022").arms[4].reference
+    assert domain.value == 0.6395
+    assert not domain.is_met(table.loc["EWC, domain, pixels normalised", "mean"])
+
+
 def test_the_readmes_words_on_the_baselines_are_those_of_the_committed_table():
     folder = Path(__file__).parent.parent / "results" / "reproduce" / "baselines"
     table = tables.load(folder)["reproduce"]
