@@ -247,13 +247,15 @@ def time_sweeps(
         that share the seeds, which is what the machine itself allows; the seconds from the start to
         the last end, imports, tables and pictures included; and what it came to.
     """
+    if not settings.seeds:
+        return pd.DataFrame()
     options = {"methods": ("ewc",), "seeds": tuple(range(settings.seeds)), "dataset": source.name}
     grid = _grid(settings, **options)
     cells = list(grid.cells(source.name))
-    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)} if cells else {}
+    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)}
     others, held = _held(path, sizes)
     ways = list(dict.fromkeys(way for n in settings.jobs for way in ((n, 1), (n, n))))
-    for i in range(settings.rounds if cells else 0):
+    for i in range(settings.rounds):
         for jobs, commands in ways:
             key = {"round": i, "jobs": jobs, "commands": commands}
             if len(held) and held[list(key)].eq(pd.Series(key)).all(axis=1).any():
