@@ -147,12 +147,21 @@ def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeyp
 
 def test_the_readmes_words_on_the_three_scenarios_are_those_of_the_committed_table():
     folder = Path(__file__).parent.parent / "results" / "reproduce" / "vandeven2022"
-    table = tables.load(folder)["reproduce"].set_index("arm")
+    loaded = tables.load(folder)
+    table = loaded["reproduce"].set_index("arm")
     assert (table["reproduced"].drop(table.index[table["reference"].isna()]) == "yes").all()
     assert list(table.loc[["Naive, task", "EWC, task"], "n"]) == [15, 15]
-    domain = load_protocol("vandeven2022").arms[4].reference
+    protocol = load_protocol("vandeven2022")
+    arms = {arm.label: arm for arm in protocol.arms}
+    domain = arms["EWC, domain"].reference
     assert domain.value == 0.6395
     assert not domain.is_met(table.loc["EWC, domain, pixels normalised", "mean"])
+    runs = loaded["runs"]
+    config = protocol.run_of(arms["EWC, task"], "mnist", 0).config_hash
+    three = runs[(runs["config_hash"] == config) & (runs["seed"] < 3)]["average_accuracy"]
+    found = tables.interval(three.to_numpy(float))
+    assert round(found["mean"], 3) == 0.973
+    assert round(found["ci_high"] - found["mean"], 3) == 0.052
 
 
 def test_the_readmes_words_on_the_baselines_are_those_of_the_committed_table():
