@@ -8,7 +8,7 @@ activation may overwrite.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,16 +106,39 @@ class Capture(TorchFunctionMode):
         call.names = names
         if self._receive is not None:
             served = {id(p) for p in call.params.values() if id(p) in self._names}
-            args = [arg.detach() if id(arg) in served else arg for arg in args]
-            kwargs = {k: arg.detach() if id(arg) in served else arg for k, arg in kwargs.items()}
+
+            def passed(arg: Any) -> Any:
+                if id(arg) in served:
+                    return arg.detach()
+                # With a weight that needs no gradient a strided sequence would be one product per
+                # step, as torch sees no harm in it.
+                return arg.contiguous() if func is F.linear and arg is call.a else arg
+
+            args = [passed(arg) for arg in args]
+            kwargs = {k: passed(arg) for k, arg in kwargs.items()}
         return self._record(rule, call, func(*args, **kwargs))
+
+
+def _in_projection_packed(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Torch's, with one gradient for q, k and v: theirs are written side by side, not added up."""
+    if not (q is k and k is v):
+        packed: list[Tensor] = F._in_projection_packed(q, k, v, w, b)  # type: ignore[attr-defined]
+        return packed
+    projected: Tensor = F.linear(q, w, b).unflatten(-1, (3, q.size(-1)))
+    return projected.movedim(-2, 0).contiguous().unbind(0)
 
 
 # A Python function that dispatches to modes runs its body with the mode off, so the mode would miss
 # the F.linear calls in it. This is the same code with its dispatch switched off.
 _attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    {
+        **F.multi_head_attention_forward.__globals__,
+        "has_torch_function": lambda tensors: False,
+        "_in_projection_packed": _in_projection_packed,
+    },
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 

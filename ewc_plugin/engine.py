@@ -48,6 +48,7 @@ class EnginePass:
         self.N = 0
         self._state = generator.get_state()  # before the first of them
         self._unscale = 1.0
+        self._n_vectors = 1
 
     def mean(self) -> Sums:
         """The sums over samples, divided once."""
@@ -119,12 +120,12 @@ class EnginePass:
             self._pull_back(batch, logits, scores, trace)
         del logits
         for record in trace.records:
-            record.add_pool(self._layout(record), N, self.pending)
+            record.finish(self._layout(record), N, self.pending)
 
     def _pull_back(self, batch: Batch, logits: Tensor, scores: Scores, trace: Trace) -> None:
         """One backward pass per vector, and the samplewise engines on blocks of them."""
         scale = self._scale(scores, logits)
-        self._unscale = 1 / scale
+        self._unscale, self._n_vectors = 1 / scale, scores.count
         samplewise = self._served("vmap", "loop")
         vectors: list[Tensor] = []
         for s in range(scores.count):
@@ -156,7 +157,14 @@ class EnginePass:
 
     def _trace(self, batch: Batch, N: int) -> tuple[Tensor, Trace]:
         def receive(record: Record, g: Tensor) -> None:
-            record.add(g, self._layout(record), N, self.pending, self._unscale)
+            record.add(
+                g,
+                self._layout(record),
+                N,
+                self.pending,
+                count=self._n_vectors,
+                unscale=self._unscale,
+            )
 
         names = {id(p): name for name, p in self._served("rules").items()}
         with Capture(self.model, names, receive) as capture:

@@ -103,7 +103,7 @@ def _agrees(trial: Trial, record: Record, g: Tensor, layout: Layout) -> bool:
     }
     try:
         record.add(g, layout, SAMPLES, sums)
-        record.add_pool(layout, SAMPLES, sums)
+        record.finish(layout, SAMPLES, sums)
     except (RuntimeError, IndexError, OverwrittenError):
         return False  # the rule's shapes do not hold in this layout
     return all(trial.close(sums[name], trial.reference[name]) for name in sums)

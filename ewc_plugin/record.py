@@ -25,6 +25,8 @@ class Record:
         version: Of `call.a`: an in-place change after the call would falsify the rule.
         receive: Takes (record, gradient).
         g2: sum_s g_s^2 [N, K, ...] where the rule pools, else None.
+        held: Gradients [N, K, ...] that wait for others, where the rule takes several at once.
+        prepared: What the rule makes of the input [N, K, ...], where more than one vector needs it.
     """
 
     rule: LayerRule
@@ -33,6 +35,8 @@ class Record:
     version: int
     receive: Callable[["Record", Tensor], None] | None
     g2: Tensor | None = None
+    held: list[Tensor] = field(default_factory=list)
+    prepared: Tensor | None = None
 
     def fits(self, layout: Layout, N: int) -> bool:
         """Whether input and output hold N samples in this layout, and the input still is there."""
@@ -41,32 +45,57 @@ class Record:
             len(shape) > layout.dim and shape[layout.dim] == N * layout.folded for shape in shapes
         )
 
-    def add(self, g: Tensor, layout: Layout, N: int, into: Sums, unscale: float = 1.0) -> None:
-        """Adds the squares of one score vector's gradients g to `into`, or to the pool.
+    def add(
+        self,
+        g: Tensor,
+        layout: Layout,
+        N: int,
+        into: Sums,
+        *,
+        count: int = 1,
+        unscale: float = 1.0,
+    ) -> None:
+        """Adds the squares of one score vector's gradients g to `into`, or keeps what they need.
 
         Args:
             g: Gradient at the call's output.
             layout: Where its samples are.
             N: How many they are.
             into: Parameter name -> its sum.
+            count: How many vectors there are.
             unscale: What g is multiplied by.
         """
         dtype = self.call.sum_dtype()
         g = layout.samples_first(g, N).to(dtype)
         if unscale != 1.0:
             g = g * unscale  # in the wide dtype, where nothing underflows
-        if self.rule.pool is None or not self.rule.poolable(self.call, g):
-            self.rule.add(self.call, self._input(layout, N, dtype), g, into)
-        elif self.g2 is None:
-            self.g2 = g.square()
+        if self.rule.pool is not None and self.rule.poolable(self.call, g):
+            self.g2 = g.square() if self.g2 is None else self.g2.addcmul_(g, g)
+        elif (at_once := self.rule.at_once(self.call, g, count)) > 1:
+            self.held.append(g)
+            if len(self.held) == at_once:
+                self._add_held(layout, N, into)
         else:
-            self.g2.addcmul_(g, g)
+            a = self._input(layout, N, dtype)
+            if self.rule.prepare is not None:
+                a = self.rule.prepare(self.call, a) if self.prepared is None else self.prepared
+                self.prepared = a if count > 1 else None
+            self.rule.add(self.call, a, g, into)
 
-    def add_pool(self, layout: Layout, N: int, into: Sums) -> None:
-        """Adds what the pool holds."""
+    def finish(self, layout: Layout, N: int, into: Sums) -> None:
+        """Adds what was kept, after the last vector."""
         if self.g2 is not None and self.rule.pool is not None:
             self.rule.pool(self.call, self._input(layout, N, self.g2.dtype), self.g2, into)
             self.g2 = None
+        if self.held:
+            self._add_held(layout, N, into)
+        self.prepared = None
+
+    def _add_held(self, layout: Layout, N: int, into: Sums) -> None:
+        assert self.rule.add_several is not None
+        a = self._input(layout, N, self.held[0].dtype)
+        self.rule.add_several(self.call, a, self.held, into)
+        self.held = []
 
     def _input(self, layout: Layout, N: int, dtype: torch.dtype) -> Tensor:
         if self.call.a._version != self.version:

@@ -16,7 +16,7 @@ from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, z
 SAMPLES = 3
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
 
-_CHUNK_ENTRIES = 2**23  # of the layers' outputs in one forward pass
+_CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 
 
@@ -70,7 +70,8 @@ class Trial:
             entries += copies * record.out_shape.numel()
         weights = sum(p.numel() for p in self.params.values())
         # Each chunk also passes once over all sums: many weights want many samples.
-        fitting = max(_CHUNK_ENTRIES, 2 * weights) * SAMPLES // entries
+        room = _CHUNK_ENTRIES["cpu" if self.logits.device.type == "cpu" else "other"]
+        fitting = max(room, 2 * weights) * SAMPLES // entries
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
 

@@ -27,31 +27,58 @@ def test_product_forms_agree(T, large, monkeypatch):
     torch.testing.assert_close(into, 1 + plain(g, a), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["by taps", "one by one", "grouped", "unfolded"])
-def test_convolution_forms_agree(form, monkeypatch):
-    monkeypatch.setattr(conv_rules, "MAX_PAIRS", 10**6 if form == "by taps" else 0)
-    monkeypatch.setattr(conv_rules, "_LARGE", 0 if form == "one by one" else 10**9)
-    monkeypatch.setattr(conv_rules, "_FEW_CHANNELS", 0)
+def convolution():
+    """A call, its input, three gradients at its output and the plain squares of each."""
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)).double()
-    a = torch.randn(5, 3, 4, 5).double()
+    a = torch.randn(6, 3, 4, 5).double()
     out = layer(a)
-    g = torch.randn_like(out)
-    expected = torch.zeros_like(layer.weight)
-    for n in range(5):
-        (grad,) = torch.autograd.grad(out, layer.weight, g * _only(n, 5), retain_graph=True)
-        expected += grad.square()
+    gs = [torch.randn_like(out) for _ in range(3)]
     call = conv_rules._bind(a, layer.weight, None, (2, 1), (1, 2), (1, 2))
+    return layer, call, a, out, gs
+
+
+def plain_squares(layer, out, gs, images=1):
+    """One sample of so many images after the other, through autograd."""
+    expected = torch.zeros_like(layer.weight)
+    for g in gs:
+        for rows in torch.arange(len(out)).split(images):
+            alone = torch.zeros_like(g).index_copy_(0, rows, g[rows])
+            (grad,) = torch.autograd.grad(out, layer.weight, alone, retain_graph=True)
+            expected += grad.square()
+    return expected.detach()
+
+
+@pytest.mark.parametrize("form", ["by taps", "one by one", "grouped", "unfolded together"])
+def test_convolution_forms_agree(form, monkeypatch):
+    monkeypatch.setattr(conv_rules, "MAX_PAIRS", 10**6)
+    monkeypatch.setattr(conv_rules, "_LARGE", 0 if form == "one by one" else 10**9)
+    layer, call, a, out, (g, *_) = convolution()
     into = torch.zeros_like(layer.weight).detach()
-    if form == "unfolded":
-        assert conv_rules._add_unfolded(call.options, a[:, None], g[:, None], into)
+    if form == "by taps":
+        conv_rules._add_weight(call.options, a[:, None], [g[:, None]], into)
+    elif form == "unfolded together":
+        assert conv_rules._add_unfolded_together(call.options, a[:, None], g[:, None], into)
     else:
-        conv_rules._add_weight(call.options, a[:, None], g[:, None], into)
-    torch.testing.assert_close(into, expected.detach(), rtol=1e-11, atol=1e-12)
+        conv_rules._add_grouped(call.options, a[:, None], g[:, None], into)
+    torch.testing.assert_close(into, plain_squares(layer, out, [g]), rtol=1e-11, atol=1e-12)
 
 
-def _only(n, N):
-    return (torch.arange(N) == n).double()[:, None, None, None]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("entries", [1, 200, 10**6])  # one row of the output, two, all three
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("S", [1, 3])
+def test_unfolded_samples_agree_with_autograd(S, images, entries, memory_format, monkeypatch):
+    monkeypatch.setattr(conv_rules, "MAX_PAIRS", 0)
+    monkeypatch.setattr(conv_rules, "_UNFOLDED_ENTRIES", entries)
+    layer, call, a, out, gs = convolution()
+    a, *gs = (
+        t.contiguous(memory_format=memory_format).unflatten(0, (-1, images)) for t in (a, *gs)
+    )
+    into = torch.ones_like(layer.weight).detach()
+    conv_rules._add_weight(call.options, a, gs[:S], into)
+    expected = 1 + plain_squares(layer, out, [g.flatten(0, 1) for g in gs[:S]], images)
+    torch.testing.assert_close(into, expected, rtol=1e-11, atol=1e-12)
 
 
 class Scale(nn.Module):

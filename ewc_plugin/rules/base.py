@@ -72,6 +72,10 @@ class LayerRule:
         pool: (call, a, g2, into) the same from g2 = sum_s g_s^2, for calls where the square of a
             gradient is linear in g^2; None where there are none.
         poolable: Whether `pool` holds for a call with this g.
+        prepare: (call, a) -> what `add` takes for a, computed once for all vectors; None for a.
+        add_several: `add` for a list of gradients, the squares of each summed; None where there is
+            nothing to gain.
+        at_once: (call, g, count) -> how many of `count` vectors' gradients it takes at once.
     """
 
     name: str
@@ -80,6 +84,9 @@ class LayerRule:
     add: Callable[[LayerCall, Tensor, Tensor, Sums], None]
     pool: Callable[[LayerCall, Tensor, Tensor, Sums], None] | None = None
     poolable: Callable[[LayerCall, Tensor], bool] = lambda call, g: False
+    prepare: Callable[[LayerCall, Tensor], Tensor] | None = None
+    add_several: Callable[[LayerCall, Tensor, list[Tensor], Sums], None] | None = None
+    at_once: Callable[[LayerCall, Tensor, int], int] = lambda call, g, count: 1
 
 
 def channel_sums(t: Tensor) -> Tensor:

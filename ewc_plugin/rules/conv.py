@@ -14,7 +14,8 @@ from ewc_plugin.rules.products import MAX_PAIRS, add_pair_squares, add_product_s
 
 _LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
 _GROUP = 16  # samples in one grouped convolution
-_FEW_CHANNELS = 4
+_UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
+_HELD_ENTRIES = 2**21  # of gradients of one call that wait for each other
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,98 @@ def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
 
     a [N, K, I, ...] and g [N, K, O, ...], with K images per sample.
     """
+    _add_several(call, a, [g], into)
+
+
+def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
+    """The same for the gradients of several vectors, their squares summed."""
     geometry: _Geometry = call.options
     if name := call.names.get("weight"):
-        _add_weight(geometry, a, g, into[name])
+        if geometry.groups == 1 and not geometry.transposed:
+            _add_weight(geometry, a, gs, into[name])
+        else:
+            for g in gs:
+                _add_grouped(geometry, a, g, into[name])
     if name := call.names.get("bias"):
-        into[name].add_(channel_sums(g).square_().sum(0))
+        for g in gs:
+            into[name].add_(channel_sums(g).square_().sum(0))
 
 
-def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
-    if geometry.groups == 1 and a.size(1) == 1 and not geometry.transposed:
-        positions = math.prod(g.shape[3:])
-        if n_pairs(positions) <= MAX_PAIRS:
+def _at_once(call: LayerCall, g: Tensor, count: int) -> int:
+    """Of `count` vectors as many as share the unfolding of an input, in blocks of like size."""
+    if g.device.type != "cpu" or call.options.groups > 1 or call.options.transposed:
+        return 1
+    blocks = math.ceil(count / max(1, _HELD_ENTRIES // g.numel()))
+    return math.ceil(count / blocks)
+
+
+def _add_weight(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
+    positions = math.prod(gs[0].shape[3:])
+    if a.size(1) == 1 and n_pairs(positions) <= MAX_PAIRS:
+        for g in gs:
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
-            return
-    if a.device.type != "cpu" and _add_unfolded(geometry, a, g, into):
-        return
-    if (into.numel() >= _LARGE and geometry.groups == 1) or a.size(2) < _FEW_CHANNELS:
+    elif a.device.type == "cpu":
+        _add_unfolded(geometry, a, gs, into)
+    else:
+        for g in gs:
+            if not _add_unfolded_together(geometry, a, g, into):
+                _add_grouped(geometry, a, g, into)
+
+
+def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
+    """Each sample's input unfolded in memory that is used again, and one product for all of `gs`.
+
+    On a CPU faster than the convolution that is the weight's gradient: 0.6 to 0.95 of it for one
+    vector, 0.4 to 0.7 for three.
+    """
+    S, out = len(gs), gs[0].shape[3:]
+    windows = _windows(geometry, a, into.shape[2:], out)  # [N, I, taps, K, *out]
+    rows = max(1, _UNFOLDED_ENTRIES * out[0] // windows[0].numel())  # of the output, at a time
+    memory = into.new_empty(windows[0].narrow(-len(out), 0, min(rows, out[0])).numel())
+    blocks = []  # what does not depend on the sample is made once, for the loop is short
+    for start in range(0, out[0], rows):
+        size = min(rows, out[0] - start)
+        parts = windows.narrow(-len(out), start, size)
+        unfolded = memory[: parts[0].numel()].view(parts.shape[1:])
+        columns = unfolded.view(into[0].numel(), -1).T  # [K * positions, I * taps]
+        g_parts = [g.narrow(3, start, size).transpose(1, 2).flatten(2) for g in gs]
+        stacked = into.new_empty(S, *g_parts[0].shape[1:] if S > 1 else ())
+        views = list(zip(parts.unbind(0), *(g.unbind(0) for g in g_parts), strict=True))
+        blocks.append((views, unfolded, columns, stacked))
+    product = into.new_empty(S * len(into), into[0].numel())
+    total = into.flatten(1) if S == 1 else torch.zeros_like(product)
+    for n in range(len(a)):
+        for i, (views, unfolded, columns, stacked) in enumerate(blocks):
+            window, g_n, *more = views[n]
+            unfolded.copy_(window)
+            if more:
+                g_n = torch.stack([g_n, *more], out=stacked).flatten(0, 1)
+            if i == 0:
+                torch.mm(g_n, columns, out=product)
+            else:
+                product.addmm_(g_n, columns)
+        total.addcmul_(product, product)
+    if S > 1:
+        into.flatten(1).add_(total.view(S, len(into), -1).sum(0))
+
+
+def _windows(geometry: _Geometry, a: Tensor, kernel: Sequence[int], out: Sequence[int]) -> Tensor:
+    """[N, I, *kernel, K, *out] from a [N, K, I, ...]: what each tap sees, a view where unpadded."""
+    if any(geometry.padding):
+        a = F.pad(a, [p for p in reversed(geometry.padding) for _ in range(2)])
+    samples, images, channels, *strides = a.stride()
+    taps = [stride * d for stride, d in zip(strides, geometry.dilation, strict=True)]
+    steps = [stride * s for stride, s in zip(strides, geometry.stride, strict=True)]
+    return a.as_strided(
+        (len(a), a.size(2), *kernel, a.size(1), *out),
+        (samples, channels, *taps, images, *steps),
+        a.storage_offset(),
+    )
+
+
+def _add_grouped(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    """Through the convolution that is the weight's gradient; for groups and transposed ones."""
+    if into.numel() >= _LARGE and geometry.groups == 1:
         for a_n, g_n in zip(a.unbind(0), g.unbind(0), strict=True):  # [K, I, ...], [K, O, ...]
             gradient = _weight_gradient(geometry, a_n, g_n, into.shape)
             into.addcmul_(gradient, gradient)
@@ -131,13 +208,13 @@ def _weight_gradient(
     return gradient
 
 
-def _add_unfolded(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:
-    """Products with the unfolded input, where a GPU would run grouped convolutions one by one.
+def _add_unfolded_together(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:
+    """Products with all inputs unfolded, where a GPU would run grouped convolutions one by one.
 
     Returns:
         Whether the call could be served so.
     """
-    if geometry.groups > 1 or geometry.transposed or len(geometry.stride) != 2 or a.size(1) > 1:
+    if len(geometry.stride) != 2 or a.size(1) > 1:
         return False
     columns = F.unfold(
         a[:, 0], into.shape[2:], geometry.dilation, geometry.padding, geometry.stride
@@ -177,7 +254,7 @@ def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> Non
 
 
 CONVOLUTIONS = tuple(
-    LayerRule(name, function, _bind, _add)
+    LayerRule(name, function, _bind, _add, add_several=_add_several, at_once=_at_once)
     for name, function in (("conv1d", F.conv1d), ("conv2d", F.conv2d), ("conv3d", F.conv3d))
 ) + tuple(
     LayerRule(name, function, _bind_transposed, _add)

@@ -6,7 +6,7 @@ from torch import Tensor
 # Measured with matrices of 2^12 to 2^18 entries: a large product is squared while it is in the
 # cache, small ones are worth a call for many. A GPU wants few calls.
 _LARGE = 2**15
-_BUFFER_ENTRIES = {"cpu": 2**19, "other": 2**26}
+_BUFFER_ENTRIES = {"cpu": 2**18, "other": 2**26}
 # (sum_t g_t a_t)^2 = sum_tt' (g_t g_t')(a_t a_t'): up to so many pairs, one matrix product over
 # all samples and pairs is faster than writing each sample's product down.
 MAX_PAIRS = 10
