@@ -70,6 +70,7 @@ def test_convolution_forms_agree(form, monkeypatch):
 @pytest.mark.parametrize("S", [1, 3])
 def test_unfolded_samples_agree_with_autograd(S, images, entries, memory_format, monkeypatch):
     monkeypatch.setattr(conv_rules, "MAX_PAIRS", 0)
+    monkeypatch.setattr(conv_rules, "_LARGE", 0)
     monkeypatch.setattr(conv_rules, "_UNFOLDED_ENTRIES", entries)
     layer, call, a, out, gs = convolution()
     a, *gs = (

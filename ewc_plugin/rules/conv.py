@@ -13,9 +13,10 @@ from ewc_plugin.rules.base import LayerCall, LayerRule, Sums, channel_sums
 from ewc_plugin.rules.products import MAX_PAIRS, add_pair_squares, add_product_squares, n_pairs
 
 _LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
+_FEW_CHANNELS = 4  # of an input below which it is, too
 _GROUP = 16  # samples in one grouped convolution
 _UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
-_HELD_ENTRIES = 2**21  # of gradients of one call that wait for each other
+_HELD_ENTRIES = 2**22  # of gradients of one call that wait for each other
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ def _add_weight(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) 
         for g in gs:
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
     elif a.device.type == "cpu":
-        _add_unfolded(geometry, a, gs, into)
+        if len(gs) > 1 or into.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS:
+            _add_unfolded(geometry, a, gs, into)
+        else:
+            _add_grouped(geometry, a, gs[0], into)
     else:
         for g in gs:
             if not _add_unfolded_together(geometry, a, g, into):
