@@ -82,6 +82,21 @@ def test_unfolded_samples_agree_with_autograd(S, images, entries, memory_format,
     torch.testing.assert_close(into, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("count", "at_once"), [(1, 1), (5, 5), (6, 3), (9, 5), (999, 5)])
+def test_vectors_wait_for_each_other_in_blocks_of_like_size(count, at_once):
+    _, call, _, _, (g, *_) = convolution()
+    assert conv_rules._at_once(call, g[:, None], count) == at_once
+
+
+def test_large_gradients_and_tiny_maps_do_not_wait(monkeypatch):
+    _, call, _, _, (g, *_) = convolution()
+    assert conv_rules._at_once(call, g[:, None, :, :1, :1], 9) == 1
+    monkeypatch.setattr(conv_rules, "_HELD_ENTRIES", 2 * g.numel())
+    assert conv_rules._at_once(call, g[:, None], 9) == 2
+    monkeypatch.setattr(conv_rules, "_HELD_ENTRIES", 1)
+    assert conv_rules._at_once(call, g[:, None], 9) == 1
+
+
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()

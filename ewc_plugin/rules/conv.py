@@ -16,7 +16,9 @@ _LARGE = 2**15  # entries of a weight above which one sample at a time is faster
 _FEW_CHANNELS = 4  # of an input below which it is, too
 _GROUP = 16  # samples in one grouped convolution
 _UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
-_HELD_ENTRIES = 2**22  # of gradients of one call that wait for each other
+# Gradients of one call that wait for each other: more than five are hardly faster, and all calls
+# hold theirs at the same time.
+_AT_ONCE, _HELD_ENTRIES = 5, 2**22
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,20 @@ def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> No
 
 def _at_once(call: LayerCall, g: Tensor, count: int) -> int:
     """Of `count` vectors as many as share the unfolding of an input, in blocks of like size."""
-    if g.device.type != "cpu" or call.options.groups > 1 or call.options.transposed:
+    geometry: _Geometry = call.options
+    if g.device.type != "cpu" or geometry.groups > 1 or geometry.transposed or _by_taps(g):
         return 1
-    blocks = math.ceil(count / max(1, _HELD_ENTRIES // g.numel()))
-    return math.ceil(count / blocks)
+    most = min(_AT_ONCE, max(1, _HELD_ENTRIES // g.numel()))
+    return math.ceil(count / math.ceil(count / most))
+
+
+def _by_taps(g: Tensor) -> bool:
+    """Whether pairs of positions are few enough for one product over all samples and pairs."""
+    return g.size(1) == 1 and n_pairs(math.prod(g.shape[3:])) <= MAX_PAIRS
 
 
 def _add_weight(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
-    positions = math.prod(gs[0].shape[3:])
-    if a.size(1) == 1 and n_pairs(positions) <= MAX_PAIRS:
+    if _by_taps(gs[0]):
         for g in gs:
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
     elif a.device.type == "cpu":
@@ -129,8 +136,7 @@ def _add_weight(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) 
 def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
     """Each sample's input unfolded in memory that is used again, and one product for all of `gs`.
 
-    On a CPU faster than the convolution that is the weight's gradient: 0.6 to 0.95 of it for one
-    vector, 0.4 to 0.7 for three.
+    On a CPU this beats one convolution per sample and vector, by more the more vectors share it.
     """
     S, out = len(gs), gs[0].shape[3:]
     windows = _windows(geometry, a, into.shape[2:], out)  # [N, I, taps, K, *out]
