@@ -64,10 +64,7 @@ class Trial:
     def fitting_chunk(self) -> int:
         """Samples whose recorded tensors fill the cache's neighbourhood, not the memory."""
         entries = n_entries(self.batch)
-        for record in self.trace.records:
-            # Convolutions are slower on a large batch: they keep reordered copies of their inputs.
-            copies = 2 if record.rule.name.startswith("conv") else 1
-            entries += copies * record.out_shape.numel()
+        entries += sum(record.out_shape.numel() for record in self.trace.records)
         weights = sum(p.numel() for p in self.params.values())
         # Each chunk also passes once over all sums: many weights want many samples.
         room = _CHUNK_ENTRIES["cpu" if self.logits.device.type == "cpu" else "other"]
