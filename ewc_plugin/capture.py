@@ -110,9 +110,11 @@ class Capture(TorchFunctionMode):
             def passed(arg: Any) -> Any:
                 if id(arg) in served:
                     return arg.detach()
-                # With a weight that needs no gradient a strided sequence would be one product per
-                # step, as torch sees no harm in it.
-                return arg.contiguous() if func is F.linear and arg is call.a else arg
+                if func is F.linear and arg is call.a and arg.dim() > 2:
+                    # Beside a weight that needs no gradient, torch would multiply a strided
+                    # sequence step by step.
+                    return arg.contiguous()
+                return arg
 
             args = [passed(arg) for arg in args]
             kwargs = {k: passed(arg) for k, arg in kwargs.items()}

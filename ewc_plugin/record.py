@@ -76,10 +76,12 @@ class Record:
             if len(self.held) == at_once:
                 self._add_held(layout, N, into)
         else:
-            a = self._input(layout, N, dtype)
-            if self.rule.prepare is not None:
-                a = self.rule.prepare(self.call, a) if self.prepared is None else self.prepared
-                self.prepared = a if count > 1 else None
+            a = self.prepared
+            if a is None:
+                a = self._input(layout, N, dtype)
+                if self.rule.prepare is not None:
+                    a = self.rule.prepare(self.call, a)
+                    self.prepared = a if count > 1 else None
             self.rule.add(self.call, a, g, into)
 
     def finish(self, layout: Layout, N: int, into: Sums) -> None:

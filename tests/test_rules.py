@@ -56,7 +56,7 @@ def test_convolution_forms_agree(form, monkeypatch):
     layer, call, a, out, (g, *_) = convolution()
     into = torch.zeros_like(layer.weight).detach()
     if form == "by taps":
-        conv_rules._add_weight(call.options, a[:, None], [g[:, None]], into)
+        conv_rules._add_weight(call.options, a[:, None], g[:, None], into)
     elif form == "unfolded together":
         assert conv_rules._add_unfolded_together(call.options, a[:, None], g[:, None], into)
     else:
@@ -69,15 +69,13 @@ def test_convolution_forms_agree(form, monkeypatch):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("S", [1, 3])
 def test_unfolded_samples_agree_with_autograd(S, images, entries, memory_format, monkeypatch):
-    monkeypatch.setattr(conv_rules, "MAX_PAIRS", 0)
-    monkeypatch.setattr(conv_rules, "_LARGE", 0)
     monkeypatch.setattr(conv_rules, "_UNFOLDED_ENTRIES", entries)
     layer, call, a, out, gs = convolution()
     a, *gs = (
         t.contiguous(memory_format=memory_format).unflatten(0, (-1, images)) for t in (a, *gs)
     )
     into = torch.ones_like(layer.weight).detach()
-    conv_rules._add_weight(call.options, a, gs[:S], into)
+    conv_rules._add_unfolded(call.options, a, gs[:S], into)
     expected = 1 + plain_squares(layer, out, [g.flatten(0, 1) for g in gs[:S]], images)
     torch.testing.assert_close(into, expected, rtol=1e-11, atol=1e-12)
 

@@ -35,6 +35,11 @@ class _Geometry:
     def transposed(self) -> bool:
         return bool(self.output_padding)
 
+    @property
+    def plain(self) -> bool:
+        """Whether every output sees every channel of the positions that its taps reach."""
+        return self.groups == 1 and not self.transposed
+
 
 def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -94,11 +99,13 @@ def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> No
     """The same for the gradients of several vectors, their squares summed."""
     geometry: _Geometry = call.options
     if name := call.names.get("weight"):
-        if geometry.groups == 1 and not geometry.transposed:
-            _add_weight(geometry, a, gs, into[name])
+        F_weight = into[name]
+        pays = len(gs) > 1 or F_weight.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS
+        if pays and _unfolds(geometry, gs[0]):
+            _add_unfolded(geometry, a, gs, F_weight)
         else:
             for g in gs:
-                _add_grouped(geometry, a, g, into[name])
+                _add_weight(geometry, a, g, F_weight)
     if name := call.names.get("bias"):
         for g in gs:
             into[name].add_(channel_sums(g).square_().sum(0))
@@ -106,11 +113,15 @@ def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> No
 
 def _at_once(call: LayerCall, g: Tensor, count: int) -> int:
     """Of `count` vectors as many as share the unfolding of an input, in blocks of like size."""
-    geometry: _Geometry = call.options
-    if g.device.type != "cpu" or geometry.groups > 1 or geometry.transposed or _by_taps(g):
+    if not _unfolds(call.options, g):
         return 1
     most = min(_AT_ONCE, max(1, _HELD_ENTRIES // g.numel()))
     return math.ceil(count / math.ceil(count / most))
+
+
+def _unfolds(geometry: _Geometry, g: Tensor) -> bool:
+    """Whether one sample's input after the other can be unfolded, and nothing else is better."""
+    return g.device.type == "cpu" and geometry.plain and not _by_taps(g)
 
 
 def _by_taps(g: Tensor) -> bool:
@@ -118,19 +129,14 @@ def _by_taps(g: Tensor) -> bool:
     return g.size(1) == 1 and n_pairs(math.prod(g.shape[3:])) <= MAX_PAIRS
 
 
-def _add_weight(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
-    if _by_taps(gs[0]):
-        for g in gs:
+def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    if geometry.plain:
+        if _by_taps(g):
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
-    elif a.device.type == "cpu":
-        if len(gs) > 1 or into.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS:
-            _add_unfolded(geometry, a, gs, into)
-        else:
-            _add_grouped(geometry, a, gs[0], into)
-    else:
-        for g in gs:
-            if not _add_unfolded_together(geometry, a, g, into):
-                _add_grouped(geometry, a, g, into)
+            return
+        if a.device.type != "cpu" and _add_unfolded_together(geometry, a, g, into):
+            return
+    _add_grouped(geometry, a, g, into)
 
 
 def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
@@ -184,7 +190,7 @@ def _windows(geometry: _Geometry, a: Tensor, kernel: Sequence[int], out: Sequenc
 
 
 def _add_grouped(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
-    """Through the convolution that is the weight's gradient; for groups and transposed ones."""
+    """Through the convolution that is the weight's gradient, many samples' or one's."""
     if into.numel() >= _LARGE and geometry.groups == 1:
         for a_n, g_n in zip(a.unbind(0), g.unbind(0), strict=True):  # [K, I, ...], [K, O, ...]
             gradient = _weight_gradient(geometry, a_n, g_n, into.shape)
