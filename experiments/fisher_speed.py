@@ -1,11 +1,12 @@
 """What a diagonal Fisher costs: our engine, plain PyTorch and other libraries, beside each other.
 
 Every time is a multiple of the gradient pass: one forward and backward over the same samples. All
-engines of a network are timed in turn, round after round, so whatever else the machine does falls
-on all alike. On a CPU the clock is the process's own CPU time (one thread), which is what a quiet
-machine's clock would show; on a GPU it is the wall clock after synchronising. Peak memory is
-measured in a fresh process each. An engine is called wrong where it claims the per-sample Fisher
-and is off the float64 sample loop by more than 1 %.
+engines of a network are timed in turn, round after round, each between two gradient passes that are
+its unit, so whatever else the machine does falls on all alike. The gradient pass is timed so too:
+the spread of its own row is what the machine adds. On a CPU the clock is the process's own CPU time
+(one thread), which is what a quiet machine's clock would show; on a GPU it is the wall clock after
+synchronising. Peak memory is measured in a fresh process each. An engine is called wrong where it
+claims the per-sample Fisher and is off the float64 sample loop by more than 1 %.
 """
 
 from __future__ import annotations
@@ -214,14 +215,26 @@ def _time(
     rows: dict[str, dict[str, object]],
     settings: FisherSpeedSettings,
 ) -> None:
-    """Adds to each row the median time and the multiple of its own round's gradient pass."""
+    """Adds to each row the median time and the multiple of the gradient passes around it."""
+
+    def per_sample(name: str) -> float:
+        call, samples = timed[name]
+        return _seconds(call, settings) / samples
+
     order, shuffle = list(timed), random.Random(0)
-    rounds = []
+    counted, ratios = [], []
     for _ in range(settings.rounds + 1):
         shuffle.shuffle(order)
-        rounds.append({name: _seconds(timed[name][0], settings) / timed[name][1] for name in order})
-    times = pd.DataFrame(rounds[1:])
-    multiples = times.div(times[UNIT], axis=0)
+        round_times, round_ratios = {}, {}
+        before = per_sample(UNIT)
+        for name in order:
+            round_times[name] = per_sample(name)
+            after = per_sample(UNIT)
+            round_ratios[name] = 2 * round_times[name] / (before + after)
+            before = after
+        counted.append(round_times)
+        ratios.append(round_ratios)
+    times, multiples = pd.DataFrame(counted[1:]), pd.DataFrame(ratios[1:])
     for name in timed:
         rows[name] |= {
             "seconds_per_sample": times[name].median(),
