@@ -44,7 +44,7 @@ class Capture(TorchFunctionMode):
 
     def __enter__(self) -> "Capture":
         """Also hooks the layers that have a rule of their own; the functions in them are theirs."""
-        for module in self._model.modules():
+        for module in self._model.modules() if LAYER_RULES else ():
             if rule := LAYER_RULES.get(type(module)):
                 names = {
                     role: self._names.pop(id(p))
@@ -86,14 +86,16 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Runs `func`; where a rule knows it and it reads a named parameter, records it."""
         kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is None:
+            if func is F.multi_head_attention_forward:
+                with self:
+                    return _attention(*args, **kwargs)
+            return func(*args, **kwargs)
         if func is F.batch_norm:
             _refuse_batch_statistics(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _attention(*args, **kwargs)
-        rule = RULES.get(func)
-        call = rule.bind(*args, **kwargs) if rule and rule.bind else None
-        if rule is None or call is None:
+        call = rule.bind(*args, **kwargs) if rule.bind else None
+        if call is None:
             return func(*args, **kwargs)
         names = {
             role: self._names[id(p)] for role, p in call.params.items() if id(p) in self._names

@@ -45,6 +45,7 @@ class EnginePass:
         self.sums: Sums = {}
         self.pending = zeros(params)
         self.held: list[Batch] = []  # whose squares are pending
+        self._held_entries = 0
         self.N = 0
         self._state = generator.get_state()  # before the first of them
         self._unscale = 1.0
@@ -76,7 +77,8 @@ class EnginePass:
         else:
             self.N += N
             entries = sum(p.numel() for p in self.params.values())
-            if sum(n_entries(b) for b in self.held) > max(entries, _HELD_ENTRIES):
+            self._held_entries += n_entries(batch)
+            if self._held_entries > max(entries, _HELD_ENTRIES):
                 self._commit()
             return
         # Out here the failed attempt's frames are gone, and with them the memory they held.
@@ -90,12 +92,12 @@ class EnginePass:
             for name, total in self.pending.items():
                 self.sums[name] += total
                 total.zero_()
-        self.held = []
+        self.held, self._held_entries = [], 0
         self._state = self.generator.get_state()
 
     def _again(self) -> None:
         """Drops what is pending, and adds the inputs held once more."""
-        held, self.held = self.held, []
+        held, self.held, self._held_entries = self.held, [], 0
         for total in self.pending.values():
             total.zero_()
         self.generator.set_state(self._state)

@@ -20,6 +20,7 @@ from ewc_plugin.samplewise import Forward, in_company
 from ewc_plugin.scores import FisherType, Score, Scores, own_vectors, parsed_type, score_vectors
 
 _SEED = 0  # of the generator that is made where none is passed
+_ONE_LABEL = (FisherType.PREDICTED, FisherType.EMPIRICAL, FisherType.SAMPLED)  # with one draw
 
 
 def diagonal_fisher(
@@ -109,7 +110,8 @@ def diagonal_fisher(
         first = next(stream, None)
         if first is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-        forward, plan = _planned(model, forward, params, first, engine, chunk_size)
+        one_vector = fisher_type in _ONE_LABEL and n_draws == 1
+        forward, plan = _planned(model, forward, params, first, engine, chunk_size, one_vector)
         engine_pass = EnginePass(model, forward, params, plan, scores, generator)
         started = time.monotonic()
         for chunk in rechunk(chain([first], stream), plan.chunk_size):
@@ -161,15 +163,16 @@ def _planned(
     batch: Batch,
     engine: EngineName,
     chunk_size: int | None = None,
+    one_vector: bool = False,
 ) -> tuple[Forward, Plan]:
     """The plan, and the forward to follow it with."""
     try:
-        return forward, make_plan(model, forward, params, batch, engine, chunk_size)
+        return forward, make_plan(model, forward, params, batch, engine, chunk_size, one_vector)
     except Exception:  # whatever a model's code raises
         company = in_company(model, forward, batch)
         if company is forward:
             raise
-    return company, make_plan(model, company, params, batch, engine, chunk_size)
+    return company, make_plan(model, company, params, batch, engine, chunk_size, one_vector)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

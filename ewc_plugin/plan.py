@@ -39,6 +39,7 @@ def make_plan(
     batch: Batch,
     engine: EngineName,
     chunk_size: int | None = None,
+    one_vector: bool = False,
 ) -> Plan:
     """Who serves which parameter.
 
@@ -49,6 +50,7 @@ def make_plan(
         batch: Its first three samples are tried (repeated where there are fewer).
         engine: "auto", or one engine that must serve all.
         chunk_size: Samples per forward pass; chosen where it is None.
+        one_vector: Whether one score vector per sample is known to go back through the graph.
 
     Returns:
         An entry per parameter, in order, and the number of samples per chunk.
@@ -57,7 +59,7 @@ def make_plan(
         ValueError: The samples of a batch interact, or the forced engine can't serve a parameter.
     """
     trial = Trial(model, forward, params, batch)
-    chunk_size = chunk_size or trial.fitting_chunk()
+    chunk_size = chunk_size or trial.fitting_chunk(one_vector)
     if engine == "loop":
         served = {name: Served("loop", "forced") for name in params}
         return Plan(served, chunk_size, trial.overwrites_input)

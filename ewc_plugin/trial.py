@@ -16,7 +16,10 @@ from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, z
 SAMPLES = 3
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
 
-_CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
+# Of the layers' outputs in one forward pass. Many small calls on a CPU want up to twice as many,
+# since a chunk costs milliseconds of Python, if one vector goes back and the outputs with it.
+_CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}
+_ENTRIES_PER_CALL = 2**19
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 
 
@@ -61,13 +64,16 @@ class Trial:
     def _receive(self, record: Record, g: Tensor) -> None:
         self.received[id(record)] = g
 
-    def fitting_chunk(self) -> int:
+    def fitting_chunk(self, one_vector: bool) -> int:
         """Samples whose recorded tensors fill the cache's neighbourhood, not the memory."""
         entries = n_entries(self.batch)
         entries += sum(record.out_shape.numel() for record in self.trace.records)
         weights = sum(p.numel() for p in self.params.values())
         # Each chunk also passes once over all sums: many weights want many samples.
-        room = _CHUNK_ENTRIES["cpu" if self.logits.device.type == "cpu" else "other"]
+        on_cpu = self.logits.device.type == "cpu"
+        room = _CHUNK_ENTRIES["cpu" if on_cpu else "other"]
+        if on_cpu and one_vector:
+            room = min(2 * room, max(room, _ENTRIES_PER_CALL * len(self.trace.records)))
         fitting = max(room, 2 * weights) * SAMPLES // entries
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))

@@ -7,7 +7,8 @@ from problems import PROBLEMS, BareParameter, DataDependent, mlp
 from reference import flags, loop_fisher, relative_error
 from torch import nn
 
-from ewc_plugin.batches import subset
+from ewc_plugin import engine
+from ewc_plugin.batches import n_entries, subset
 from ewc_plugin.fisher import diagonal_fisher, explain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -127,6 +128,35 @@ def test_out_of_memory_at_one_sample_raises():
         diagonal_fisher(model, [data()], forward=forward)
     assert calls[-1] == 1
     assert flags(model) == before
+
+
+def chunks(model, batches, *args, **kwargs):
+    """Sizes of the chunks of a pass, after the trial's three forward passes."""
+    sizes = []
+
+    def forward(m, batch):
+        sizes.append(len(batch[0]))
+        return m(batch[0])
+
+    diagonal_fisher(model, batches, *args, forward=forward, **kwargs)
+    return sizes[3:]
+
+
+def test_one_vector_has_larger_chunks_where_there_are_many_small_layers():
+    layers = [nn.LayerNorm(1024) for _ in range(16)]
+    model = nn.Sequential(*layers, nn.Linear(1024, 4)).eval()
+    batches = [data(256, 1024, torch.float32)]
+    assert chunks(model, batches, "predicted") == [256]
+    assert chunks(model, batches, "sampled") == [256]
+    assert chunks(model, batches, "sampled", n_draws=2) == [128, 128]
+    assert chunks(model, batches, "exact") == [128, 128]
+
+
+def test_a_chunk_costs_the_same_whatever_went_before(monkeypatch):
+    calls = []
+    monkeypatch.setattr(engine, "n_entries", lambda batch: calls.append(batch) or n_entries(batch))
+    diagonal_fisher(seeded(mlp), [data(40)], chunk_size=2)
+    assert len(calls) == 20
 
 
 def test_overwritten_input_stays_the_callers():
