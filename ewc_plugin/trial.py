@@ -16,9 +16,9 @@ from ewc_plugin.samplewise import Forward, add_gradient_squares, vmap_squares, z
 SAMPLES = 3
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
 
-# Of the layers' outputs in one forward pass. Many small calls on a CPU want up to twice as many,
-# since a chunk costs milliseconds of Python, if one vector goes back and the outputs with it.
-_CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}
+_CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
+# Every layer call also costs a CPU tenths of a millisecond of Python per chunk. Where one vector
+# goes back and frees the outputs on its way, many small calls are worth up to twice the entries.
 _ENTRIES_PER_CALL = 2**19
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 

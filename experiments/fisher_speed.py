@@ -5,8 +5,8 @@ engines of a network are timed in turn, round after round, each between two grad
 its unit, so whatever else the machine does falls on all alike. The gradient pass is timed so too:
 the spread of its own row is what the machine adds. On a CPU the clock is the process's own CPU time
 (one thread), which is what a quiet machine's clock would show; on a GPU it is the wall clock after
-synchronising. Peak memory is measured in a fresh process each. An engine is called wrong where it
-claims the per-sample Fisher and is off the float64 sample loop by more than 1 %.
+synchronising. Peak memory is the median of three fresh processes. An engine is called wrong where
+it claims the per-sample Fisher and is off the float64 sample loop by more than 1 %.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from experiments.tables import replace_file
 
 WRONG = 0.01  # relative error; float32 with a flipped ReLU stays below
 _ERROR_SAMPLES = 6
+_PEAKS = 3  # fresh processes: what the allocator rounds up differs from one to the next
 Kind = Literal["predicted", "exact"]
 KINDS = get_args(Kind)
 MEASURED = ["device", "network", "kind"]  # together, so that multiples are of one unit
@@ -262,8 +264,9 @@ def _seconds(call: Callable[[], Fisher], settings: FisherSpeedSettings) -> float
 
 def _peak(network: str, kind: str, engine: str, device: str) -> float:
     """MiB that one call adds to a fresh process with the network and its data in memory."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (network, kind, engine, device))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [pool.apply(_peak_here, (network, kind, engine, device)) for _ in range(_PEAKS)]
+    return statistics.median(peaks)
 
 
 def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
