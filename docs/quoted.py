@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.fisher_speed_engines import OURS, UNIT
 from experiments.report import chosen_lambdas, format_interval
 from experiments.table import SummaryTable, render, summary_table
 
@@ -204,12 +205,12 @@ def _speeds() -> pd.DataFrame:
     rows = []
     for (network, kind), part in table.groupby(["network", "kind"], sort=False):
         by_engine = part.set_index("engine")
-        others = by_engine.drop(index=["gradient pass", "ewc-plugin"])["multiple"]
+        others = by_engine.drop(index=[UNIT, OURS])["multiple"]
         fastest = str(others.idxmin())
         rows.append({
             "network": NETWORKS.get(network, network),
             "labels": kind,
-            "this package": _multiple(by_engine.loc["ewc-plugin"]),
+            "this package": _multiple(by_engine.loc[OURS]),
             "fastest other": f"{_multiple(by_engine.loc[fastest])}, {fastest}",
             "sample loop": f"{others['sample loop']:.3g}",
         })

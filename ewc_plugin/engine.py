@@ -46,6 +46,7 @@ class EnginePass:
         self.pending = zeros(params)
         self.held: list[Batch] = []  # whose squares are pending
         self._held_entries = 0
+        self._most_held = max(sum(p.numel() for p in params.values()), _HELD_ENTRIES)
         self.N = 0
         self._state = generator.get_state()  # before the first of them
         self._unscale = 1.0
@@ -76,9 +77,8 @@ class EnginePass:
                 raise
         else:
             self.N += N
-            entries = sum(p.numel() for p in self.params.values())
             self._held_entries += n_entries(batch)
-            if self._held_entries > max(entries, _HELD_ENTRIES):
+            if self._held_entries > self._most_held:
                 self._commit()
             return
         # Out here the failed attempt's frames are gone, and with them the memory they held.

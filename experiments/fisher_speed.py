@@ -224,27 +224,25 @@ def _time(
         return _seconds(call, settings) / samples
 
     order, shuffle = list(timed), random.Random(0)
-    counted, ratios = [], []
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    ratios: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(settings.rounds + 1):
         shuffle.shuffle(order)
-        round_times, round_ratios = {}, {}
         before = per_sample(UNIT)
         for name in order:
-            round_times[name] = per_sample(name)
+            times[name].append(per_sample(name))
             after = per_sample(UNIT)
-            round_ratios[name] = 2 * round_times[name] / (before + after)
+            ratios[name].append(2 * times[name][-1] / (before + after))
             before = after
-        counted.append(round_times)
-        ratios.append(round_ratios)
-    times, multiples = pd.DataFrame(counted[1:]), pd.DataFrame(ratios[1:])
     for name in timed:
+        multiples = pd.Series(ratios[name][1:])  # the first warms up
         rows[name] |= {
-            "seconds_per_sample": times[name].median(),
-            "multiple": multiples[name].median(),
-            "multiple_q1": multiples[name].quantile(0.25),
-            "multiple_q3": multiples[name].quantile(0.75),
-            "multiple_min": multiples[name].min(),
-            "multiple_max": multiples[name].max(),
+            "seconds_per_sample": statistics.median(times[name][1:]),
+            "multiple": multiples.median(),
+            "multiple_q1": multiples.quantile(0.25),
+            "multiple_q3": multiples.quantile(0.75),
+            "multiple_min": multiples.min(),
+            "multiple_max": multiples.max(),
         }
 
 
