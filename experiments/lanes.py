@@ -12,10 +12,10 @@ import math
 import multiprocessing
 import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from experiments import worker
@@ -63,7 +63,7 @@ class OneProcess:
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Hands the task to the process."""
-        with _interrupts_ignored():  # inherited by the process: Ctrl-C is the parent's business
+        with _interrupts_held():  # the process inherits it: Ctrl-C is the parent's business
             try:
                 return self._pool.submit(task, *arguments)
             except BrokenExecutor:  # it died since its last task
@@ -152,12 +152,14 @@ Lane = Here | OneProcess | Cluster
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until this ends, and never reaches the processes that are started meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where processes inherit no such thing
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # started later, it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -142,6 +142,36 @@ def test_a_process_that_died_between_tasks_is_replaced():
         lane.close()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held here")
+def test_an_interrupt_while_a_task_is_handed_over_is_not_lost(monkeypatch):
+    lane = OneProcess()
+    submit = lane._pool.submit
+
+    def interrupted(*arguments):
+        submit(*arguments)  # the process is started
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(lane._pool, "submit", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lane.submit(os.getpid)
+    finally:
+        lane.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held here")
+def test_an_interrupt_reaches_no_process_of_a_pool():
+    lane = OneProcess()
+    try:
+        held = lane.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    finally:
+        lane.close()
+    assert signal.SIGINT in held
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def kill_one(find, parts, killed):
     """Kills what `find` gives as soon as a first result is stored."""
     deadline = time.monotonic() + 120
