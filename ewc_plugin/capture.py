@@ -7,8 +7,7 @@ output's gradient to the rule. A tap's output is an alias of the layer's, which 
 activation may overwrite.
 """
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ewc_plugin.attention import attention
 from ewc_plugin.record import Record, Tap, Trace
 from ewc_plugin.rules import LAYER_RULES, RULES, layer_rule
 from ewc_plugin.rules.base import LayerCall, LayerRule
@@ -90,7 +90,7 @@ class Capture(TorchFunctionMode):
         if rule is None:
             if func is F.multi_head_attention_forward:
                 with self:
-                    return _attention(*args, **kwargs)
+                    return attention(*args, **kwargs)
             return func(*args, **kwargs)
         if func is F.batch_norm:
             _refuse_batch_statistics(*args, **kwargs)
@@ -121,30 +121,6 @@ class Capture(TorchFunctionMode):
             args = [passed(arg) for arg in args]
             kwargs = {k: passed(arg) for k, arg in kwargs.items()}
         return self._record(rule, call, func(*args, **kwargs))
-
-
-def _in_projection_packed(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
-) -> Sequence[Tensor]:
-    """Torch's, with one gradient for q, k and v: theirs are written side by side, not added up."""
-    if not (q is k and k is v):
-        packed: list[Tensor] = F._in_projection_packed(q, k, v, w, b)  # type: ignore[attr-defined]
-        return packed
-    projected: Tensor = F.linear(q, w, b).unflatten(-1, (3, q.size(-1)))
-    return projected.movedim(-2, 0).contiguous().unbind(0)
-
-
-# A Python function that dispatches to modes runs its body with the mode off, so the mode would miss
-# the F.linear calls in it. This is the same code with its dispatch switched off.
-_attention = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {
-        **F.multi_head_attention_forward.__globals__,
-        "has_torch_function": lambda tensors: False,
-        "_in_projection_packed": _in_projection_packed,
-    },
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
 
 
 def _refuse_batch_statistics(

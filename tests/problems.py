@@ -252,15 +252,23 @@ PROBLEMS = [
 
 
 class Attention(nn.Module):
-    def __init__(self, batch_first=True):
+    def __init__(self, batch_first=True, causal=False, padded=False):
         super().__init__()
         self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first)
         self.head = nn.Linear(6, 4)
-        self.batch_first = batch_first
+        self.batch_first, self.causal, self.padded = batch_first, causal, padded
 
     def forward(self, x):
+        masks = {"is_causal": self.causal}
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.size(1), dtype=x.dtype)
+            masks["attn_mask"] = mask
+        if self.padded:  # the last one; a mask of floats, as the other's
+            mask = x.new_zeros(x.shape[:2])
+            mask[:, -1] = -torch.inf
+            masks["key_padding_mask"] = mask
         x = x if self.batch_first else x.transpose(0, 1)
-        out = self.attention(x, x, x, need_weights=False)[0]
+        out = self.attention(x, x, x, need_weights=False, **masks)[0]
         return self.head(out.mean(1 if self.batch_first else 0))
 
 
@@ -443,6 +451,8 @@ LAYER_PROBLEMS = [
     Problem("positions", Positions, tokens(6), engine="vmap"),
     Problem("attention", Attention, normal(3, 6)),
     Problem("attention-time-first", lambda: Attention(batch_first=False), normal(3, 6)),
+    Problem("attention-causal", lambda: Attention(causal=True), normal(3, 6)),
+    Problem("attention-padded", lambda: Attention(causal=True, padded=True), normal(3, 6)),
     Problem("attention-cross", CrossAttention, normal(5, 3), engine="vmap"),
     Problem("transformer", encoder, normal(5, 6)),
     Problem("transformer-norm-first", lambda: encoder(norm_first=True), normal(3, 6)),
