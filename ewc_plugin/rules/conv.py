@@ -16,6 +16,7 @@ _LARGE = 2**15  # entries of a weight above which one sample at a time is faster
 _FEW_CHANNELS = 4  # of an input below which it is, too
 _GROUP = 16  # samples in one grouped convolution
 _UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
+_VECTOR = 8  # entries; a product on a CPU is up to a third slower whose rows are no multiple
 # Gradients of one call that wait for each other: more than five are hardly faster, and all calls
 # hold theirs at the same time.
 _AT_ONCE, _HELD_ENTRIES = 5, 2**22
@@ -158,21 +159,26 @@ def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor
         stacked = into.new_empty(S, *g_parts[0].shape[1:] if S > 1 else ())
         views = list(zip(parts.unbind(0), *(g.unbind(0) for g in g_parts), strict=True))
         blocks.append((views, unfolded, columns, stacked))
-    product = into.new_empty(S * len(into), into[0].numel())
-    total = into.flatten(1) if S == 1 else torch.zeros_like(product)
+    turned = into[0].numel() % _VECTOR > 0
+    shape = (S * len(into), into[0].numel())
+    product = into.new_empty(shape[::-1] if turned else shape)
+    total = into.flatten(1) if S == 1 and not turned else torch.zeros_like(product)
     for n in range(len(a)):
         for i, (views, unfolded, columns, stacked) in enumerate(blocks):
             window, g_n, *more = views[n]
             unfolded.copy_(window)
             if more:
                 g_n = torch.stack([g_n, *more], out=stacked).flatten(0, 1)
+            factors = (columns.T, g_n.T) if turned else (g_n, columns)
             if i == 0:
-                torch.mm(g_n, columns, out=product)
+                torch.mm(*factors, out=product)
             else:
-                product.addmm_(g_n, columns)
+                product.addmm_(*factors)
         total.addcmul_(product, product)
-    if S > 1:
-        into.flatten(1).add_(total.view(S, len(into), -1).sum(0))
+    if turned:
+        total = total.T
+    if S > 1 or turned:
+        into.flatten(1).add_(total.reshape(S, len(into), -1).sum(0))
 
 
 def _windows(geometry: _Geometry, a: Tensor, kernel: Sequence[int], out: Sequence[int]) -> Tensor:
