@@ -28,6 +28,9 @@ from experiments.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
 
 ROOT = Path(__file__).parent.parent
 DIGITS = find_data("digits", None)
+holds_signals = pytest.mark.skipif(
+    not hasattr(signal, "pthread_sigmask"), reason="signals are not held here"
+)
 TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
 
 
@@ -143,7 +146,7 @@ def test_a_process_that_died_between_tasks_is_replaced():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held here")
+@holds_signals
 def test_an_interrupt_while_a_task_is_handed_over_is_not_lost(monkeypatch):
     lane = OneProcess()
     submit = lane._pool.submit
@@ -164,7 +167,7 @@ def test_an_interrupt_while_a_task_is_handed_over_is_not_lost(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held here")
+@holds_signals
 def test_an_interrupt_reaches_no_process_of_a_pool():
     lane = OneProcess()
     try:
