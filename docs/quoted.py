@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.fisher_speed_engines import OURS, UNIT
-from experiments.report import chosen_lambdas, format_interval
-from experiments.table import SummaryTable, render, summary_table
+from experiments.reporting.report import chosen_lambdas, format_interval
+from experiments.reporting.text_table import SummaryTable, render, summary_table
+from experiments.timing.fisher_engines import OURS, UNIT
 
 RESULTS = Path(__file__).parents[1] / "results"
 TYPES = ["predicted", "empirical", "sampled", "exact"]

@@ -8,17 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ewc_plugin.fisher import diagonal_fisher, explain
-    from ewc_plugin.likelihoods import bernoulli_score, gaussian_score
-    from ewc_plugin.metrics import ewc_metrics
-    from ewc_plugin.penalty import QuadraticPenalty
-    from ewc_plugin.plugin import DiagonalEWCPlugin
-    from ewc_plugin.rules import register_rule
-    from ewc_plugin.scores import FisherType
-    from ewc_plugin.stability import DivergedError
-    from ewc_plugin.strategy import DiagonalEWC
-    from ewc_plugin.tidy_csv import TidyCSVLogger
-    from ewc_plugin.window import FisherData, experience_batches
+    from ewc_plugin.avalanche import (
+        DiagonalEWC,
+        DiagonalEWCPlugin,
+        FisherData,
+        TidyCSVLogger,
+        ewc_metrics,
+        experience_batches,
+    )
+    from ewc_plugin.fisher import (
+        FisherType,
+        bernoulli_score,
+        diagonal_fisher,
+        explain,
+        gaussian_score,
+        register_rule,
+    )
+    from ewc_plugin.penalty import DivergedError, QuadraticPenalty
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,20 +45,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "DiagonalEWC": "strategy",
-    "DiagonalEWCPlugin": "plugin",
-    "DivergedError": "stability",
-    "FisherData": "window",
-    "FisherType": "scores",
+    "DiagonalEWC": "avalanche",
+    "DiagonalEWCPlugin": "avalanche",
+    "DivergedError": "penalty",
+    "FisherData": "avalanche",
+    "FisherType": "fisher",
     "QuadraticPenalty": "penalty",
-    "TidyCSVLogger": "tidy_csv",
-    "bernoulli_score": "likelihoods",
+    "TidyCSVLogger": "avalanche",
+    "bernoulli_score": "fisher",
     "diagonal_fisher": "fisher",
-    "ewc_metrics": "metrics",
-    "experience_batches": "window",
+    "ewc_metrics": "avalanche",
+    "experience_batches": "avalanche",
     "explain": "fisher",
-    "gaussian_score": "likelihoods",
-    "register_rule": "rules",
+    "gaussian_score": "fisher",
+    "register_rule": "fisher",
 }
 
 

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ewc_plugin.batches import Batch, n_samples
-from ewc_plugin.fisher import diagonal_fisher
-from ewc_plugin.guard import evaluating
-from ewc_plugin.penalty import QuadraticPenalty
-from ewc_plugin.scores import FisherType
+from ewc_plugin.contexts import evaluating
+from ewc_plugin.fisher.diagonal import diagonal_fisher
+from ewc_plugin.fisher.scores import FisherType
+from ewc_plugin.penalty.penalty import QuadraticPenalty
 
 
 class Penalised(Protocol):

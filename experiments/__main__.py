@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from experiments.command_line import checked_arguments, parse, unknown
-from experiments.settings import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
+from experiments.settings.run import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
@@ -43,8 +43,19 @@ STUDIES = {
     "identities": "the three definitions of Fisher information, while networks train",
     "laplace": "EWC beside the true posterior, on problems of two parameters",
 }
-
-MODULES = {"report": "page"}  # where the module is called otherwise
+# Where a command's module is; the others are in `studies`, under their own name.
+MODULES = {
+    "report": "reporting.html.page",
+    "table": "reporting.text_table",
+    "parity": "studies.parity.study",
+    "reproduce": "studies.reproduce.study",
+    "data-speed": "timing.data_speed",
+    "sweep-speed": "timing.sweep_speed",
+    "fisher-speed": "timing.fisher_speed",
+    "penalty-speed": "timing.penalty_speed",
+    "identities": "studies.fisher_definitions",
+    "laplace": "studies.laplace.study",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,14 +101,14 @@ def _run_job(arguments: list[str], console: Console) -> None:
         description=f"{__doc__}\n\nFurther commands (each with its own --help):{studies}",
         default=Main(),
     )
-    from experiments.jobs import run_job  # after --help and errors, which need not wait for it
+    from experiments.main_job import run_job  # after --help and errors, which need not wait for it
 
     console.quiet = job.quiet
     run_job(job, console)
 
 
 def _run_study(name: str, arguments: list[str]) -> None:
-    module = import_module(f"experiments.{MODULES.get(name, name.replace('-', '_'))}")
+    module = import_module(f"experiments.{MODULES.get(name, f'studies.{name}'.replace('-', '_'))}")
     kind = get_type_hints(module.run)["settings"]
     settings = parse(
         kind,

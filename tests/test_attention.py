@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ewc_plugin import attention as attention_module
-from ewc_plugin.attention import attention
+from ewc_plugin.fisher.tracing import attention as attention_module
+from ewc_plugin.fisher.tracing.attention import attention
 
 T, N, E, HEADS = 5, 3, 8, 2
 CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)

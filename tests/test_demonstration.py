@@ -9,10 +9,16 @@ from reference import loop_fisher as reference_fisher
 from reference import relative_error
 
 from ewc_plugin.plain import EWC
-from experiments import tables
-from experiments.data import find_data, load_images
-from experiments.demonstration import CURVES, Demonstration, make_network, make_tasks, train_all
-from experiments.demonstration_fisher import FISHER, loop_fisher, time_fisher
+from experiments.data.sources import find_data, load_images
+from experiments.results import tables
+from experiments.studies.demonstration import (
+    CURVES,
+    Demonstration,
+    make_network,
+    make_tasks,
+    train_all,
+)
+from experiments.studies.demonstration_fisher import FISHER, loop_fisher, time_fisher
 
 RESULTS = Path(__file__).parents[1] / "results" / "demonstration"
 SMALL = Demonstration(epochs=2, learning_rate=1e-3, samples=20, hidden_size=8, tasks=3)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from ewc_plugin import DiagonalEWCPlugin, experience_batches
-from ewc_plugin.distributed import shard
+from ewc_plugin.avalanche.ranks import shard
 
 TYPES = ("predicted", "empirical", "exact")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from experiments.checkpoint import read_checkpoint
-from experiments.data import find_data
-from experiments.run import Trial, run
-from experiments.settings import RunSettings
+from experiments.data.sources import find_data
+from experiments.settings.run import RunSettings
+from experiments.training.checkpoint import read_checkpoint
+from experiments.training.run import Trial, run
 
 DIGITS = find_data("digits", None)
 PENALTY = {"ewc_lambda": 1000.0, "mode": "separate"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import tables
 from experiments.__main__ import JOBS, main
-from experiments.data import UNPACKED_MD5
+from experiments.data.sources import UNPACKED_MD5
+from experiments.results import tables
 
 ROOT = Path(__file__).parent.parent
 CORRUPT = "corrupt"  # a folder with damaged images

@@ -9,10 +9,10 @@ import pytest
 import torch
 from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
 
-from experiments import data
-from experiments.data import DataUnavailableError, find_data, load_images
-from experiments.settings import RunSettings
-from experiments.streams import make_stream
+from experiments.data import sources as data
+from experiments.data.sources import DataUnavailableError, find_data, load_images
+from experiments.data.streams import make_stream
+from experiments.settings.run import RunSettings
 
 
 @pytest.fixture(autouse=True)

@@ -17,14 +17,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from experiments import sweep as sweep_module
-from experiments import tables, worker
-from experiments.data import find_data
-from experiments.lanes import OneProcess
-from experiments.logs import Logs
-from experiments.settings import PermutedMnist
-from experiments.store import PARTS, Store
-from experiments.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
+from experiments.data.sources import find_data
+from experiments.results import tables
+from experiments.results.store import PARTS, Store
+from experiments.settings.run import PermutedMnist
+from experiments.sweeps import sweep as sweep_module
+from experiments.sweeps import worker
+from experiments.sweeps.executors import OneProcess
+from experiments.sweeps.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
+from experiments.training.loggers import Logs
 
 ROOT = Path(__file__).parent.parent
 DIGITS = find_data("digits", None)

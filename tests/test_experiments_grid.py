@@ -9,10 +9,10 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.command_line import checked_arguments, parse
-from experiments.plan import estimated_seconds
-from experiments.schedule import Task, next_task, work
-from experiments.settings import Main, PermutedMnist, RunSettings, SplitMnist, Sweep
-from experiments.store import read_results
+from experiments.results.store import read_results
+from experiments.settings.run import Main, PermutedMnist, RunSettings, SplitMnist, Sweep
+from experiments.sweeps.dry_run import estimated_seconds
+from experiments.sweeps.queue import Task, next_task, work
 
 RESULTS = Path(__file__).parents[1] / "results"
 NO_LAMBDA = {"methods": ("naive",), "seeds": (0,)}

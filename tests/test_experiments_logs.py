@@ -5,12 +5,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_experiments_checkpoint import KilledError
 from wandb_files import finished_run
 
-from experiments import tables
 from experiments.__main__ import main
-from experiments.data import find_data
-from experiments.logs import Logs
-from experiments.run import run
-from experiments.settings import RunSettings
+from experiments.data.sources import find_data
+from experiments.results import tables
+from experiments.settings.run import RunSettings
+from experiments.training.loggers import Logs
+from experiments.training.run import run
 
 SETTINGS = RunSettings(
     "split",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.metrics import METRICS, continual_metrics, seen_accuracy
+from experiments.results.metrics import METRICS, continual_metrics, seen_accuracy
 
 R = np.array([
     [0.10, 0.12, 0.08],  # untrained

@@ -10,11 +10,11 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 
-from experiments.data import find_data
-from experiments.models import make_model
-from experiments.run import Trial, run
-from experiments.settings import RunSettings
-from experiments.streams import make_stream
+from experiments.data.sources import find_data
+from experiments.data.streams import make_stream
+from experiments.settings.run import RunSettings
+from experiments.training.networks import make_model
+from experiments.training.run import Trial, run
 
 DIGITS = find_data("digits", None)
 EWC = {"fisher_type": "predicted", "ewc_lambda": 1000.0, "mode": "separate"}

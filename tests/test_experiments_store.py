@@ -6,12 +6,12 @@ import os
 import pandas as pd
 import pytest
 
-from experiments import tables
-from experiments.data import find_data
-from experiments.run import run
-from experiments.settings import RunSettings
-from experiments.store import PARTS, Store
-from experiments.tables import TableError
+from experiments.data.sources import find_data
+from experiments.results import tables
+from experiments.results.store import PARTS, Store
+from experiments.results.tables import TableError
+from experiments.settings.run import RunSettings
+from experiments.training.run import run
 
 DIGITS = find_data("digits", None)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import tables
 from experiments.__main__ import main
-from experiments.store import PARTS, Store
-from experiments.tables import TableError
+from experiments.results import tables
+from experiments.results.store import PARTS, Store
+from experiments.results.tables import TableError
 
 ROOT = Path(__file__).parent.parent
 TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments import tables
-from experiments.tables import TableError
+from experiments.results import tables
+from experiments.results.tables import TableError
 
 ROW = {
     "run_id": "a",

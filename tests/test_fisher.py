@@ -10,7 +10,7 @@ from avalanche.training.plugins import EWCPlugin
 from problems import PROBLEMS
 from reference import flags, loop_fisher, relative_error
 
-from ewc_plugin.fisher import diagonal_fisher, explain
+from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

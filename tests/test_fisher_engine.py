@@ -7,9 +7,9 @@ from problems import PROBLEMS, BareParameter, DataDependent, mlp
 from reference import flags, loop_fisher, relative_error
 from torch import nn
 
-from ewc_plugin import engine
 from ewc_plugin.batches import n_entries, subset
-from ewc_plugin.fisher import diagonal_fisher, explain
+from ewc_plugin.fisher import accumulate as engine
+from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.fisher.diagonal import diagonal_fisher
 
 # BackPACK warns of its own hooks.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

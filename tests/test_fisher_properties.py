@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import loop_fisher, relative_error
 from torch import nn
 
-from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.fisher.diagonal import diagonal_fisher
 
 CHANNELS, SIZE, N = 4, 4, 5
 BODY = {

@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from experiments import fisher_speed
-from experiments.fisher_speed import FisherSpeedSettings, _with_kept, run
-from experiments.fisher_speed_engines import OURS, UNIT
+from experiments.timing import fisher_speed
+from experiments.timing.fisher_engines import OURS, UNIT
+from experiments.timing.fisher_speed import FisherSpeedSettings, _with_kept, run
 
 
 def test_table_holds_what_was_measured(tmp_path):

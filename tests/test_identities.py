@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ewc_plugin import diagonal_fisher
-from experiments import tables
-from experiments.identities import (
+from experiments.results import tables
+from experiments.studies.fisher_definitions import (
     IDENTITIES,
     Identities,
     Logistic,

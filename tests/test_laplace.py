@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ewc_plugin import QuadraticPenalty, diagonal_fisher
-from experiments import tables
-from experiments.laplace import (
+from experiments.results import tables
+from experiments.studies.laplace.study import (
     LAPLACE,
     PROBLEMS,
     Solved,

@@ -23,7 +23,7 @@ from torch import nn
 from wandb_files import finished_run
 
 from ewc_plugin import DiagonalEWCPlugin, ewc_metrics
-from ewc_plugin.metrics import share_holding
+from ewc_plugin.avalanche.metrics import share_holding
 
 
 def learner(*plugins, loggers):

@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import parity, tables
-from experiments.data import find_data
-from experiments.parity_curves import LAMBDAS, METRICS, WAYS, Curves, curves, plot
-from experiments.parity_numerical import sample_loop
-from experiments.parity_runs import same_definition, same_mathematics, trace_of
-from experiments.run import run
-from experiments.settings import RunSettings
+from experiments.data.sources import find_data
+from experiments.results import tables
+from experiments.settings.run import RunSettings
+from experiments.studies.parity import study as parity
+from experiments.studies.parity.curves import LAMBDAS, METRICS, WAYS, Curves, curves, plot
+from experiments.studies.parity.numerical import sample_loop
+from experiments.studies.parity.whole_runs import same_definition, same_mathematics, trace_of
+from experiments.training.run import run
 
 DIGITS = find_data("digits", None)
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "ewc_lambda": 5.0}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.gradient import BLOCK
-from ewc_plugin.penalty import QuadraticPenalty
+from ewc_plugin.penalty.gradient import BLOCK
+from ewc_plugin.penalty.penalty import QuadraticPenalty
 
 
 def model(seed=0):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_penalty import Unfolded, gradient_of, model, random_fisher, wander
 from torch import nn
 
-from ewc_plugin.penalty import QuadraticPenalty
+from ewc_plugin.penalty.penalty import QuadraticPenalty
 
 
 def ones(net):

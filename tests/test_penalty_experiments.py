@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.data import find_data
-from experiments.implicit_step import ImplicitStep
-from experiments.implicit_step import run as run_implicit_step
-from experiments.lambda_translation import LambdaTranslation, statistics, translate
-from experiments.normalized_lambda import NormalizedLambda
-from experiments.penalty_speed import PenaltySpeed, measure
-from experiments.penalty_sweeps import by_lambda
-from experiments.settings import RunSettings
-from experiments.trained import train
+from experiments.data.sources import find_data
+from experiments.settings.run import RunSettings
+from experiments.studies.implicit_step import ImplicitStep
+from experiments.studies.implicit_step import run as run_implicit_step
+from experiments.studies.lambda_translation import LambdaTranslation, statistics, translate
+from experiments.studies.normalized_lambda import NormalizedLambda
+from experiments.studies.penalty_sweeps import by_lambda
+from experiments.timing.penalty_speed import PenaltySpeed, measure
+from experiments.training.trained import train
 
 RESULTS = Path(__file__).parents[1] / "results"
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.implicit import implicit_step_
-from ewc_plugin.penalty import QuadraticPenalty
-from ewc_plugin.stability import largest_stable_lambda
+from ewc_plugin.penalty.implicit_step import implicit_step_
+from ewc_plugin.penalty.penalty import QuadraticPenalty
+from ewc_plugin.penalty.stability import largest_stable_lambda
 
 SGD_OPTIONS = [
     {},

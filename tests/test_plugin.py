@@ -8,12 +8,7 @@ from avalanche.training.plugins import LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Cumulative, Naive
 from plugin_streams import Blobs, assert_same, benchmark, mlp, multi_head, strategy, train
 
-from ewc_plugin import (
-    DiagonalEWCPlugin,
-    QuadraticPenalty,
-    diagonal_fisher,
-    experience_batches,
-)
+from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher, experience_batches
 
 
 @pytest.mark.parametrize(("make", "task_labels"), [(mlp, False), (multi_head, True)])

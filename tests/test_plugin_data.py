@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ewc_plugin import DiagonalEWCPlugin, FisherData, diagonal_fisher
-from ewc_plugin.unpacking import Unpacked, unpack
+from ewc_plugin.avalanche.batch_parts import Unpacked, unpack
 
 
 def double_mlp():

@@ -8,7 +8,7 @@ from avalanche.training.supervised import Naive
 from plugin_streams import InTheLoss, benchmark, mlp, strategy, train
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
-from ewc_plugin.template import gradients_are_ours
+from ewc_plugin.avalanche.template import gradients_are_ours
 
 LAMBDA = 5.0
 

@@ -13,7 +13,7 @@ from avalanche.training.supervised import Naive
 from plugin_streams import InTheLoss, assert_same, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, QuadraticPenalty
-from ewc_plugin.template import gradients_are_ours
+from ewc_plugin.avalanche.template import gradients_are_ours
 
 
 def stream_of(n=2, **options):

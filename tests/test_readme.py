@@ -14,12 +14,12 @@ from plugin_streams import N_FEATURES, Blobs, benchmark
 from test_plugin_data import Tokens
 
 from ewc_plugin import DiagonalEWCPlugin
-from experiments import tables
-from experiments.data import find_data
-from experiments.report import chosen_lambdas
-from experiments.run import run
-from experiments.settings import CHOSEN_LAMBDA, TUNING_SEEDS, RunSettings
-from experiments.table import render, table_of
+from experiments.data.sources import find_data
+from experiments.reporting.report import chosen_lambdas
+from experiments.reporting.text_table import render, table_of
+from experiments.results import tables
+from experiments.settings.run import CHOSEN_LAMBDA, TUNING_SEEDS, RunSettings
+from experiments.training.run import run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "results/README.md")

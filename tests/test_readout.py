@@ -5,8 +5,8 @@ import torch
 from reference import loop_fisher, relative_error
 from torch import nn
 
-from ewc_plugin import readout
-from ewc_plugin.fisher import diagonal_fisher
+from ewc_plugin.fisher import one_hidden_layer as readout
+from ewc_plugin.fisher.diagonal import diagonal_fisher
 
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import page, tables
 from experiments.__main__ import main
-from experiments.metrics import continual_metrics
-from experiments.page_tables import summary_tables
-from experiments.settings import RunSettings
-from experiments.table import best_cells, render, summary_table, table_of
+from experiments.reporting.html import page
+from experiments.reporting.html.tables import summary_tables
+from experiments.reporting.text_table import best_cells, render, summary_table, table_of
+from experiments.results import tables
+from experiments.results.metrics import continual_metrics
+from experiments.settings.run import RunSettings
 
 RESULTS = Path(__file__).parent.parent / "results"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)

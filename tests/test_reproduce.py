@@ -5,10 +5,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import reproduce, tables
-from experiments.protocol import PROTOCOLS, Arm, Protocol, Reference, load_protocol
-from experiments.reproduce_table import reproduce_table
-from experiments.settings import TUNING_SEEDS
+from experiments.results import tables
+from experiments.settings.run import TUNING_SEEDS
+from experiments.studies.reproduce import study as reproduce
+from experiments.studies.reproduce.protocol import (
+    PROTOCOLS,
+    Arm,
+    Protocol,
+    Reference,
+    load_protocol,
+)
+from experiments.studies.reproduce.table import reproduce_table
 
 SETTING = {"benchmark": "split", "scenario": "task", "hidden_size": 16}
 NAIVE = Arm("Naive", {"method": "naive"})

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.fisher import diagonal_fisher, explain
-from ewc_plugin.rules import LAYER_RULES, products, register_rule
-from ewc_plugin.rules import conv as conv_rules
+from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
+from ewc_plugin.fisher.rules import conv as conv_rules
+from ewc_plugin.fisher.rules import products
+from ewc_plugin.fisher.rules.registry import LAYER_RULES, register_rule
 
 
 def plain(g, a):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ewc_plugin.scores import FisherType, score_vectors
+from ewc_plugin.fisher.scores import FisherType, score_vectors
 
 
 def stacked(scores):

@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from experiments import sweep_speed
 from experiments.__main__ import main
-from experiments.data import find_data
-from experiments.plain_loop import Timed, run_plainly
-from experiments.run import run
-from experiments.settings import PermutedMnist
-from experiments.sweep_speed import (
+from experiments.data.sources import find_data
+from experiments.settings.run import PermutedMnist
+from experiments.timing import sweep_speed
+from experiments.timing.plain_loop import Timed, run_plainly
+from experiments.timing.sweep_speed import (
     BUILTIN,
     OURS_CLASSIC,
     PLAIN,
@@ -22,7 +21,8 @@ from experiments.sweep_speed import (
     summarise_sweeps,
     time_sweeps,
 )
-from experiments.sweep_speed import run as run_benchmark
+from experiments.timing.sweep_speed import run as run_benchmark
+from experiments.training.run import run
 
 
 def test_the_plain_loop_has_the_accuracies_of_the_run_through_avalanche():

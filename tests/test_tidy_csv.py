@@ -18,8 +18,8 @@ from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
 from plugin_streams import Blobs, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, TidyCSVLogger, gaussian_score
-from experiments import tables
-from experiments.store import Store
+from experiments.results import tables
+from experiments.results.store import Store
 
 NAMES = {"seed": 3, "benchmark": "blobs", "dataset": "points", "scenario": "class"}
 

@@ -1,0 +1,194 @@
+"""Accuracies as one long table that grows, from any Avalanche strategy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import phase_and_task
+from avalanche.logging import BaseLogger
+
+from ewc_plugin.fisher.scores import FisherType
+
+COLUMNS = (
+    *("run_id", "benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda", "seed"),
+    *("train_exp", "eval_exp", "accuracy", "loss", "n_samples", "stream", "task"),
+)
+UNTRAINED = -1
+_KEY = ("run_id", "stream", "train_exp", "eval_exp")  # no two rows of a file agree in all of them
+
+Row = dict[str, str]
+
+
+class TidyCSVLogger(BaseLogger):
+    """Appends a row per evaluated experience to a CSV file: the accuracy matrix R[i, j], long.
+
+    The columns are those of `accuracy.csv` in our experiments, then `stream` ("test") and `task`
+    (empty where an experience has no task label, or several). `method` is the strategy's class;
+    `fisher_type` and `ewc_lambda` are those of its EWC plugin, ours or Avalanche's, or empty.
+    Numbers have full precision. The experience trained through, `train_exp`, is -1 before any
+    training. What is evaluated in the middle of an experience's training is not written, since it
+    belongs to no row of R: call `eval` after `train`.
+
+    The rows that a file has stay, those of other runs too; one that is measured again takes the
+    place of the first. So a run that was killed goes on in the same file, whether the logger comes
+    out of a checkpoint or is made anew. One process at a time may write to a file.
+
+    Args:
+        path: The file; made, with its folder, by the first row.
+        run_id: Names the run. One that is repeated under the same name replaces its own rows.
+        seed: Of the run.
+        benchmark: Names the stream's kind, such as "permuted".
+        dataset: Names the data, such as "mnist".
+        scenario: Whether task labels are given: "task", "domain" or "class".
+        train_exp: The experience that a resumed run had trained through, where the logger itself
+            does not come out of a checkpoint.
+
+    Raises:
+        ValueError: A name is empty, `seed` is no integer, or the file has other columns; or, when
+            it evaluates, the `EvaluationPlugin` has no `accuracy_metrics(experience=True)`. Without
+            `loss_metrics(experience=True)` the loss stays empty.
+
+    Example:
+        >>> from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+        >>> from avalanche.training.plugins import EvaluationPlugin
+        >>> evaluator = EvaluationPlugin(
+        ...     accuracy_metrics(experience=True),
+        ...     loss_metrics(experience=True),
+        ...     loggers=TidyCSVLogger("accuracy.csv", "ewc-30-seed-0", seed=0),
+        ... )
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run_id: str,
+        *,
+        seed: int,
+        benchmark: str = "unnamed",
+        dataset: str = "unnamed",
+        scenario: str = "unnamed",
+        train_exp: int = UNTRAINED,
+    ) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.train_exp = train_exp
+        texts = {"benchmark": benchmark, "dataset": dataset, "scenario": scenario}
+        self._names = {"run_id": run_id, **texts, "seed": _checked_seed(seed)}
+        if empty := [name for name, value in self._names.items() if value == ""]:
+            raise ValueError(f"`{empty[0]}` must not be empty: it would be read as missing.")
+        self._in_training = False
+        self._written: dict[tuple[str, ...], Row] | None = None  # of this run; None: look
+        if self.path.exists():
+            _read(self.path)  # a wrong file is refused before hours of training
+
+    def before_training_exp(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
+        """From here on an evaluation belongs to no row of R."""
+        self._in_training = True
+
+    def after_training_exp(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
+        """Until here; the rows to come are those of this experience."""
+        self._in_training = False
+        self.train_exp = strategy.experience.current_experience
+
+    def after_eval_exp(
+        self, strategy: Any, metric_values: Iterable[MetricValue], **kwargs: Any
+    ) -> None:
+        """Writes the experience's row."""
+        if self._in_training:
+            return
+        found = {metric.name.split("/")[0]: metric.value for metric in metric_values}
+        if "Top1_Acc_Exp" not in found:
+            raise ValueError(
+                "`TidyCSVLogger` writes what `accuracy_metrics(experience=True)` measures; give "
+                "it to the `EvaluationPlugin` too, and `loss_metrics(experience=True)`."
+            )
+        experience = strategy.experience
+        values = {
+            **self._names,
+            **_method_of(strategy),
+            "train_exp": self.train_exp,
+            "eval_exp": experience.current_experience,
+            "accuracy": float(found["Top1_Acc_Exp"]),
+            "loss": float(found["Loss_Exp"]) if "Loss_Exp" in found else None,
+            "n_samples": len(experience.dataset),
+            "stream": experience.origin_stream.name,
+            "task": phase_and_task(strategy)[1],
+        }
+        self._put({name: "" if values[name] is None else str(values[name]) for name in COLUMNS})
+
+    def _put(self, row: Row) -> None:
+        if self._written is None:
+            rows = _read(self.path) if self.path.exists() else []
+            _replace(self.path, rows)  # begins the file, or drops what a kill left of a line
+            own = (each for each in rows if each["run_id"] == row["run_id"])
+            self._written = {_key(each): each for each in own}
+        before = self._written.get(_key(row))
+        self._written[_key(row)] = row
+        if before is None:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                _writer(file).writerow(row)
+        elif before != row:
+            rows = [row if _key(each) == _key(row) else each for each in _read(self.path)]
+            _replace(self.path, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_written": None}  # the file may have got further than a checkpoint
+
+
+def _method_of(strategy: Any) -> dict[str, Any]:
+    ewc = next((p for p in strategy.plugins if hasattr(p, "ewc_lambda")), None)
+    kind = getattr(ewc, "fisher_type", None)
+    return {
+        "method": type(strategy).__name__,
+        "fisher_type": kind.value if isinstance(kind, FisherType) else _name(kind),
+        "ewc_lambda": None if ewc is None else float(ewc.ewc_lambda),
+    }
+
+
+def _name(score: Any) -> str | None:
+    return None if score is None else getattr(score, "__name__", type(score).__name__)
+
+
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, Integral):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
+    return int(seed)
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in _KEY)
+
+
+def _writer(file: Any) -> csv.DictWriter[str]:
+    return csv.DictWriter(file, COLUMNS, lineterminator="\n")
+
+
+def _read(path: Path) -> list[Row]:
+    """The complete rows of a file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    if text and tuple(lines.fieldnames or ()) != COLUMNS:
+        raise ValueError(
+            f"`path` must be a new file or one of `TidyCSVLogger`, got {path}, which has other "
+            "columns. Choose another name."
+        )
+    return list(lines)
+
+
+def _replace(path: Path, rows: list[Row]) -> None:
+    """By rename, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = _writer(file)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

@@ -1,0 +1,293 @@
+"""Convolutions and transposed convolutions in 1 to 3 dimensions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums, channel_sums
+from ewc_plugin.fisher.rules.products import (
+    MAX_PAIRS,
+    add_pair_squares,
+    add_product_squares,
+    n_pairs,
+)
+
+_LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
+_FEW_CHANNELS = 4  # of an input below which it is, too
+_GROUP = 16  # samples in one grouped convolution
+_UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
+_VECTOR = 8  # entries; a product on a CPU is up to a third slower whose rows are no multiple
+# Gradients of one call that wait for each other: more than five are hardly faster, and all calls
+# hold theirs at the same time.
+_AT_ONCE, _HELD_ENTRIES = 5, 2**22
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """The arguments of a convolution, one entry per spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...] = ()  # of a transposed convolution; else empty
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.output_padding)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every output sees every channel of the positions that its taps reach."""
+        return self.groups == 1 and not self.transposed
+
+
+def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _bind(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> LayerCall:
+    axes = weight.dim() - 2
+    dilations = _per_axis(dilation, axes)
+    if padding == "same":  # an odd total puts the larger half behind: pad the input itself
+        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        input = F.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+    if isinstance(padding, str):
+        padding = 0
+    geometry = _Geometry(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
+    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+
+
+def _bind_transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> LayerCall:
+    axes = weight.dim() - 2
+    geometry = _Geometry(
+        _per_axis(stride, axes),
+        _per_axis(padding, axes),
+        _per_axis(dilation, axes),
+        groups,
+        _per_axis(output_padding, axes),
+    )
+    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+
+
+def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+    """F_W += sum_n (weight gradient of sample n)^2; F_b += sum_n (sum of g_n over positions)^2.
+
+    a [N, K, I, ...] and g [N, K, O, ...], with K images per sample.
+    """
+    _add_several(call, a, [g], into)
+
+
+def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
+    """The same for the gradients of several vectors, their squares summed."""
+    geometry: _Geometry = call.options
+    if name := call.names.get("weight"):
+        F_weight = into[name]
+        pays = len(gs) > 1 or F_weight.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS
+        if pays and _unfolds(geometry, gs[0]):
+            _add_unfolded(geometry, a, gs, F_weight)
+        else:
+            for g in gs:
+                _add_weight(geometry, a, g, F_weight)
+    if name := call.names.get("bias"):
+        for g in gs:
+            into[name].add_(channel_sums(g).square_().sum(0))
+
+
+def _at_once(call: LayerCall, g: Tensor, count: int) -> int:
+    """Of `count` vectors as many as share the unfolding of an input, in blocks of like size."""
+    if not _unfolds(call.options, g):
+        return 1
+    most = min(_AT_ONCE, max(1, _HELD_ENTRIES // g.numel()))
+    return math.ceil(count / math.ceil(count / most))
+
+
+def _unfolds(geometry: _Geometry, g: Tensor) -> bool:
+    """Whether one sample's input after the other can be unfolded, and nothing else is better."""
+    return g.device.type == "cpu" and geometry.plain and not _by_taps(g)
+
+
+def _by_taps(g: Tensor) -> bool:
+    """Whether pairs of positions are few enough for one product over all samples and pairs."""
+    return g.size(1) == 1 and n_pairs(math.prod(g.shape[3:])) <= MAX_PAIRS
+
+
+def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    if geometry.plain:
+        if _by_taps(g):
+            _add_by_taps(geometry, a[:, 0], g[:, 0], into)
+            return
+        if a.device.type != "cpu" and _add_unfolded_together(geometry, a, g, into):
+            return
+    _add_grouped(geometry, a, g, into)
+
+
+def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
+    """Each sample's input unfolded in memory that is used again, and one product for all of `gs`.
+
+    On a CPU this beats one convolution per sample and vector, by more the more vectors share it.
+    """
+    S, out = len(gs), gs[0].shape[3:]
+    windows = _windows(geometry, a, into.shape[2:], out)  # [N, I, taps, K, *out]
+    rows = max(1, _UNFOLDED_ENTRIES * out[0] // windows[0].numel())  # of the output, at a time
+    memory = into.new_empty(windows[0].narrow(-len(out), 0, min(rows, out[0])).numel())
+    blocks = []  # what does not depend on the sample is made once, for the loop is short
+    for start in range(0, out[0], rows):
+        size = min(rows, out[0] - start)
+        parts = windows.narrow(-len(out), start, size)
+        unfolded = memory[: parts[0].numel()].view(parts.shape[1:])
+        columns = unfolded.view(into[0].numel(), -1).T  # [K * positions, I * taps]
+        g_parts = [g.narrow(3, start, size).transpose(1, 2).flatten(2) for g in gs]
+        stacked = into.new_empty(S, *g_parts[0].shape[1:] if S > 1 else ())
+        views = list(zip(parts.unbind(0), *(g.unbind(0) for g in g_parts), strict=True))
+        blocks.append((views, unfolded, columns, stacked))
+    turned = into[0].numel() % _VECTOR > 0
+    shape = (S * len(into), into[0].numel())
+    product = into.new_empty(shape[::-1] if turned else shape)
+    total = into.flatten(1) if S == 1 and not turned else torch.zeros_like(product)
+    for n in range(len(a)):
+        for i, (views, unfolded, columns, stacked) in enumerate(blocks):
+            window, g_n, *more = views[n]
+            unfolded.copy_(window)
+            if more:
+                g_n = torch.stack([g_n, *more], out=stacked).flatten(0, 1)
+            factors = (columns.T, g_n.T) if turned else (g_n, columns)
+            if i == 0:
+                torch.mm(*factors, out=product)
+            else:
+                product.addmm_(*factors)
+        total.addcmul_(product, product)
+    if turned:
+        total = total.T
+    if S > 1 or turned:
+        into.flatten(1).add_(total.reshape(S, len(into), -1).sum(0))
+
+
+def _windows(geometry: _Geometry, a: Tensor, kernel: Sequence[int], out: Sequence[int]) -> Tensor:
+    """[N, I, *kernel, K, *out] from a [N, K, I, ...]: what each tap sees, a view where unpadded."""
+    if any(geometry.padding):
+        a = F.pad(a, [p for p in reversed(geometry.padding) for _ in range(2)])
+    samples, images, channels, *strides = a.stride()
+    taps = [stride * d for stride, d in zip(strides, geometry.dilation, strict=True)]
+    steps = [stride * s for stride, s in zip(strides, geometry.stride, strict=True)]
+    return a.as_strided(
+        (len(a), a.size(2), *kernel, a.size(1), *out),
+        (samples, channels, *taps, images, *steps),
+        a.storage_offset(),
+    )
+
+
+def _add_grouped(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    """Through the convolution that is the weight's gradient, many samples' or one's."""
+    if into.numel() >= _LARGE and geometry.groups == 1:
+        for a_n, g_n in zip(a.unbind(0), g.unbind(0), strict=True):  # [K, I, ...], [K, O, ...]
+            gradient = _weight_gradient(geometry, a_n, g_n, into.shape)
+            into.addcmul_(gradient, gradient)
+        return
+    for a_part, g_part in zip(a.split(_GROUP), g.split(_GROUP), strict=True):
+        # Each sample a group of its own, its K images the batch: [K, n * I, ...].
+        n, (out_channels, *rest) = len(a_part), into.shape
+        a_part, g_part = (t.transpose(0, 1).flatten(1, 2) for t in (a_part, g_part))
+        gradients = _weight_gradient(geometry, a_part, g_part, (n * out_channels, *rest), n)
+        into.add_(gradients.view(n, *into.shape).square_().sum(0))
+
+
+def _weight_gradient(
+    geometry: _Geometry, a: Tensor, g: Tensor, shape: Sequence[int], n: int = 1
+) -> Tensor:
+    """Gradient of a weight of this shape, summed over the images; n as many groups as usual."""
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        g,
+        a,
+        g.new_empty(1).expand(*shape),  # only a shape
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding or (0,) * len(geometry.stride),
+        n * geometry.groups,
+        (False, True, False),
+    )[1]
+    return gradient
+
+
+def _add_unfolded_together(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:
+    """Products with all inputs unfolded, where a GPU would run grouped convolutions one by one.
+
+    Returns:
+        Whether the call could be served so.
+    """
+    if len(geometry.stride) != 2 or a.size(1) > 1:
+        return False
+    columns = F.unfold(
+        a[:, 0], into.shape[2:], geometry.dilation, geometry.padding, geometry.stride
+    )  # [N, I * taps, L]
+    add_product_squares(g.flatten(3)[:, 0].mT, columns.mT, into.flatten(1))
+    return True
+
+
+def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
+    """For outputs of a few positions: one product over samples and pairs of positions per tap.
+
+    A tap (an offset in the kernel) pairs an output position with one input position, or with the
+    padding, where it contributes nothing: on a 1 x 1 map only one tap of a 3 x 3 kernel is alive.
+    """
+    sizes, positions = a.shape[2:], list(product(*(range(size) for size in g.shape[2:])))
+    a_first = a.flatten(2).permute(2, 0, 1).contiguous()  # [input positions, N, I]
+    g_first = g.flatten(2).permute(2, 0, 1).contiguous()  # [output positions, N, O]
+    for column, tap in enumerate(product(*(range(size) for size in into.shape[2:]))):
+        alive = []  # (output position, input position)
+        for i, position in enumerate(positions):
+            source = [
+                o * s + k * d - p
+                for o, k, s, d, p in zip(
+                    position, tap, geometry.stride, geometry.dilation, geometry.padding, strict=True
+                )
+            ]
+            if all(0 <= x < size for x, size in zip(source, sizes, strict=True)):
+                flat = 0
+                for x, size in zip(source, sizes, strict=True):
+                    flat = flat * size + x
+                alive.append((i, flat))
+        if alive:
+            outputs, inputs = (list(ends) for ends in zip(*alive, strict=True))
+            squares = into.new_zeros(into.shape[:2])
+            add_pair_squares(g_first[outputs], a_first[inputs], squares)
+            into.flatten(2)[..., column].add_(squares)  # a view: sums are contiguous
+
+
+CONVOLUTIONS = tuple(
+    LayerRule(name, function, _bind, _add, add_several=_add_several, at_once=_at_once)
+    for name, function in (("conv1d", F.conv1d), ("conv2d", F.conv2d), ("conv3d", F.conv3d))
+) + tuple(
+    LayerRule(name, function, _bind_transposed, _add)
+    for name, function in (
+        ("conv_transpose1d", F.conv_transpose1d),
+        ("conv_transpose2d", F.conv_transpose2d),
+        ("conv_transpose3d", F.conv_transpose3d),
+    )
+)

@@ -1,0 +1,59 @@
+"""Which lambda the optimizer's step can bear, and what to raise when it could not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch  # noqa: F401  (the doctest)
+from torch.optim import SGD, Optimizer
+
+from ewc_plugin.penalty.gradient import Pair
+
+
+class DivergedError(ArithmeticError, RuntimeError):
+    """The loss or a weight is no longer finite; caught under either name."""
+
+
+def largest_stable_lambda(optimizer: Optimizer, pairs: list[Pair]) -> float:
+    """The lambda above which the penalty alone makes gradient descent diverge.
+
+    Descent on lambda S d^2 multiplies d by 1 - 2 lr lambda S in every step, so that it must have
+    2 lr lambda max S < 2; momentum m makes the bound 2 (1 + m), Nesterov's 2 (1 + m) / (1 + 2 m).
+    The task's own curvature comes on top: stay well below.
+
+    Args:
+        optimizer: Only for `torch.optim.SGD` is there such a bound: an Adam step is at most about
+            lr long whatever the gradient.
+        pairs: Of `QuadraticPenalty.pairs(model)`.
+
+    Returns:
+        The bound; infinite if there is none.
+
+    Example:
+        >>> from ewc_plugin.penalty.penalty import QuadraticPenalty
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> penalty = QuadraticPenalty()
+        >>> penalty.consolidate(model, {"weight": torch.tensor([[50.0]])})
+        >>> largest_stable_lambda(SGD(model.parameters(), lr=0.1), penalty.pairs(model))
+        0.2
+    """
+    if not isinstance(optimizer, SGD):
+        return math.inf
+    largest = {parameter: float(q.fisher.max()) for parameter, q in pairs if q.fisher.numel()}
+    bounds = [math.inf]
+    for group in optimizer.param_groups:
+        curvature = max((largest.get(p, 0.0) for p in group["params"]), default=0.0)
+        bounds.append(_largest_in_group(group, curvature))
+    return max(0.0, min(bounds))
+
+
+def _largest_in_group(group: dict[str, Any], curvature: float) -> float:
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    bound = 2 * (1 + momentum)
+    if group["nesterov"]:
+        bound /= 1 + 2 * momentum
+    lr *= 1 - float(group["dampening"]) if momentum else 1
+    if lr * curvature <= 0:
+        return math.inf
+    return (bound / lr - float(group["weight_decay"])) / (2 * curvature)

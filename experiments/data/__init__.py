@@ -1,0 +1,1 @@
+"""Images and the benchmark streams made of them."""

@@ -1,0 +1,226 @@
+"""Avalanche's split and permuted MNIST streams, and their tensors without the per-sample path.
+
+`Stream.benchmark` is what Avalanche makes. `Stream.samples` computes the same samples by
+whole-array operations; `fast_data` compares the two on real items before it uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.classic import PermutedMNIST, SplitMNIST
+from avalanche.benchmarks.classic.cmnist import PixelsPermutation
+from avalanche.benchmarks.utils import (
+    DefaultTransformGroups,
+    _make_taskaware_classification_dataset,
+    make_avalanche_dataset,
+)
+from torch import Tensor, nn
+from torchvision.transforms import Normalize
+
+from experiments.data.sources import DataSource, ImageDataset, load_images, split_validation
+from experiments.settings.run import N_CLASSES, RunSettings
+
+NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that are picked, and their pixels permuted, when they are asked for.
+
+    Every experience shares `images`, so that a stream of many needs no more memory than one.
+
+    Attributes:
+        images: All images of the dataset, transformed, [M, 1, H, W] float32.
+        indices: Those meant, in their order, [N] int64.
+        pixels: Orders of the pixels, [E, H * W] int64; None where they stay as they are.
+        which: The row of `pixels` for each image, [N] int64; all zero if E is 1.
+    """
+
+    images: Tensor
+    indices: Tensor
+    pixels: Tensor | None = None
+    which: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
+        """The images at `rows`: [1, H, W] for an int, else [N, 1, H, W]."""
+        if isinstance(rows, int):
+            return self[torch.tensor([rows])][0]
+        picked = self.images.index_select(0, self.indices[rows])
+        if self.pixels is None:
+            return picked
+        assert self.which is not None
+        flat = picked.flatten(1)
+        if len(self.pixels) == 1:
+            return flat.index_select(1, self.pixels[0]).view_as(picked)
+        return flat.gather(1, self.pixels.index_select(0, self.which[rows])).view_as(picked)
+
+    def part(self, rows: slice | Tensor) -> Images:
+        """The images at `rows`, not made yet."""
+        which = None if self.which is None else self.which[rows]
+        return replace(self, indices=self.indices[rows], which=which)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Images]) -> Images:
+        """Parts of the same dataset, one after the other."""
+        indices = torch.cat([part.indices for part in parts])
+        if parts[0].pixels is None:
+            return Images(parts[0].images, indices)
+        pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
+        which = [torch.full_like(part.indices, e) for e, part in enumerate(parts)]
+        return Images(parts[0].images, indices, pixels, torch.cat(which))
+
+
+Samples = Callable[[str, int], tuple[Images, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A benchmark and the samples of its experiences.
+
+    Attributes:
+        benchmark: Avalanche's, with `train_stream` and `test_stream`.
+        samples: (stream name, experience) -> transformed images and classes [N] int64, in the
+            order of the experience's dataset.
+        image_size: Pixels per image.
+        classes_per_experience: Size of a head that serves one experience.
+    """
+
+    benchmark: Any
+    samples: Samples
+    image_size: int
+    classes_per_experience: int
+
+
+def shared_stream(run: RunSettings, source: DataSource) -> Stream:
+    """The stream of a run, kept while runs that share it follow each other."""
+    return _kept_stream(run.stream, source)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_stream(run: RunSettings, source: DataSource) -> Stream:
+    return make_stream(run, source)
+
+
+def make_stream(run: RunSettings, source: DataSource) -> Stream:
+    """The stream of a run: MNIST through Avalanche's own generators.
+
+    Digits, and streams whose test part is held out of the training images, are built by the
+    function those generators call, with the same arguments.
+    """
+    train, test = load_images(source)
+    if run.validation:
+        train, test = split_validation(train)
+    own_generator = source.name == "mnist" and not run.validation
+    make = {"split": _split, "permuted": _permuted}[run.benchmark]
+    return make(run, train, test, source.root if own_generator else None)
+
+
+def _transform(run: RunSettings) -> nn.Module:
+    """What the stream does to pixels in [0, 1]."""
+    return nn.Identity() if run.pixels == "unit" else NORMALIZE
+
+
+def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None) -> Stream:
+    options: dict[str, Any] = {
+        "n_experiences": run.n_experiences,
+        "fixed_class_order": list(range(N_CLASSES)),  # 0/1, 2/3, ... as in the literature
+        "class_ids_from_zero_in_each_exp": run.scenario != "class",
+        "train_transform": _transform(run),
+        "eval_transform": _transform(run),
+    }
+    by_task = run.scenario == "task"
+    if root is not None:
+        benchmark = SplitMNIST(**options, return_task_id=by_task, dataset_root=root)
+    else:
+        benchmark = nc_benchmark(train, test, **options, task_labels=by_task)
+    ordered = _ordered_samples(benchmark, train, test, _transform(run))
+    per_experience = N_CLASSES // run.n_experiences
+
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
+        images, classes = ordered(stream, experience)
+        from_zero = options["class_ids_from_zero_in_each_exp"]
+        return images, classes - experience * per_experience if from_zero else classes
+
+    return Stream(benchmark, samples, train.data[0].numel(), per_experience)
+
+
+def _permuted(
+    run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None
+) -> Stream:
+    size = train.data[0].numel()
+    random = np.random.RandomState(run.seed)  # as Avalanche draws them
+    permutations = [
+        torch.from_numpy(random.permutation(size)).long() for _ in range(run.n_experiences)
+    ]
+    if root is not None:
+        benchmark = PermutedMNIST(
+            run.n_experiences,
+            return_task_id=run.scenario == "task",
+            seed=run.seed,
+            train_transform=_transform(run),
+            eval_transform=_transform(run),
+            dataset_root=root,
+        )
+    else:
+        benchmark = nc_benchmark(
+            *([_permute(part, p) for p in permutations] for part in (train, test)),
+            n_experiences=run.n_experiences,
+            task_labels=run.scenario == "task",
+            shuffle=False,
+            class_ids_from_zero_in_each_exp=True,
+            one_dataset_per_exp=True,
+            train_transform=_transform(run),
+            eval_transform=_transform(run),
+        )
+    ordered = _ordered_samples(benchmark, train, test, _transform(run))
+
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
+        images, classes = ordered(stream, experience)
+        # The transform is elementwise, so that it commutes with permuting.
+        pixels = permutations[experience].unsqueeze(0)
+        return replace(images, pixels=pixels, which=torch.zeros_like(classes)), classes
+
+    return Stream(benchmark, samples, size, N_CLASSES)
+
+
+def _ordered_samples(
+    benchmark: Any, train: ImageDataset, test: ImageDataset, transform: nn.Module
+) -> Samples:
+    """The transformed samples of an experience in its dataset's order.
+
+    Avalanche sorts each dataset by class, the classes not always in the same order.
+    """
+    patterns = {
+        "train": benchmark.train_exps_patterns_assignment,
+        "test": benchmark.test_exps_patterns_assignment,
+    }
+    columns = {
+        name: (transform(part.images()), part.targets)
+        for name, part in (("train", train), ("test", test))
+    }
+
+    @functools.cache
+    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
+        images, classes = columns[stream]
+        # With a dataset per experience, Avalanche counts on through their concatenation.
+        indices = torch.as_tensor(patterns[stream][experience]) % len(classes)
+        return Images(images, indices), classes[indices]
+
+    return samples
+
+
+def _permute(images: ImageDataset, permutation: Tensor) -> Any:
+    frozen = DefaultTransformGroups((PixelsPermutation(permutation), None))
+    return make_avalanche_dataset(
+        _make_taskaware_classification_dataset(images), frozen_transform_groups=frozen
+    )

@@ -1,0 +1,284 @@
+"""Paper-ready tables from a results folder: mean ± half-width of the 95 % interval, and n.
+
+The best of a benchmark is bold only where its interval against each other method allows it. What
+`parity` and `reproduce` find is printed likewise, with the interval of each paired difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+from scipy import stats
+
+from experiments.reporting.comparison import COMPARED
+from experiments.reporting.report import SHOWN, by_cell, format_interval, interval_text
+from experiments.results import tables
+from experiments.settings.run import STREAM
+
+LOWER_IS_BETTER = ("forgetting",)
+UPPER_BOUND = "joint"  # sees all data at once: nothing that the others could be expected to beat
+POWER_OF_TEN = re.compile(r"1e([+-]\d+)")
+SAME_TEST = [*STREAM, "n_experiences", "validation"]  # what makes accuracies comparable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Print the summary of a results folder, or what it says beside Avalanche or a paper."""
+
+    folder: Annotated[str, tyro.conf.Positional] = "results/main"
+    """Folder of results."""
+    of: Literal["summary", "parity", "reproduce"] = "summary"
+    """What to print: methods side by side; paired differences from Avalanche's built-in EWC; a
+    published experiment beside its number."""
+    format: Literal["markdown", "latex", "csv"] = "markdown"
+    """Notation of the table; LaTeX needs the package booktabs."""
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """A table to be shown.
+
+    Attributes:
+        text: One row per benchmark and method.
+        best: Which entries are bold, in the same shape.
+    """
+
+    text: pd.DataFrame
+    best: pd.DataFrame
+
+
+def run(settings: Table) -> SummaryTable:
+    """Prints the table and returns it.
+
+    Args:
+        settings: Which folder, and how.
+
+    Returns:
+        What was printed.
+
+    Raises:
+        ValueError: The folder does not hold it.
+    """
+    table = table_of(settings.folder, settings.of)
+    print(render(table, settings.format), end="")
+    return table
+
+
+def table_of(folder: str | Path, of: str) -> SummaryTable:
+    """What `run` prints.
+
+    Args:
+        folder: Of results.
+        of: One of `MADE_FROM`.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: The folder does not hold it.
+    """
+    names, make = MADE_FROM[of]
+    found = tables.load(folder)
+    if missing := set(names) - set(found):
+        files = " and ".join(f"{name}.csv" for name in names)
+        raise ValueError(
+            f"`folder` must hold {files}, got {folder} without {', '.join(sorted(missing))}."
+        )
+    return make(*(found[name] for name in names))
+
+
+def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
+    """The main metrics of each cell as text, methods in their usual order.
+
+    Args:
+        summary: Rows of `summary.csv`.
+        runs: Rows of `runs.csv`, which say what is best.
+
+    Returns:
+        The table.
+    """
+    best = {metric: best_cells(runs, metric) for metric in SHOWN}
+    varied = tables.varied_settings(runs)
+    settings = runs.drop_duplicates("config_hash").set_index("config_hash")[varied]
+    rows, bold = [], []
+    for cell in by_cell(summary):
+        rows.append({
+            "benchmark": _stream(cell),
+            "method": cell.label,
+            "Fisher": cell.fisher_type,
+            "λ": cell.ewc_lambda,
+            **{k.replace("_", " "): _word(settings.loc[cell.config_hash, k]) for k in varied},
+            **{m.replace("_", " "): format_interval(cell.metrics, m) for m in SHOWN},
+            "n": str(cell.n),
+        })
+        bold.append({m.replace("_", " "): cell.config_hash in best[m] for m in SHOWN})
+    text = pd.DataFrame(rows)
+    return SummaryTable(text, pd.DataFrame(bold).reindex(columns=text.columns, fill_value=False))
+
+
+def parity_table(parity: pd.DataFrame) -> SummaryTable:
+    """Ours less the built-in, seed by seed; the numerical checks stay in the CSV.
+
+    Args:
+        parity: Rows of `parity.csv`.
+
+    Returns:
+        The table, nothing of it bold.
+    """
+    paired = parity[parity["quantity"].isin(COMPARED)]
+    return _plain(
+        {
+            "benchmark": _stream(row),
+            "compared": row.check.removeprefix("paired seeds, "),
+            "metric": row.quantity.replace("_", " "),
+            "ours": f"{row.ours:.4f}",
+            "built-in": f"{row.builtin:.4f}",
+            "difference": _difference(row.difference, row.ci_low, row.ci_high),
+            "n": str(row.n),
+            "verdict": row.verdict,
+        }
+        for row in paired.itertuples()
+    )
+
+
+def reproduce_table(reproduce: pd.DataFrame) -> SummaryTable:
+    """Each arm of a published experiment beside its number.
+
+    Args:
+        reproduce: Rows of `reproduce.csv`.
+
+    Returns:
+        The table, nothing of it bold.
+    """
+    return _plain(
+        {
+            "experiment": row.protocol,
+            "arm": row.arm,
+            "published": _word(row.reference),
+            "average accuracy": "-" if row.n == 0 else interval_text(row.mean, row.ci_high),
+            "difference": "-"
+            if pd.isna(row.difference)
+            else _difference(row.difference, row.difference_ci_low, row.difference_ci_high)
+            + f" from {row.against}",
+            "n": str(row.n),
+            "reproduced": row.reproduced,
+        }
+        for row in reproduce.itertuples()
+    )
+
+
+def _plain(rows: Iterable[dict[str, str]]) -> SummaryTable:
+    text = pd.DataFrame(list(rows))
+    return SummaryTable(text, text.map(lambda entry: False))
+
+
+def _stream(row: Any) -> str:
+    return f"{row.benchmark} {row.dataset}, {row.scenario}-incremental"
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else "")
+
+
+# What to print -> the tables that it is made from, and how.
+MADE_FROM: dict[str, tuple[tuple[str, ...], Callable[..., SummaryTable]]] = {
+    "summary": (("summary", "runs"), summary_table),
+    "parity": (("parity",), parity_table),
+    "reproduce": (("reproduce",), reproduce_table),
+}
+
+
+def _word(value: Any) -> str:
+    return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def best_cells(runs: pd.DataFrame, metric: str) -> set[str]:
+    """The cells that are best on their benchmark by more than their seeds explain.
+
+    Among the cells of one stream, joint training left out, the one with the best mean is best if
+    the 95 % interval of its difference from every other excludes zero: Student's interval of the
+    paired differences where both have the same seeds, Welch's where they don't. Where one of them
+    has a single seed there is no interval, and nothing is best; nor where there is one cell only.
+    The intervals are not corrected for the number of cells.
+
+    Args:
+        runs: Rows of `runs.csv`; only those with status `ok` count.
+        metric: A column of it. Of `forgetting` less is better.
+
+    Returns:
+        Their `config_hash`.
+
+    Source: Welch 1947 as `scipy.stats.ttest_ind` has it.
+    """
+    done = runs[(runs["status"] == "ok") & (runs["method"] != UPPER_BOUND)]
+    done = done[done[metric].notna()]
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    best = set()
+    for _, group in done.groupby(SAME_TEST):
+        cells = {
+            str(key): sign * cell.set_index("seed")[metric]
+            for key, cell in group.groupby("config_hash")
+        }
+        first, *others = sorted(cells, key=lambda key: -cells[key].mean())
+        if others and all(_exceeds(cells[first], cells[other]) for other in others):
+            best.add(first)
+    return best
+
+
+def _exceeds(a: pd.Series[float], b: pd.Series[float]) -> bool:
+    """Whether the 95 % interval of mean(a) - mean(b), both by seed, lies above zero."""
+    if min(len(a), len(b)) < 2:
+        return False
+    if set(a.index) == set(b.index):
+        return tables.interval((a - b).to_numpy(float))["ci_low"] > 0
+    if a.std() == b.std() == 0:  # no spread: Welch's statistic is not defined
+        return bool(a.mean() > b.mean())
+    welch: Any = stats.ttest_ind(a, b, equal_var=False)
+    return bool(welch.confidence_interval(tables.CONFIDENCE).low > 0)
+
+
+def render(table: SummaryTable, notation: str) -> str:
+    """The table as markdown, LaTeX (booktabs) or CSV, which knows no bold."""
+    if notation == "csv":
+        return table.text.to_csv(index=False)
+    mark = {"markdown": "**{}**", "latex": r"\textbf{{{}}}"}[notation]
+    text = _latex_text(table.text) if notation == "latex" else table.text
+    text = text.mask(table.best.to_numpy(dtype=bool), text.map(mark.format))
+    if notation == "latex":
+        return _latex(text)
+    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _latex_text(text: pd.DataFrame) -> pd.DataFrame:
+    symbols = {"λ": r"$\lambda$", "±": r"$\pm$", "%": r"\%", "_": r"\_", "&": r"\&"}
+
+    def escaped(entry: str) -> str:
+        if power := POWER_OF_TEN.fullmatch(entry):
+            return f"$10^{{{int(power[1])}}}$"
+        return "--" if entry == "-" else "".join(symbols.get(c, c) for c in entry)
+
+    return text.map(escaped).rename(columns=escaped)
+
+
+def _latex(text: pd.DataFrame) -> str:
+    """Numbers to the right, a rule between what the first column names, which is said once."""
+    first = text.columns[0]
+    new = text[first].ne(text[first].shift()).to_numpy()
+    text = text.assign(**{first: np.where(new, text[first], "")})
+    lines = [
+        rf"\begin{{tabular}}{{lll{'r' * (text.shape[1] - 3)}}}",
+        r"\toprule",
+        " & ".join(text.columns) + r" \\",
+    ]
+    for begins, row in zip(new, text.to_numpy().tolist(), strict=True):
+        lines += [r"\midrule"] if begins else []
+        lines.append(" & ".join(row) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

@@ -1,0 +1,1 @@
+"""Result tables: schemas, files, statistics, and the store of finished runs."""

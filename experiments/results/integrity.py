@@ -1,0 +1,80 @@
+"""Whether the tables of runs agree with each other and with themselves.
+
+A schema knows single values. This knows that a run's id follows from its settings, that its rows
+are all there, and that its metrics are those of its rows, so that an edited number is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.results.metrics import METRICS, continual_metrics
+from experiments.results.tables import ACCURACY, SETTING_NAMES, TableError
+from experiments.settings.run import RunSettings
+
+TOLERANCE = 1e-9  # of metrics that another version of NumPy may have summed in another order
+REPEATED = [name for name in SETTING_NAMES if name in ACCURACY.columns]
+
+
+def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
+    """Holds each run against its rows.
+
+    Args:
+        runs: Rows of `runs.csv`.
+        accuracy: Rows of `accuracy.csv`, of the same runs.
+
+    Raises:
+        TableError: Naming the run and what does not fit.
+    """
+    rows = dict(tuple(accuracy.groupby("run_id", sort=False)))
+    if strangers := sorted(rows.keys() - set(runs["run_id"])):
+        raise TableError(f"accuracy.csv has rows of {strangers[0]}, which runs.csv lacks")
+    for record in runs.to_dict("records"):
+        run_id = record["run_id"]
+        settings = _settings(record)
+        if (settings.run_id, settings.config_hash) != (run_id, record["config_hash"]):
+            raise TableError(f"the settings of {run_id} are not those of its id")
+        _check_rows(record, settings, rows.get(run_id, accuracy.iloc[:0]))
+
+
+def _settings(record: Mapping[str, Any]) -> RunSettings:
+    """The settings in a row of `runs.csv`."""
+    values = {name: record.get(name) for name in SETTING_NAMES}
+    try:
+        return RunSettings(**{k: None if pd.isna(v) else v for k, v in values.items()})
+    except (ValueError, TypeError) as error:
+        raise TableError(f"{record['run_id']} can't be a run: {error}") from None
+
+
+def _check_rows(record: Mapping[str, Any], settings: RunSettings, rows: pd.DataFrame) -> None:
+    run_id = record["run_id"]
+    for name in REPEATED:
+        value = getattr(settings, name)
+        same = rows[name].isna() if value is None else rows[name] == value
+        if not same.all():
+            raise TableError(f"`{name}` of {run_id} is not the same in both tables")
+    if record["status"] != "ok":
+        return
+    n = settings.n_experiences
+    trained = [-1, n - 1] if settings.method == "joint" else range(-1, n)
+    matrix = np.full((n + 1, n), np.nan)
+    for i, j, value in zip(rows["train_exp"], rows["eval_exp"], rows["accuracy"], strict=True):
+        if i in trained and j < n:
+            matrix[i + 1, j] = value
+    if len(rows) != len(trained) * n or np.isfinite(matrix).sum() != len(rows):
+        raise TableError(f"{run_id} has {len(rows)} rows of accuracy, not {len(trained) * n}")
+    expected = continual_metrics(matrix)
+    for name in METRICS:
+        if not _close(record[name], expected[name]):
+            raise TableError(
+                f"`{name}` of {run_id} is {record[name]}, its rows say {expected[name]}"
+            )
+
+
+def _close(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or abs(a - b) <= TOLERANCE

@@ -1,0 +1,1 @@
+"""EWC beside the true posterior, on problems of two parameters."""

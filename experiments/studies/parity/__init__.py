@@ -1,0 +1,1 @@
+"""Our EWC beside Avalanche's built-in."""

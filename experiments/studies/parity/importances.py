@@ -1,0 +1,164 @@
+"""Importances of Avalanche's built-in EWC beside ours where the definitions agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from avalanche.models import avalanche_forward
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EWCPlugin
+from avalanche.training.supervised import Naive
+from torch import Tensor, nn
+
+from ewc_plugin import diagonal_fisher
+from experiments.data.sources import DataSource
+from experiments.data.streams import shared_stream
+from experiments.data.tensor_path import FastData, TensorRows, experience_rows
+from experiments.settings.run import STREAM, RunSettings
+from experiments.training.networks import make_model
+
+N_BATCHED, N_SINGLE = 2000, 200  # samples that are compared
+FLOAT64_TOLERANCE = 1e-12  # of importances, relative to the largest
+Tensors = dict[str, Tensor]
+
+
+def numerical_checks(cell: RunSettings, source: DataSource) -> Iterator[dict[str, Any]]:
+    """Importances of the built-in beside ours, on a network trained on the first experience.
+
+    The built-in squares the gradient of a mini-batch's mean loss. `batched` is that definition; at
+    batch size 1 it is the empirical Fisher; at batch size 1 on the model's own predictions as
+    labels it is the Fisher from predicted labels.
+    """
+    model, rows = trained_network(cell, source)
+    some = rows.part(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)))
+    batched = some.part(slice(0, N_BATCHED))
+    yield _compare(cell, "batched", model, batched, cell.batch_size, tolerance=0.0)
+    with float64_by_default():
+        model = model.double()
+        x, y, task = some[:N_SINGLE]
+        single = TensorRows(x.double(), y, task)
+        yield _compare(cell, "empirical", model, single, 1, tolerance=FLOAT64_TOLERANCE)
+        predicted = TensorRows(single.x, _predictions(model, single), task)
+        yield _compare(cell, "predicted", model, predicted, 1, tolerance=FLOAT64_TOLERANCE)
+
+
+def trained_network(cell: RunSettings, source: DataSource) -> tuple[nn.Module, TensorRows]:
+    """A network after one epoch on (part of) the first experience, and that experience."""
+    stream = shared_stream(cell, source)
+    RNGManager.set_random_seeds(cell.seed)
+    model = make_model(cell, stream)
+    experience = stream.benchmark.train_stream[0]
+    rows = experience_rows(stream, experience)
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=cell.learning_rate),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=cell.batch_size,
+        plugins=[FastData(stream)],
+        evaluator=None,
+    )
+    strategy.train(experience, eval_streams=[])
+    return model, rows
+
+
+def _compare(
+    cell: RunSettings,
+    fisher_type: str,
+    model: nn.Module,
+    rows: TensorRows,
+    batch_size: int,
+    *,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Largest difference between the two importances, relative to the built-in's largest."""
+    builtin = EWCPlugin(1.0).compute_importances(
+        model, nn.CrossEntropyLoss(), _no_optimizer(model), rows, torch.device("cpu"), batch_size
+    )
+    ours = diagonal_fisher(
+        model,
+        list(rows.batches(batch_size)),
+        fisher_type,
+        forward=lambda m, batch: avalanche_forward(m, batch[0], batch[2]),
+    )
+    theirs = {name: builtin[name].data for name in ours}
+    dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
+    return row(
+        cell,
+        f"importances, {fisher_type}, {dtype}, against built-in at batch {batch_size}",
+        "sum of importances; largest relative difference",
+        len(rows),
+        total(ours),
+        total(theirs),
+        largest(ours, theirs),
+        tolerance,
+    )
+
+
+def row(
+    run: RunSettings,
+    check: str,
+    quantity: str,
+    n: int,
+    ours: float | None,
+    builtin: float | None,
+    difference: float,
+    tolerance: float | None,
+) -> dict[str, Any]:
+    """A row of `parity.csv`; without a tolerance it is a measurement, not a verdict."""
+    verdict = "measured"
+    if tolerance is not None:
+        verdict = "equal" if difference <= tolerance else "different"
+    return {
+        **{name: getattr(run, name) for name in STREAM},
+        "check": check,
+        "quantity": quantity,
+        "n": n,
+        "ours": ours,
+        "builtin": builtin,
+        "difference": difference,
+        "ci_low": None,
+        "ci_high": None,
+        "tolerance": tolerance,
+        "verdict": verdict,
+    }
+
+
+def largest(a: Tensors, b: Tensors) -> float:
+    """Largest difference of any entry, relative to the largest entry of `b`; absent is zero."""
+    scale = max(float(t.abs().max()) for t in b.values())
+    zero = torch.zeros(())
+    differences = [
+        float((a.get(name, zero) - b.get(name, zero)).abs().max()) for name in a.keys() | b.keys()
+    ]
+    return max(differences) / scale
+
+
+def total(tensors: Tensors) -> float:
+    """Sum of all entries."""
+    return sum(float(t.sum(dtype=torch.float64)) for t in tensors.values())
+
+
+def _no_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """The built-in only calls its `zero_grad`."""
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, rows: TensorRows) -> Tensor:
+    x, _, task = rows[:]
+    model.eval()
+    return avalanche_forward(model, x, task).argmax(dim=1)
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """PyTorch's default dtype meanwhile: Avalanche's multi-head allocates its output in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

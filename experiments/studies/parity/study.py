@@ -1,0 +1,182 @@
+"""Parity with Avalanche's built-in EWC: the same numbers where definitions agree, or how far apart.
+
+Numerical checks over whole runs; paired seeds with an equivalence verdict, each method at its own
+lambda, chosen on validation images with seeds that are not reported; curves over lambda.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import pandas as pd
+from rich.console import Console
+
+from experiments.data.sources import DataSource, find_data
+from experiments.main_job import show_plan
+from experiments.reporting.comparison import paired_differences
+from experiments.reporting.figures.accuracy import plot_all
+from experiments.reporting.report import chosen_lambdas, print_parity
+from experiments.results import tables
+from experiments.results.store import read_results
+from experiments.settings.run import (
+    PENALISED,
+    TUNING_GRIDS,
+    Dataset,
+    Job,
+    PermutedMnist,
+    RunSettings,
+    SplitMnist,
+)
+from experiments.studies.parity.curves import Curves, run_curves
+from experiments.studies.penalty_sweeps import run_cells
+
+Part = Literal["numerical", "behaviour", "curves"]
+BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
+# Two hidden layers and more steps than the main job has, which must be done while one waits.
+BATCH_SIZE = {"mnist": 256, "digits": 128}
+# Where `tune` has no grid of its own, the one of split MNIST, task-incremental, is tried.
+COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}
+
+
+@dataclass(frozen=True)
+class Parity(Job):
+    """Compare ours with Avalanche's built-in EWC, number by number and result by result."""
+
+    parts: tuple[Part, ...] = ("numerical", "behaviour", "curves")
+    """What to do; what is not named is kept as it is in the output folder."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Reported: paired, the same for both methods."""
+    tuning_seeds: tuple[int, ...] = (100,)
+    """Not reported: each method's lambda is chosen with them."""
+    curve_seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the curves over lambda."""
+    hidden_size: int = 100
+    """Units per hidden layer in the numerical checks and the curves."""
+    tables_only: bool = False
+    """Run nothing: write tables and pictures of what is there."""
+
+    name = "parity"
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The paired runs, each method at its own lambda; seed by seed, for complete pairs."""
+        chosen = self.chosen(dataset)
+        for seed in self.seeds:
+            for benchmark, scenario in BENCHMARKS:
+                for method in PENALISED:
+                    ewc_lambda = chosen[benchmark, scenario, method]
+                    yield from _grid(benchmark, scenario, method, (ewc_lambda,), (seed,), dataset)
+
+    def chosen(self, dataset: Dataset) -> dict[tuple[str, str, str], float]:
+        """The lambda that were best on validation images."""
+        summary = tables.read(self.folder / "tuning", tables.SUMMARY)
+        rows = chosen_lambdas(summary[summary["dataset"] == dataset])
+        return {(r.benchmark, r.scenario, r.method): r.ewc_lambda for r in rows.itertuples()}
+
+
+@dataclass(frozen=True)
+class _Tuning(Job):
+    seeds: tuple[int, ...] = (100,)
+
+    name = "parity/tuning"
+    compares = False
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        for benchmark, scenario in BENCHMARKS:
+            for method in PENALISED:
+                lambdas = TUNING_GRIDS.get((benchmark, dataset, scenario, method), COARSE[method])
+                for cell in _grid(benchmark, scenario, method, lambdas, self.seeds, dataset):
+                    yield replace(cell, validation=True)
+
+
+def _grid(
+    benchmark: str,
+    scenario: str,
+    method: str,
+    lambdas: tuple[float, ...],
+    seeds: tuple[int, ...],
+    dataset: Dataset,
+) -> Iterator[RunSettings]:
+    grid = SplitMnist if benchmark == "split" else PermutedMnist
+    options: dict[str, Any] = {"methods": (method,), "ewc_lambda": lambdas, "seeds": seeds}
+    options |= {"hidden_layers": 2, "learning_rate": 1e-3, "batch_size": BATCH_SIZE[dataset]}
+    yield from grid(scenario=scenario, **options).cells(dataset)
+
+
+def run(settings: Parity) -> pd.DataFrame:
+    """Makes what is missing; writes `parity.csv`, the run tables and the pictures.
+
+    Args:
+        settings: What to compare.
+
+    Returns:
+        Rows of `parity.csv`.
+    """
+    console = Console(quiet=settings.quiet)
+    folder = settings.folder
+    source = find_data(settings.dataset, settings.data_root)
+    make = not settings.tables_only
+    curves = Curves(
+        **_shared(settings, "curves"), seeds=settings.curve_seeds, hidden_size=settings.hidden_size
+    )
+    tuning = _Tuning(**_shared(settings, "tuning"), seeds=settings.tuning_seeds)
+    if settings.dry_run:
+        _show_plans(settings, curves, tuning, source.name, console)
+        raise SystemExit(0)
+    rows = _numerical(settings, source, console)
+    if "curves" in settings.parts:
+        run_curves(curves, console, make=make)
+    if "behaviour" in settings.parts:
+        run_cells(tuning, console, make=make)
+        runs, _ = run_cells(settings, console, make=make)
+        plot_all(tables.read(folder, tables.ACCURACY), runs, folder / "plots")
+    runs = tables.read(folder, tables.RUNS)
+    table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], tables.PARITY)
+    tables.write(table, folder, tables.PARITY)
+    print_parity(table, console)
+    return table
+
+
+def _show_plans(
+    settings: Parity, curves: Curves, tuning: _Tuning, dataset: Dataset, console: Console
+) -> None:
+    """What each part would run."""
+    if "curves" in settings.parts:
+        show_plan(curves, list(curves.cells(dataset)), console)
+    if "behaviour" in settings.parts:
+        cells = list(tuning.cells(dataset))
+        show_plan(tuning, cells, console)
+        found = read_results(settings.folder / "tuning")[1]
+        if {cell.run_id for cell in cells} <= set(found["run_id"]):
+            show_plan(settings, list(settings.cells(dataset)), console)
+        else:
+            n = len(settings.seeds) * len(BENCHMARKS) * len(PENALISED)
+            line = f"Then {n} paired runs, with the lambdas that those find best."
+            console.print(line, highlight=False)
+    if "numerical" in settings.parts:
+        console.print("The numerical checks that are not there yet come first.")
+
+
+def _numerical(settings: Parity, source: DataSource, console: Console) -> list[dict[str, Any]]:
+    """Rows of the numerical checks; each check is kept when it is done."""
+    from experiments.studies.parity.numerical import checks  # and with it Avalanche
+
+    kept = settings.folder / "numerical"
+    kept.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, make in checks(source, hidden_size=settings.hidden_size, seed=0).items():
+        file = kept / f"{name}.json"
+        wanted = "numerical" in settings.parts and not settings.tables_only
+        if wanted and (settings.force or not file.exists()):
+            tables.replace_file(file, json.dumps(list(make())))
+            console.print(f"{name}: done", highlight=False)
+        if file.exists():
+            rows += json.loads(file.read_text(encoding="utf-8"))
+    return rows
+
+
+def _shared(settings: Parity, part: str) -> dict[str, Any]:
+    shared = {field.name: getattr(settings, field.name) for field in fields(Job)}
+    return {**shared, "out": str(settings.folder / part)}

@@ -1,0 +1,1 @@
+"""Published experiments, and whether their numbers come out."""

@@ -1,0 +1,104 @@
+"""Runs a published experiment and says whether its number comes out.
+
+Each is a file in experiments/protocols with its source, setting, reference numbers and rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+import tyro
+from rich.console import Console
+
+from experiments.reporting.figures.accuracy import plot_all
+from experiments.results import tables
+from experiments.settings.run import Dataset, Job, RunSettings
+from experiments.studies.penalty_sweeps import run_cells
+from experiments.studies.reproduce.figures import plot_protocol
+from experiments.studies.reproduce.protocol import Protocol, load_protocol
+from experiments.studies.reproduce.table import reproduce_table
+
+Name = Literal["kirkpatrick2017", "vandeven2022", "vandeven2025", "baselines"]
+
+
+@dataclass(frozen=True)
+class Reproduce(Job):
+    """Run a published experiment beside its reference number."""
+
+    protocol: Annotated[Name, tyro.conf.Positional] = "kirkpatrick2017"
+    """Which one."""
+    seeds: tuple[int, ...] = ()
+    """Other seeds than the protocol's."""
+    search: bool = False
+    """Try the candidates for what the source leaves open, on validation images, instead."""
+
+    tables_only: bool = False
+    """Run nothing: write tables and pictures of the runs that are there."""
+
+    compares = False
+
+    @property
+    def name(self) -> str:
+        """The output folder's, too."""
+        return f"reproduce/{self.protocol}" + ("/search" if self.search else "")
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The protocol's runs, or the candidates of its search."""
+        protocol = load_protocol(self.protocol)
+        if self.search:
+            yield from protocol.search_cells(dataset)
+        else:
+            yield from protocol.cells(dataset, self.seeds)
+
+
+def run(settings: Reproduce) -> pd.DataFrame:
+    """Makes the runs; writes `reproduce.csv` and pictures beside the run tables.
+
+    Args:
+        settings: Which protocol.
+
+    Returns:
+        A row per arm; of a search, the candidates' rows of `summary.csv`.
+    """
+    console = Console(quiet=settings.quiet)
+    protocol = load_protocol(settings.protocol)
+    if settings.search:
+        return _search(settings, console)
+    console.print(f"{protocol.source}\n{protocol.in_words()}", highlight=False, markup=False)
+    runs, folder = run_cells(settings, console, make=not settings.tables_only)
+    return write(protocol, runs, folder, console)
+
+
+def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console) -> pd.DataFrame:
+    """Writes and prints what the runs say of the protocol.
+
+    Args:
+        protocol: Whose arms they are.
+        runs: Rows of `runs.csv`.
+        folder: Which holds them.
+        console: Where to print.
+
+    Returns:
+        Rows of `reproduce.csv`.
+    """
+    table = reproduce_table(protocol, runs)
+    tables.write(table, folder, tables.REPRODUCE)
+    accuracy = tables.read(folder, tables.ACCURACY)
+    accuracy = accuracy[accuracy["run_id"].isin(runs["run_id"])]
+    plot_all(accuracy, runs, folder / "plots")
+    plot_protocol(protocol, accuracy, runs, folder / "plots")
+    shown = ["arm", "reference", "n", "mean", "ci_low", "ci_high", "reproduced"]
+    console.print(table[shown].to_string(index=False), highlight=False)
+    return table
+
+
+def _search(settings: Reproduce, console: Console) -> pd.DataFrame:
+    run_cells(settings, console, make=not settings.tables_only)
+    summary = tables.load(settings.folder)["summary"]
+    rows = summary[summary["metric"] == "average_accuracy"].sort_values("mean", ascending=False)
+    console.print(rows[["config_hash", "method", "ewc_lambda", "n", "mean"]].to_string(index=False))
+    return rows

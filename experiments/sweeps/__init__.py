@@ -1,0 +1,1 @@
+"""Many runs: which are missing, on which process, and what became of them."""

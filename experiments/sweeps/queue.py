@@ -1,0 +1,68 @@
+"""What to run next, so that streams are built as few times as possible and no core idles long."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from experiments.settings.run import DEFAULT_BATCH_SIZE, RunSettings
+
+# Duration relative to Naive's, from the times in results/main.
+METHOD_WORK = {"naive": 1.0, "joint": 0.9, "ewc": 1.3, "avalanche-ewc": 1.6}
+CHECK_WORK = 0.1  # of a run
+OVERHEAD = 100_000  # parameters whose training takes as long as what a step costs besides
+N_INPUTS = 784
+CNN_PARAMETERS = 2_000_000  # of an MLP that takes as long
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run, or the numerical checks on the stream of one."""
+
+    cell: RunSettings
+    is_check: bool = False
+
+    @property
+    def work(self) -> float:
+        """Relative duration."""
+        return work(self.cell) * (CHECK_WORK if self.is_check else 1.0)
+
+
+def work(cell: RunSettings) -> float:
+    """Duration of a run in arbitrary units; right enough to tell large from small."""
+    passes = cell.epochs * (cell.n_experiences if cell.benchmark == "permuted" else 1)
+    h = cell.hidden_size
+    n_parameters = N_INPUTS * h + (cell.hidden_layers - 1) * h * h
+    if cell.model == "cnn":
+        n_parameters = CNN_PARAMETERS
+    steps = passes * DEFAULT_BATCH_SIZE["mnist"] / cell.batch_size
+    return METHOD_WORK[cell.method] * (OVERHEAD * steps + n_parameters * passes)
+
+
+def next_task(
+    waiting: Sequence[Task], own: RunSettings | None, others: Collection[RunSettings | None]
+) -> Task:
+    """The largest waiting task of the stream that a process should take on.
+
+    That is the stream which it holds; else, of those that no other process holds, the one with most
+    work; else the one with most work, which is then built once more rather than waited for.
+
+    Args:
+        waiting: Tasks that nobody has begun; at least one.
+        own: The stream that the process holds.
+        others: Those that the other processes hold.
+
+    Returns:
+        One of `waiting`.
+    """
+    streams: dict[RunSettings, list[Task]] = defaultdict(list)
+    for task in waiting:
+        streams[task.cell.stream].append(task)
+    if own in streams:
+        chosen = own
+    else:
+        free = [stream for stream in streams if stream not in others] or list(streams)
+        chosen = max(free, key=lambda stream: sum(task.work for task in streams[stream]))
+    assert chosen is not None
+    return max(streams[chosen], key=lambda task: task.work)

@@ -1,0 +1,96 @@
+"""What the fast data path saves: whole runs through it and through Avalanche's classic stream.
+
+The same runs, interleaved in one process with one thread; their accuracies must be equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from experiments.data.sources import DataSource, find_data
+from experiments.reporting.report import write_environment
+from experiments.results.tables import replace_file
+from experiments.settings.run import Dataset, Method, PermutedMnist, RunSettings, SplitMnist
+from experiments.training.run import run as run_once
+
+MEASURED = ("naive", "avalanche-ewc", "ewc")
+PATHS = ("classic", "fast")
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Seconds per run through the classic stream and through the fast data path."""
+
+    rounds: int = 5
+    """Times each run is made on each path, in turn."""
+    experiences: int = 2
+    """Experiences of permuted MNIST; split MNIST has five."""
+    methods: tuple[Method, ...] = MEASURED
+    """Methods to run."""
+    dataset: Dataset | None = None
+    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
+    data_root: str | None = None
+    """Folder that holds, or gets, MNIST/raw. Unset: $EWC_DATA_ROOT, else the cache folder."""
+    out: str = "runs/data-speed"
+    """Folder of the table."""
+
+
+def run(settings: DataSpeed) -> pd.DataFrame:
+    """Makes the runs and writes `data_speed.csv`.
+
+    Args:
+        settings: What to run.
+
+    Returns:
+        Per benchmark and method the median seconds of a run on both paths, the median of the
+        rounds' ratios with their smallest and largest, and whether every accuracy and loss was
+        the same.
+    """
+    source, folder = find_data(settings.dataset, settings.data_root), Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    grids = (
+        SplitMnist(methods=settings.methods, seeds=(0,)),
+        PermutedMnist(methods=settings.methods, seeds=(0,), experiences=settings.experiences),
+    )
+    console, rows = Console(), []
+    for cell in (cell for grid in grids for cell in grid.cells(source.name)):
+        rows.append(_measure(cell, source, settings.rounds))
+        console.print(rows[-1], highlight=False)
+    table = pd.DataFrame(rows)
+    replace_file(folder / "data_speed.csv", table.to_csv(index=False))
+    write_environment(folder, source)
+    return table
+
+
+def _measure(cell: RunSettings, source: DataSource, rounds: int) -> dict[str, object]:
+    run_once(replace(cell, epochs=1), source)  # warms up, and makes the stream once for all
+    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
+    measured = []
+    for _ in range(rounds):
+        for path in PATHS:
+            result = run_once(replace(cell, data_path=path), source)
+            parts = ("train_s", "fisher_s", "eval_s")
+            seconds[path].append(sum(result.record[part] for part in parts))
+            measured.append([(row["accuracy"], row["loss"]) for row in result.rows])
+    ratios = np.divide(seconds["classic"], seconds["fast"])
+    return {
+        "benchmark": cell.benchmark,
+        "dataset": cell.dataset,
+        "method": cell.method,
+        "n_experiences": cell.n_experiences,
+        "epochs": cell.epochs,
+        "rounds": rounds,
+        "classic_s": float(np.median(seconds["classic"])),
+        "fast_s": float(np.median(seconds["fast"])),
+        "ratio": float(np.median(ratios)),
+        "ratio_min": float(ratios.min()),
+        "ratio_max": float(ratios.max()),
+        "same_results": all(rows == measured[0] for rows in measured),
+    }

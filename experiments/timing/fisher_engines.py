@@ -1,0 +1,435 @@
+"""Networks and engines of the Fisher benchmark: ours, plain PyTorch, and other libraries.
+
+An engine is a function of a `Task`; it prepares whatever it needs and returns a function that
+computes the diagonal Fisher (mean over samples) as {parameter name: tensor} each time it is called.
+A library is imported where it is used, so that an absent one only costs its own row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ewc_plugin.fisher.diagonal import diagonal_fisher
+
+Fisher = dict[str, Tensor]
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be computed.
+
+    Attributes:
+        model: In eval mode.
+        x: Inputs [N, ...].
+        y: The model's own predictions [N], so that those who ask for labels compute PREDICTED.
+        kind: "predicted" or "exact".
+        batch_size: Of the engines that do not choose their own.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    kind: str
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels in batches."""
+        return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Parameters by name."""
+        return dict(self.model.named_parameters())
+
+
+class NotOfferedError(Exception):
+    """The library does not offer this label type."""
+
+
+# Networks: Avalanche's, torchvision's and PyTorch's own, in eval mode.
+
+
+def mlp(*hidden: int) -> nn.Sequential:
+    """Of 784 inputs, with ReLUs."""
+    widths = [784, *hidden, CLASSES]
+    layers: list[nn.Module] = []
+    for i, o in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def simple_cnn() -> nn.Module:
+    """Avalanche's, with in-place ReLUs and dropout."""
+    from avalanche.models import SimpleCNN
+
+    model: nn.Module = SimpleCNN(num_classes=CLASSES)
+    return model
+
+
+def resnet18() -> nn.Module:
+    """Torchvision's."""
+    from torchvision.models import resnet18 as build
+
+    model: nn.Module = build(num_classes=CLASSES)
+    return model
+
+
+class Transformer(nn.Module):
+    """Two encoder layers of width 128 on 32 words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(1000, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(128, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Word indices [N, 32] to logits."""
+        logits: Tensor = self.head(self.body(self.words(x)).mean(1))
+        return logits
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured on a network.
+
+    Attributes:
+        build: Makes it.
+        shape: Of one input; empty for 32 words.
+        samples: Of one measurement.
+        slow_samples: Of one measurement of a slow engine.
+        batch_size: Of the gradient pass, and of the engines that do not choose their own.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    samples: int
+    slow_samples: int
+    batch_size: int
+
+
+NETWORKS = {
+    # So many samples that what a call costs once is 2 to 4 % (7 % of ResNet-18); an experience has
+    # more.
+    "mlp-512": Network(lambda: mlp(512), (784,), 12288, 128, 512),
+    "mlp-2000": Network(lambda: mlp(2000, 2000), (784,), 4096, 32, 512),
+    "simple-cnn": Network(simple_cnn, (3, 32, 32), 512, 512, 32),
+    "resnet-18": Network(resnet18, (3, 32, 32), 512, 16, 128),
+    "transformer": Network(Transformer, (), 1024, 256, 64),
+}
+
+
+def make_task(network: str, kind: str, *, samples: int, device: str = "cpu") -> Task:
+    """The network with random weights and inputs, the same on each call."""
+    spec = NETWORKS[network]
+    torch.manual_seed(0)
+    model = spec.build().eval().to(device)
+    x = torch.randn(samples, *spec.shape) if spec.shape else torch.randint(1000, (samples, 32))
+    x = x.to(device)
+    with torch.no_grad():
+        y = torch.cat([model(part).argmax(1) for part in x.split(spec.batch_size)])
+    return Task(model, x, y, kind, spec.batch_size)
+
+
+# Ours, and what plain PyTorch offers.
+
+
+def gradient_pass(task: Task) -> Callable[[], Fisher]:
+    """One forward and backward over the samples, its gradients summed: the unit of all times."""
+
+    def run() -> Fisher:
+        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
+        for x, y in task.batches():
+            loss = F.cross_entropy(task.model(x), y, reduction="sum")
+            grads = torch.autograd.grad(loss, list(task.named().values()))
+            for total, grad in zip(sums.values(), grads, strict=True):
+                total += grad
+        return sums
+
+    return run
+
+
+def ours(task: Task) -> Callable[[], Fisher]:
+    """`diagonal_fisher` with its defaults."""
+    return lambda: diagonal_fisher(task.model, [(task.x, task.y)], task.kind)
+
+
+def sample_loop(task: Task) -> Callable[[], Fisher]:
+    """One sample and one label at a time, as the definition reads."""
+
+    def run() -> Fisher:
+        params = task.named()
+        sums = {name: torch.zeros_like(p) for name, p in params.items()}
+        for n in range(len(task.x)):
+            log_p = F.log_softmax(task.model(task.x[n : n + 1]), 1)[0]
+            labels = range(CLASSES) if task.kind == "exact" else [int(task.y[n])]
+            for c in labels:
+                weight = float(log_p[c].detach().exp()) if task.kind == "exact" else 1.0
+                grads = torch.autograd.grad(log_p[c], list(params.values()), retain_graph=True)
+                for total, grad in zip(sums.values(), grads, strict=True):
+                    total.add_(grad.square(), alpha=weight)
+        return {name: total / len(task.x) for name, total in sums.items()}
+
+    return run
+
+
+def vmap_grad(task: Task, *, compiled: bool = False) -> Callable[[], Fisher]:
+    """`torch.func`'s per-sample gradients, as its tutorial has them."""
+    from torch.func import functional_call, grad, vmap
+
+    if task.kind != "predicted":
+        raise NotOfferedError("one label per sample")
+    params = {name: p.detach() for name, p in task.named().items()}
+
+    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(task.model, p, (x[None],)), y[None])
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
+
+    def squares(p: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {name: g.square().sum(0) for name, g in per_sample(p, x, y).items()}
+
+    call = torch.compile(squares) if compiled else squares
+    # Per-sample gradients of a chunk are held at once.
+    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in params.values())))
+
+    def run() -> Fisher:
+        sums = {name: torch.zeros_like(p) for name, p in params.items()}
+        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+            with torch.no_grad():
+                for name, total in call(params, x, y).items():
+                    sums[name] += total
+        return {name: total / len(task.x) for name, total in sums.items()}
+
+    return run
+
+
+def vmap_compiled(task: Task) -> Callable[[], Fisher]:
+    """The same through `torch.compile`."""
+    if len(task.named()) > 50:
+        raise NotOfferedError("networks that compile in minutes")
+    return vmap_grad(task, compiled=True)
+
+
+# Other libraries.
+
+
+def without_inplace(model: nn.Module) -> nn.Module:
+    """A copy that libraries with module hooks can take."""
+    model = deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return model
+
+
+def avalanche(task: Task) -> Callable[[], Fisher]:
+    """The built-in EWC's importances at batch 128: squares of mini-batch means."""
+    from avalanche.training.plugins import EWCPlugin
+
+    if task.kind != "predicted":
+        raise NotOfferedError("the criterion's labels")
+    model = deepcopy(task.model)
+    x, y = task.x.cpu(), task.y.cpu()
+    dataset = [(x[n], int(y[n]), 0) for n in range(len(x))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plugin = EWCPlugin(1.0)
+
+    def run() -> Fisher:
+        importances = plugin.compute_importances(
+            model, nn.CrossEntropyLoss(), optimizer, dataset, task.x.device, 128
+        )
+        return {name: value.data for name, value in importances.items()}
+
+    return run
+
+
+def backpack(task: Task) -> Callable[[], Fisher]:
+    """`SumGradSquared`, and `DiagGGNExact` for all classes."""
+    from backpack import backpack as extensions
+    from backpack import extend
+    from backpack.extensions import DiagGGNExact, SumGradSquared
+
+    model = extend(without_inplace(task.model))
+    criterion = extend(nn.CrossEntropyLoss(reduction="sum"))
+    exact = task.kind == "exact"
+
+    def run() -> Fisher:
+        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
+        for x, y in task.batches():
+            model.zero_grad()
+            with extensions(DiagGGNExact() if exact else SumGradSquared()):
+                criterion(model(x), y).backward()
+            for name, p in model.named_parameters():
+                sums[name] += p.diag_ggn_exact if exact else p.sum_grad_squared
+        return {name: total / len(task.x) for name, total in sums.items()}
+
+    return run
+
+
+def opacus(task: Task) -> Callable[[], Fisher]:
+    """Per-sample gradients from module hooks."""
+    from opacus import GradSampleModule
+
+    if task.kind != "predicted":
+        raise NotOfferedError("one label per sample")
+    model = GradSampleModule(without_inplace(task.model), loss_reduction="sum")
+    model.train()  # its hooks are off in eval mode
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in model.parameters())))
+
+    def run() -> Fisher:
+        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
+        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x), y, reduction="sum").backward()
+            for name, p in model._module.named_parameters():
+                sums[name] += p.grad_sample.square().sum(0)
+        return {name: total / len(task.x) for name, total in sums.items()}
+
+    return run
+
+
+def asdfghjkl(task: Task) -> Callable[[], Fisher]:
+    """ASDL; its package on PyPI is called asdfghjkl and imported as asdl."""
+    from asdl import (
+        FISHER_EMP,
+        FISHER_EXACT,
+        LOSS_CROSS_ENTROPY,
+        SHAPE_DIAG,
+        FisherConfig,
+        get_fisher_maker,
+    )
+
+    model = deepcopy(task.model)
+    kind = FISHER_EXACT if task.kind == "exact" else FISHER_EMP
+    config = FisherConfig(fisher_type=kind, fisher_shapes=SHAPE_DIAG, data_size=len(task.x),
+                          loss_type=LOSS_CROSS_ENTROPY)  # fmt: skip
+    maker = get_fisher_maker(model, config)
+
+    def run() -> Fisher:
+        for i, (x, y) in enumerate(task.batches()):
+            dummy = maker.setup_model_call(model, x)
+            if task.kind == "exact":
+                maker.setup_logits_repr(dummy)
+            else:
+                maker.setup_loss_call(F.cross_entropy, dummy, y, reduction="sum")
+            maker.forward_and_backward(accumulate=i > 0)
+        result = {name: torch.zeros_like(p) for name, p in task.named().items()}
+        for path, module in model.named_modules():
+            diagonal = getattr(getattr(module, "fisher", None), "diag", None)
+            for role in ("weight", "bias"):
+                value = getattr(diagonal, role, None)
+                name = f"{path}.{role}" if path else role
+                if value is not None and name in result:
+                    result[name] = value
+        return result
+
+    return run
+
+
+def nngeometry(task: Task) -> Callable[[], Fisher]:
+    """The diagonal of its Fisher matrix."""
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatDiag
+    from torch.utils.data import DataLoader, TensorDataset
+
+    if task.kind != "exact":
+        raise NotOfferedError("all classes")
+    model = deepcopy(task.model)
+    loader = DataLoader(TensorDataset(task.x, task.y), batch_size=task.batch_size)
+
+    def run() -> Fisher:
+        fim = FIM(model, loader, PMatDiag, variant="classif_logits", device=task.x.device)
+        flat, result, start = fim.get_diag(), {}, 0
+        for name, p in task.named().items():
+            result[name] = flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
+        return result
+
+    return run
+
+
+def laplace(task: Task) -> Callable[[], Fisher]:
+    """The empirical Fisher of laplace-torch, through its curvlinops backend."""
+    from laplace.curvature.curvlinops import CurvlinopsEF
+
+    if task.kind != "predicted":
+        raise NotOfferedError("one label per sample")
+    backend = CurvlinopsEF(deepcopy(task.model), "classification")
+    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in task.model.parameters())))
+
+    def run() -> Fisher:
+        total = torch.zeros(sum(p.numel() for p in task.model.parameters()), device=task.x.device)
+        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+            total += backend.diag(x, y)[1]
+        parts = total.split([p.numel() for p in task.model.parameters()])
+        return {
+            name: part.view_as(p) / len(task.x)
+            for (name, p), part in zip(task.named().items(), parts, strict=True)
+        }
+
+    return run
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to compute the Fisher.
+
+    Attributes:
+        prepare: Maps a task to the function that is timed.
+        package: As it is installed; empty for what needs nothing more.
+        slow: Measured on fewer samples, where what a call costs once hardly counts.
+        exact: Claims to be exact per sample.
+    """
+
+    prepare: Callable[[Task], Callable[[], Fisher]]
+    package: str = ""
+    slow: bool = False
+    exact: bool = True
+
+    def version(self) -> str | None:
+        """Installed version; empty where there is no package, None where it is absent."""
+        try:
+            return metadata.version(self.package) if self.package else ""
+        except metadata.PackageNotFoundError:
+            return None
+
+
+UNIT = "gradient pass"
+OURS = "ewc-plugin"
+ENGINES = {
+    UNIT: Engine(gradient_pass, exact=False),
+    OURS: Engine(ours),
+    "sample loop": Engine(sample_loop, slow=True),
+    "vmap(grad)": Engine(vmap_grad, slow=True),
+    "vmap(grad), compiled": Engine(vmap_compiled),
+    "Avalanche EWC": Engine(avalanche, "avalanche-lib", exact=False),
+    "BackPACK": Engine(backpack, "backpack-for-pytorch"),
+    "Opacus": Engine(opacus, "opacus", slow=True),
+    "asdfghjkl": Engine(asdfghjkl, "asdfghjkl"),
+    "nngeometry": Engine(nngeometry, "nngeometry", slow=True),
+    "Laplace": Engine(laplace, "laplace-torch", slow=True),
+}
+
+
+def relative_error(got: Fisher, expected: Fisher) -> float:
+    """Largest over parameters of max |got - expected| / max |expected|."""
+    worst = 0.0
+    for name, e in expected.items():
+        difference = (got[name].double() - e.double()).abs().max().item()
+        scale = e.abs().max().item()
+        if scale:
+            worst = max(worst, difference / scale)
+    return worst if math.isfinite(worst) else math.inf

@@ -1,0 +1,348 @@
+"""What a diagonal Fisher costs: our engine, plain PyTorch and other libraries, beside each other.
+
+Every time is a multiple of the gradient pass: one forward and backward over the same samples. All
+engines of a network are timed in turn, round after round, each between two gradient passes that are
+its unit, so whatever else the machine does falls on all alike. The gradient pass is timed so too:
+the spread of its own row is what the machine adds. On a CPU the clock is the process's own CPU time
+(one thread), which is what a quiet machine's clock would show; on a GPU it is the wall clock after
+synchronising. Peak memory is the median of three fresh processes. An engine is called wrong where
+it claims the per-sample Fisher and is off the float64 sample loop by more than 1 %.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import tyro
+from rich.console import Console
+
+from experiments.reporting.report import write_environment
+from experiments.results.tables import replace_file
+from experiments.timing.fisher_engines import (
+    ENGINES,
+    NETWORKS,
+    OURS,
+    UNIT,
+    Engine,
+    Fisher,
+    NotOfferedError,
+    Task,
+    make_task,
+    relative_error,
+    sample_loop,
+)
+
+WRONG = 0.01  # relative error; float32 with a flipped ReLU stays below
+_ERROR_SAMPLES = 6
+_PEAKS = 3  # fresh processes: what the allocator rounds up differs from one to the next
+Kind = Literal["predicted", "exact"]
+KINDS = get_args(Kind)
+MEASURED = ["device", "network", "kind"]  # together, so that multiples are of one unit
+
+
+@dataclass(frozen=True)
+class FisherSpeedSettings:
+    """Time, memory and error of the diagonal Fisher, engine by engine."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    """Networks to measure on."""
+    engines: tuple[str, ...] = tuple(ENGINES)
+    """Engines to measure; the gradient pass is always among them."""
+    kinds: tuple[Kind, ...] = KINDS
+    """Label types: the model's argmax, or all classes."""
+    rounds: int = 9
+    """Times each engine is measured, in turn, after one round that is not counted."""
+    device: str = "cpu"
+    """Where to run: cpu, or cuda."""
+    memory: bool = True
+    """Measure peak memory too, in a fresh process per engine."""
+    out: str = "runs/fisher-speed"
+    """Folder of the table and the plot."""
+
+
+def run(settings: FisherSpeedSettings) -> pd.DataFrame:
+    """Measures and writes `fisher_speed.csv` and `fisher_speed.png`.
+
+    Args:
+        settings: What to measure. What the folder holds of other networks, label types and devices
+            is kept.
+
+    Returns:
+        A row per network, label type and engine. Units: seconds per sample, multiples of the
+        gradient pass, MiB.
+
+    Raises:
+        ValueError: An unknown network or engine, or a device that is not there.
+    """
+    _check(settings)
+    torch.set_num_threads(1)
+    console = Console()
+    rows = []
+    for network in settings.networks:
+        for kind in settings.kinds:
+            console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
+            rows += _measure(network, kind, settings)
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = _with_kept(pd.DataFrame(rows), folder / "fisher_speed.csv")
+    replace_file(folder / "fisher_speed.csv", table.to_csv(index=False))
+    write_environment(folder, None)
+    plot(table, folder / "fisher_speed.png")
+    columns = ["network", "kind", "engine", "status", "multiple", "peak_multiple", "error"]
+    shown = table.reindex(columns=columns)
+    console.print(shown.to_string(index=False, float_format="{:.3g}".format))
+    console.print(f"Table and plot: {folder}")
+    return table
+
+
+def _with_kept(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The new rows, and those that `path` holds of what was not measured anew."""
+    if not path.exists():
+        return table
+    held = pd.read_csv(path)
+    new = set(table[MEASURED].itertuples(index=False, name=None))
+    kept = [cell not in new for cell in held[MEASURED].itertuples(index=False, name=None)]
+    both = pd.concat([held[kept], table], ignore_index=True) if any(kept) else table
+    places = {name: i for i, name in enumerate((*NETWORKS, *KINDS))}
+    return both.sort_values(
+        MEASURED, kind="stable", key=lambda c: c.map(lambda x: places.get(x, x)), ignore_index=True
+    )
+
+
+def _check(settings: FisherSpeedSettings) -> None:
+    for field, given, allowed in (
+        ("networks", settings.networks, NETWORKS),
+        ("engines", settings.engines, ENGINES),
+    ):
+        for name in given:
+            if name not in allowed:
+                raise ValueError(f"`{field}` must be among {', '.join(allowed)}, got {name!r}.")
+    if settings.rounds < 1:
+        raise ValueError(f"`rounds` must be >= 1, got {settings.rounds}.")
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("`device` is 'cuda', but PyTorch sees no GPU here. Use --device cpu.")
+
+
+def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dict[str, object]]:
+    """Rows of one network and label type."""
+    reference = _reference(network, kind, settings.device)
+    rows: dict[str, dict[str, object]] = {}
+    timed: dict[str, tuple[Callable[[], Fisher], int]] = {}
+    for name in dict.fromkeys((UNIT, *settings.engines)):
+        engine = ENGINES[name]
+        spec = NETWORKS[network]
+        samples = spec.slow_samples if engine.slow else spec.samples
+        row: dict[str, object] = {
+            "network": network, "kind": kind, "engine": name, "version": engine.version(),
+            "device": settings.device, "samples": samples, "rounds": settings.rounds,
+        }  # fmt: skip
+        rows[name] = row
+        row["status"], row["note"], row["error"] = _try(engine, network, kind, settings, reference)
+        if row["status"] in ("ok", "wrong values", "approximation"):
+            task = make_task(network, kind, samples=samples, device=settings.device)
+            timed[name] = engine.prepare(task), samples
+    _time(timed, rows, settings)
+    if OURS in rows:
+        rows[OURS]["error_float64"] = _float64_error(network, kind, reference, settings.device)
+    if settings.memory:
+        for name in timed:
+            compiled = "compiled" in name  # its peak would be the compiler's
+            if (kind == "predicted" or name in (UNIT, OURS)) and not compiled:
+                rows[name]["peak_mib"] = _peak(network, kind, name, settings.device)
+        for name in timed:
+            if "peak_mib" in rows[name]:
+                peaks = rows[name]["peak_mib"], rows[UNIT]["peak_mib"]
+                rows[name]["peak_multiple"] = peaks[0] / peaks[1]  # type: ignore[operator]
+    return list(rows.values())
+
+
+def _double(task: Task) -> Task:
+    x = task.x.double() if task.x.is_floating_point() else task.x
+    return replace(task, model=deepcopy(task.model).double(), x=x)
+
+
+def _reference(network: str, kind: str, device: str) -> Fisher:
+    task = make_task(network, kind, samples=_ERROR_SAMPLES, device=device)
+    return sample_loop(_double(task))()
+
+
+def _float64_error(network: str, kind: str, reference: Fisher, device: str) -> float:
+    task = make_task(network, kind, samples=_ERROR_SAMPLES, device=device)
+    return relative_error(ENGINES[OURS].prepare(_double(task))(), reference)
+
+
+def _try(
+    engine: Engine, network: str, kind: str, settings: FisherSpeedSettings, reference: Fisher
+) -> tuple[str, str, float | None]:
+    """Status, note and relative error of an engine on a few samples."""
+    if engine.version() is None:
+        return "absent", f"pip install {engine.package}", None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other libraries' own
+            task = make_task(network, kind, samples=_ERROR_SAMPLES, device=settings.device)
+            result = engine.prepare(task)()
+    except NotOfferedError as error:
+        return "not offered", f"only {error}", None
+    except Exception as error:  # whatever a library raises on a network that it can't do
+        return "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", None
+    if engine is ENGINES[UNIT]:
+        return "ok", "", None
+    error = relative_error(result, reference)
+    if not engine.exact:
+        return "approximation", "", error
+    return ("ok" if error < WRONG else "wrong values"), "", error
+
+
+def _time(
+    timed: dict[str, tuple[Callable[[], Fisher], int]],
+    rows: dict[str, dict[str, object]],
+    settings: FisherSpeedSettings,
+) -> None:
+    """Adds to each row the median time and the multiple of the gradient passes around it."""
+
+    def per_sample(name: str) -> float:
+        call, samples = timed[name]
+        return _seconds(call, settings) / samples
+
+    order, shuffle = list(timed), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    ratios: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(settings.rounds + 1):
+        shuffle.shuffle(order)
+        before = per_sample(UNIT)
+        for name in order:
+            times[name].append(per_sample(name))
+            after = per_sample(UNIT)
+            ratios[name].append(2 * times[name][-1] / (before + after))
+            before = after
+    for name in timed:
+        multiples = pd.Series(ratios[name][1:])  # the first warms up
+        rows[name] |= {
+            "seconds_per_sample": statistics.median(times[name][1:]),
+            "multiple": multiples.median(),
+            "multiple_q1": multiples.quantile(0.25),
+            "multiple_q3": multiples.quantile(0.75),
+            "multiple_min": multiples.min(),
+            "multiple_max": multiples.max(),
+        }
+
+
+def _seconds(call: Callable[[], Fisher], settings: FisherSpeedSettings) -> float:
+    on_cpu = settings.device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    if not on_cpu:
+        torch.cuda.synchronize()
+    start = clock()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()
+    if not on_cpu:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def _peak(network: str, kind: str, engine: str, device: str) -> float:
+    """MiB that one call adds to a fresh process with the network and its data in memory."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [pool.apply(_peak_here, (network, kind, engine, device)) for _ in range(_PEAKS)]
+    return statistics.median(peaks)
+
+
+def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    spec = NETWORKS[network]
+    samples = spec.slow_samples if ENGINES[engine].slow else spec.samples
+    task = make_task(network, kind, samples=samples, device=device)
+    few = replace(task, x=task.x[:1], y=task.y[:1])
+    ENGINES[engine].prepare(few)()  # imports, and whatever is allocated once per process
+    call = ENGINES[engine].prepare(task)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status = Path("/proc/self")
+    if not status.exists():
+        return float("nan")  # only Linux tells a process its own high-water mark
+    _give_back()
+    (status / "clear_refs").write_text("5")  # resets the mark to what is resident now
+    before = _high_water()
+    call()
+    return _high_water() - before
+
+
+def _give_back() -> None:
+    """Memory that was freed before the call, which it could use without a trace."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _high_water() -> float:
+    """Largest resident MiB since the mark was reset; `ru_maxrss` would include the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    raise RuntimeError("/proc/self/status has no VmHWM.")
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draws multiples of the gradient pass, a panel per label type, with quartiles as bars."""
+    kinds = list(dict.fromkeys(table["kind"]))
+    figure, axes = plt.subplots(
+        len(kinds), 1, figsize=(9, 3.6 * len(kinds)), squeeze=False, layout="constrained", dpi=150
+    )
+    engines = [name for name in dict.fromkeys(table["engine"]) if name != UNIT]
+    colours = dict(zip(engines, plt.get_cmap("tab10").colors, strict=False))
+    counts = " or ".join(str(int(n)) for n in sorted(table["rounds"].dropna().unique()))
+    for axis, kind in zip(axes[:, 0], kinds, strict=True):
+        part = table[(table["kind"] == kind) & table["multiple"].notna()]
+        networks = list(dict.fromkeys(part["network"]))
+        for i, name in enumerate(engines):
+            rows = part[part["engine"] == name]
+            if rows.empty:
+                continue
+            offset = (i - len(engines) / 2) * 0.07
+            x = [networks.index(network) + offset for network in rows["network"]]
+            spread = [
+                rows["multiple"] - rows["multiple_q1"],
+                rows["multiple_q3"] - rows["multiple"],
+            ]
+            axis.errorbar(
+                x, rows["multiple"], yerr=[s.clip(lower=0).to_numpy() for s in spread], fmt="o",
+                markersize=5, color=colours[name], label=name,
+            )  # fmt: skip
+            wrong = rows[rows["status"] != "ok"]
+            crossed = [networks.index(network) + offset for network in wrong["network"]]
+            axis.plot(crossed, wrong["multiple"], "x", color="black", markersize=9)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(networks)), networks)
+        axis.set_ylabel("multiple of the gradient pass")
+        axis.set_title(f"{kind} (n = {counts}; crossed out: not exact)")
+        axis.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(FisherSpeedSettings))

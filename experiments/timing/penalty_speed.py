@@ -1,0 +1,322 @@
+"""What a penalty costs: the time of a training step, and the memory it keeps, beside Avalanche's.
+
+Every method trains the same network on the same batch inside Avalanche's own loop, in short turns,
+so that whatever else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from avalanche.logging import BaseLogger
+from avalanche.models import SimpleCNN, SimpleMLP
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
+from avalanche.training.supervised import Naive
+from avalanche.training.utils import ParamData
+from rich.console import Console
+from torch import Tensor, nn
+
+from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin.penalty.gradient import Pair
+from experiments.reporting.figures.accuracy import DPI
+from experiments.reporting.report import write_environment
+from experiments.results.tables import replace_file
+from experiments.training.run import OPTIMIZERS, state_bytes
+
+MIB = 2**20
+KEY = ["model", "optimizer", "batch_size", "past_experiences"]
+LAMBDA = 1e-3
+ONE_KERNEL = "one compiled kernel"
+COMPILERS = ("c++", "g++", "clang++")  # torch.compile needs one of them on the CPU
+COLOURS = {
+    "in the gradient": "#009E73",
+    "in the loss": "#56B4E9",
+    "implicit step": "#D55E00",
+    ONE_KERNEL: "#999999",
+    "Avalanche": "#0072B2",
+}
+
+
+@dataclass(frozen=True)
+class PenaltySpeed:
+    """Step time and memory of the penalty over the number of past experiences."""
+
+    past_experiences: tuple[int, ...] = (1, 10, 100)
+    """Numbers of experiences that the penalty remembers."""
+    models: tuple[str, ...] = ("mlp-512", "mlp-2x256", "mlp-2x2000", "cnn")
+    """Networks: 784-512-10, 784-256-256-10, 784-2000-2000-10, Avalanche's SimpleCNN."""
+    optimizers: tuple[str, ...] = ("sgd", "adam")
+    """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
+    batch_sizes: tuple[int, ...] = (128, 512)
+    """Samples per step: the penalty costs the same whatever they are, the plain step does not."""
+    rounds: int = 20
+    """Rounds, in each of which every method has its turn."""
+    steps: int = 5
+    """Steps in a turn, after one that is not counted."""
+    threads: int = 1
+    """Threads of torch; the CPU time of all of them is what is measured."""
+    avalanche_limit_mib: float = 1024
+    """Leave Avalanche's plugin out where it would keep more than this."""
+    out: str = "runs/penalty-speed"
+    """Folder of the table and the plot."""
+
+
+class _InTheLoss(DiagonalEWCPlugin):
+    """The way that is taken where other plugins see gradients first."""
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self._adds_to_gradients = False
+
+
+class _OneKernel(DiagonalEWCPlugin):
+    """The arithmetic alone, as a compiler fuses it: something to hold our way against."""
+
+    def __init__(self, ewc_lambda: float) -> None:
+        super().__init__(ewc_lambda)
+        kernel = torch.compile(_add_gradients, dynamic=False)
+
+        def add(pairs: list[Pair], scale: float) -> Tensor:
+            value: Tensor = kernel(
+                [p.detach() for p, _ in pairs],
+                [p.grad for p, _ in pairs],
+                [q.fisher for _, q in pairs],
+                [q.offset for _, q in pairs],
+                [q.anchor for _, q in pairs],
+                scale,
+            )
+            return value
+
+        self.penalty._add_gradient = add  # type: ignore[assignment]
+
+
+def _add_gradients(
+    thetas: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    offsets: list[Tensor | None],
+    anchors: list[Tensor],
+    scale: float,
+) -> Tensor:
+    values = []
+    for theta, grad, S, B, anchor in zip(thetas, grads, fishers, offsets, anchors, strict=True):
+        d = theta - anchor
+        half = S * d if B is None else S * d + B
+        grad.add_(half, alpha=2 * scale)
+        values.append((d * (half if B is None else half + B)).sum())
+    return torch.stack(values).sum()
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "in the gradient": lambda: DiagonalEWCPlugin(LAMBDA),
+    "in the loss": lambda: _InTheLoss(LAMBDA),
+    "implicit step": lambda: DiagonalEWCPlugin(LAMBDA, implicit=True),
+    ONE_KERNEL: lambda: _OneKernel(LAMBDA),
+    "Avalanche": lambda: EWCPlugin(LAMBDA),
+}
+
+
+def run(settings: PenaltySpeed) -> pd.DataFrame:
+    """Measures what `penalty_speed.csv` does not hold yet; draws `penalty_speed.png`.
+
+    Args:
+        settings: What to measure.
+
+    Returns:
+        A row per model, optimizer, method and number of past experiences.
+    """
+    console = Console()
+    torch.set_num_threads(settings.threads)
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "penalty_speed.csv"
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    held = set(table[KEY].itertuples(index=False, name=None))
+    for cell in product(
+        settings.models, settings.optimizers, settings.batch_sizes, settings.past_experiences
+    ):
+        if cell in held:
+            continue
+        new = pd.DataFrame(measure(settings, *cell))
+        console.print(new.to_string(index=False))
+        table = pd.concat([table, new], ignore_index=True) if len(table) else new
+        table = table.sort_values(KEY, kind="stable", ignore_index=True)
+        replace_file(path, table.to_csv(index=False))
+    write_environment(folder, None)
+    plot(table).savefig(folder / "penalty_speed.png", dpi=DPI, metadata={"Software": None})
+    return table
+
+
+def measure(
+    settings: PenaltySpeed, name: str, optimizer: str, batch_size: int, T: int
+) -> list[dict[str, Any]]:
+    """Steps of every method in turn; the ratio is that of neighbours in time, round by round."""
+    model, x = make_model(name, batch_size)
+    batch = [x, torch.randint(0, 10, (len(x),))]
+    parameters = sum(p.numel() for p in model.parameters())
+    make = OPTIMIZERS[optimizer]
+    plain = make_strategy(deepcopy(model), make, None, T)
+    past = remember(DiagonalEWCPlugin(LAMBDA), model, T).penalty.state_dict()
+    strategies = {
+        method: make_strategy(deepcopy(model), make, with_past(plugin(), past, model, T), T)
+        for method, plugin in METHODS.items()
+        if (method != "Avalanche" or parameters * 8 * T / MIB <= settings.avalanche_limit_mib)
+        and (method != ONE_KERNEL or any(map(shutil.which, COMPILERS)))
+    }
+    times: dict[str, list[float]] = {method: [] for method in strategies}
+    ratios: dict[str, list[float]] = {method: [] for method in strategies}
+    for _ in range(settings.rounds + 1):
+        for method, strategy in strategies.items():
+            before = step_seconds(plain, batch, settings.steps)
+            times[method].append(step_seconds(strategy, batch, settings.steps))
+            after = step_seconds(plain, batch, settings.steps)
+            ratios[method].append(2 * times[method][-1] / (before + after))
+    rows = []
+    for method, strategy in strategies.items():
+        low, middle, high = np.quantile(ratios[method][1:], (0.25, 0.5, 0.75))  # the first warms up
+        rows.append({
+            "model": name,
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "batch_size": batch_size,
+            "threads": settings.threads,
+            "method": method,
+            "past_experiences": T,
+            "step_ms": 1e3 * float(np.median(times[method][1:])),
+            "ratio": middle,
+            "ratio_q25": low,
+            "ratio_q75": high,
+            "state_mib": state_bytes(strategy.plugins[0]) / MIB,
+            "rounds": settings.rounds,
+        })
+    return rows
+
+
+def make_model(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """A network and a batch for it."""
+    if name == "cnn":
+        return SimpleCNN(), torch.randn(batch_size, 3, 32, 32)
+    layers, hidden = {"mlp-512": (1, 512), "mlp-2x256": (2, 256), "mlp-2x2000": (2, 2000)}[name]
+    model: Any = SimpleMLP(hidden_size=hidden, hidden_layers=layers)
+    return model, torch.randn(batch_size, 1, 28, 28)
+
+
+def make_strategy(
+    model: nn.Module, make: Callable[..., torch.optim.Optimizer], plugin: Any, T: int
+) -> Any:
+    """Avalanche's Naive, ready for steps in the middle of an experience."""
+    strategy = Naive(
+        model=model,
+        optimizer=make(model.parameters(), lr=1e-5),
+        criterion=nn.CrossEntropyLoss(),
+        plugins=[] if plugin is None else [plugin],
+        evaluator=EvaluationPlugin(loggers=[BaseLogger()]),
+    )
+    strategy.experience = SimpleNamespace(logging=lambda: None, dataset=[])  # without task labels
+    if plugin is not None:
+        plugin.before_training_exp(strategy)
+    strategy.clock.train_exp_counter = T
+    return strategy
+
+
+def remember(plugin: Any, model: nn.Module, T: int) -> Any:
+    """Gives a plugin T past experiences with a random Fisher, at parameters that lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    moved = deepcopy(model)
+    for t in range(T):
+        fisher = {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.add_(1e-3 * torch.randn(p.shape, generator=generator))
+        if isinstance(plugin, DiagonalEWCPlugin):
+            plugin.penalty.consolidate(moved, fisher)
+            continue
+        plugin.importances[t] = {n: _data(n, f) for n, f in fisher.items()}
+        plugin.saved_params[t] = {n: _data(n, p.detach()) for n, p in moved.named_parameters()}
+    return plugin
+
+
+def with_past(plugin: Any, past: dict[str, Any], model: nn.Module, T: int) -> Any:
+    """`remember`, which for a penalty of ours takes it over from `past`."""
+    if not isinstance(plugin, DiagonalEWCPlugin):
+        return remember(plugin, model, T)
+    plugin.penalty.load_state_dict(past)
+    return plugin
+
+
+def _data(name: str, tensor: Tensor) -> ParamData:
+    return ParamData(name, tensor.shape, init_tensor=tensor.clone())
+
+
+def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
+    """CPU time of a training iteration in Avalanche's loop, all hooks included.
+
+    Not wall time: what another process takes from this one does not count. The first step is not
+    counted either: it brings what the others left to their turn back into the cache.
+    """
+    strategy.dataloader = [list(batch)]
+    strategy.training_epoch()
+    strategy.dataloader = [list(batch) for _ in range(steps)]
+    start = time.process_time()
+    strategy.training_epoch()
+    return (time.process_time() - start) / steps
+
+
+def plot(table: pd.DataFrame) -> plt.Figure:
+    """The ratio to a plain step over the number of past experiences, a panel per model."""
+    cells = list(table.groupby(["model", "optimizer", "batch_size"], sort=False))
+    columns = len(table[["optimizer", "batch_size"]].drop_duplicates())
+    n_rows = -(-len(cells) // columns)
+    figure, axes = plt.subplots(
+        n_rows,
+        columns,
+        figsize=(4.2 * columns, 2.6 * n_rows),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    for axis, ((model, optimizer, batch_size), rows) in zip(axes.flat, cells, strict=False):
+        for method, line in rows.groupby("method", sort=False):
+            errors = [line["ratio"] - line["ratio_q25"], line["ratio_q75"] - line["ratio"]]
+            axis.errorbar(
+                line["past_experiences"],
+                line["ratio"],
+                errors,
+                marker="o",
+                color=COLOURS[method],
+                label=method,
+                capsize=3,
+            )
+        axis.axhline(1.1, color="black", lw=0.8, ls=":")
+        axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}, {batch_size}")
+        axis.grid(alpha=0.3, which="both")
+        axis.set_ylabel("of a plain step")
+    handles = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("past experiences")
+    figure.suptitle(
+        "Step time with a penalty (median, quartiles; dotted: 1.10)\nnetwork, optimizer, mini-batch"
+    )
+    return figure

@@ -1,0 +1,330 @@
+"""Seconds per run and per sweep: ours through both data paths, Avalanche's EWC, and a plain loop.
+
+The runs are interleaved in one process with one thread; ours must have the same accuracies, to the
+last bit, on every path. Then the same grid of runs is swept with one process and with several, in
+turn, each time as a command of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from experiments.data.sources import DataSource, find_data
+from experiments.reporting.report import write_environment
+from experiments.results.tables import replace_file
+from experiments.settings.run import Dataset, PermutedMnist, RunSettings
+from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
+from experiments.training.run import run as run_once
+
+# What a grid's command is told.
+_GIVEN = ("methods", "seeds", "experiences", "epochs", "batch_size", "dataset", "data_root", "jobs")
+OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
+BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
+
+
+@dataclass(frozen=True)
+class SweepSpeed:
+    """Permuted MNIST with EWC, timed as single runs and as a grid."""
+
+    rounds: int = 2
+    """Times each run, and each grid, is made, in turn."""
+    experiences: int = 5
+    """Experiences per run."""
+    epochs: int = 1
+    """Passes over the data of each."""
+    batch_size: int | None = None
+    """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
+    jobs: tuple[int, ...] = (1, 2)
+    """Numbers of processes that the grid is swept with, each compared with the fewest."""
+    seeds: int = 12
+    """Runs in that grid. 0: no grid."""
+    dataset: Dataset | None = None
+    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
+    data_root: str | None = None
+    """Folder that holds, or gets, MNIST/raw. Unset: $EWC_DATA_ROOT, else the cache folder."""
+    out: str = "runs/sweep-speed"
+    """Folder of the tables."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "experiences", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+        if not self.jobs or min(self.jobs) < 1:
+            raise ValueError(f"`jobs` must be one or more numbers >= 1, got {self.jobs}.")
+        if self.seeds < max(self.jobs) and self.seeds:
+            raise ValueError(
+                "`seeds` must be 0 (no grid), or enough for every process to have a run, got "
+                f"{self.seeds} with `jobs` {self.jobs}."
+            )
+
+
+def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Makes what the folder does not hold yet; writes the tables anew after each of its parts.
+
+    Args:
+        settings: What to run.
+
+    Returns:
+        A row per way of making the run, and a row per number of processes.
+    """
+    source, folder = find_data(settings.dataset, settings.data_root), Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    console = Console()
+    rounds = time_rounds(settings, source, folder / "sweep_speed_rounds.csv", console)
+    runs = summarise(rounds)
+    replace_file(folder / "sweep_speed.csv", runs.to_csv(index=False))
+    _show(console, runs)
+    sweeps = time_sweeps(settings, source, folder / "sweep_scaling_rounds.csv", console)
+    scaling = summarise_sweeps(sweeps)
+    if len(scaling):
+        replace_file(folder / "sweep_scaling.csv", scaling.to_csv(index=False))
+        _show(console, scaling)
+    write_environment(folder, source)
+    return runs, scaling
+
+
+def _show(console: Console, table: pd.DataFrame) -> None:
+    text = table.to_string(index=False, float_format="%.4g")
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _grid(settings: SweepSpeed, **options: object) -> PermutedMnist:
+    fields = {
+        "experiences": settings.experiences,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "data_root": settings.data_root,
+        **options,
+    }
+    return PermutedMnist(**fields)  # type: ignore[arg-type]
+
+
+def time_rounds(
+    settings: SweepSpeed, source: DataSource, path: Path, console: Console
+) -> pd.DataFrame:
+    """The same run in each way, in turn, round by round; whole rounds are kept in `path`.
+
+    Args:
+        settings: Sizes.
+        source: Where the images are.
+        path: Table of the rounds; those of the same sizes that it holds are not repeated.
+        console: Where progress is shown.
+
+    Returns:
+        A row per round and way: the seconds of the run, and what it came to.
+    """
+    theirs, ours = _grid(settings, methods=("avalanche-ewc", "ewc"), seeds=(0,)).cells(source.name)
+    ways: dict[str, Callable[[], Timed]] = {
+        OURS_FAST: lambda: _through_avalanche(ours, source),
+        PLAIN: lambda: run_plainly(ours, source),
+        OURS_CLASSIC: lambda: _through_avalanche(replace(ours, data_path="classic"), source),
+        BUILTIN: lambda: _through_avalanche(replace(theirs, data_path="classic"), source),
+    }
+    sizes = _sizes(settings, source, ours)
+    others, held = _held(path, sizes)
+    if len(held) < settings.rounds * len(ways):
+        _through_avalanche(replace(ours, epochs=1), source)  # warms up; reads the images for all
+    for i in range(len(held) // len(ways), settings.rounds):
+        rows = []
+        for name, make in ways.items():
+            timed = make()
+            console.print(f"round {i + 1}, {name}: {timed.seconds:.1f} s", highlight=False)
+            rows.append({
+                **sizes,
+                "round": i,
+                "run": name,
+                "seconds": timed.seconds,
+                "average_accuracy": float(np.mean(timed.accuracies[-1])),
+                "accuracies": _digest(repr(timed.accuracies).encode()),
+            })
+        held = pd.concat([held, pd.DataFrame(rows)], ignore_index=True)
+        _write(path, others, held)
+    return held
+
+
+def _sizes(settings: SweepSpeed, source: DataSource, cell: RunSettings) -> dict[str, object]:
+    """What has to be equal for two measurements to be of the same thing."""
+    return {
+        "dataset": source.name,
+        "n_experiences": settings.experiences,
+        "epochs": settings.epochs,
+        "batch_size": cell.batch_size,
+        "hidden_layers": cell.hidden_layers,
+        "hidden_size": cell.hidden_size,
+    }
+
+
+def _held(path: Path, sizes: dict[str, object]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that a table on disk has of other sizes, and of these."""
+    if not path.exists():
+        return pd.DataFrame(), pd.DataFrame()
+    table = pd.read_csv(path, dtype={"accuracies": str})
+    same = np.logical_and.reduce([table[name] == value for name, value in sizes.items()])
+    return table[~same], table[same].reset_index(drop=True)
+
+
+def _write(path: Path, *parts: pd.DataFrame) -> None:
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    replace_file(path, table.to_csv(index=False))
+
+
+def _digest(accuracies: bytes) -> str:
+    """Ten hex digits that are the same for the same bits."""
+    return hashlib.sha256(accuracies).hexdigest()[:10]
+
+
+def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
+    """A row per way of making the run.
+
+    Args:
+        rounds: What `time_rounds` returns.
+
+    Returns:
+        The median seconds with their smallest and largest; the median, smallest and largest of the
+        rounds' ratios to ours through the fast path; and whether the accuracies of every round are
+        all those of ours, which is no question of the built-in, another EWC.
+    """
+    unequal = ["run", "seconds", "average_accuracy", "accuracies"]
+    ours = rounds[rounds["run"] == OURS_FAST].set_index("round")
+    table = []
+    for name, found in rounds.groupby("run", sort=False):
+        found = found.set_index("round")
+        table.append({
+            "run": name,
+            **found.drop(columns=unequal).iloc[0],
+            "rounds": len(found),
+            **_spread("seconds", found["seconds"]),
+            **_spread("ratio", found["seconds"] / ours["seconds"]),
+            "average_accuracy": found["average_accuracy"].iloc[0],
+            "same_accuracies": None
+            if name == BUILTIN
+            else bool((found["accuracies"] == ours["accuracies"].iloc[0]).all()),
+        })
+    return pd.DataFrame(table)
+
+
+def _spread(name: str, values: pd.Series[float]) -> dict[str, float]:
+    return {name: values.median(), f"{name}_min": values.min(), f"{name}_max": values.max()}
+
+
+def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
+    result = run_once(cell, source)
+    record = result.record
+    if record["status"] != "ok":
+        raise ValueError(f"a run to be timed {record['status']}: {record['reason']}")
+    accuracies: Accuracies = [[] for _ in range(cell.n_experiences + 1)]
+    for row in result.rows:  # tested on experience 0, 1, ... after each
+        accuracies[row["train_exp"] + 1].append(row["accuracy"])
+    return Timed(sum(record[part] for part in ("train_s", "fisher_s", "eval_s")), accuracies)
+
+
+def time_sweeps(
+    settings: SweepSpeed, source: DataSource, path: Path, console: Console
+) -> pd.DataFrame:
+    """The same grid with every number of processes, in turn, from nothing to its tables.
+
+    Args:
+        settings: Sizes.
+        source: Where the images are.
+        path: Table of the sweeps; those of the same sizes that it holds are not repeated.
+        console: Where progress is shown.
+
+    Returns:
+        A row per round and way: `jobs` processes, started by one command or by as many `commands`
+        that share the seeds, which is what the machine itself allows; the seconds from the start to
+        the last end, imports, tables and pictures included; and what it came to.
+    """
+    if not settings.seeds:
+        return pd.DataFrame()
+    options = {"methods": ("ewc",), "seeds": tuple(range(settings.seeds)), "dataset": source.name}
+    grid = _grid(settings, **options)
+    cells = list(grid.cells(source.name))
+    sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)}
+    others, held = _held(path, sizes)
+    ways = list(dict.fromkeys(way for n in settings.jobs for way in ((n, 1), (n, n))))
+    for i in range(settings.rounds):
+        for jobs, commands in ways:
+            key = {"round": i, "jobs": jobs, "commands": commands}
+            if len(held) and held[list(key)].eq(pd.Series(key)).all(axis=1).any():
+                continue
+            parts = [
+                replace(grid, jobs=jobs // commands, seeds=grid.seeds[part::commands])
+                for part in range(commands)
+            ]
+            seconds, accuracies = _sweep(parts)
+            line = f"round {i + 1}, {jobs} processes of {commands} commands: {seconds:.1f} s"
+            console.print(line, highlight=False)
+            row = {**sizes, **key, "seconds": seconds, "accuracies": accuracies}
+            held = pd.concat([held, pd.DataFrame([row])], ignore_index=True)
+            _write(path, others, held)
+    return held
+
+
+def _sweep(grids: Sequence[PermutedMnist]) -> tuple[float, str]:
+    """The seconds of commands that make these grids from nothing, at once; a digest of all R."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / str(part) for part in range(len(grids))]
+        start = time.perf_counter()
+        running = [
+            subprocess.Popen([sys.executable, "-m", "experiments", *_flags(grid, out)])
+            for grid, out in zip(grids, outs, strict=True)
+        ]
+        codes = [command.wait() for command in running]
+        seconds = time.perf_counter() - start
+        if any(codes):
+            raise ChildProcessError(
+                f"a grid to be timed ended with code {max(codes, key=abs)}; it says why above"
+            )
+        rows = [line for out in outs for line in (out / "accuracy.csv").read_bytes().splitlines()]
+        return seconds, _digest(b"\n".join(sorted(set(rows))))
+
+
+def _flags(grid: PermutedMnist, out: Path) -> list[str]:
+    """What the command line of a grid says."""
+    flags = ["permuted-mnist", "--out", str(out)]
+    for name in _GIVEN:
+        value = getattr(grid, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if values not in ((), (None,)):
+            flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    return flags
+
+
+def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
+    """A row per way.
+
+    Args:
+        rounds: What `time_sweeps` returns.
+
+    Returns:
+        The median seconds with their smallest and largest; likewise the efficiency, round by round:
+        fewest jobs * their seconds / (jobs * seconds); and whether the accuracies of every round
+        are the same.
+    """
+    if not len(rounds):
+        return rounds
+    ways = {way: found.set_index("round") for way, found in rounds.groupby(["jobs", "commands"])}
+    (fewest, _), one = min(ways.items(), key=lambda item: item[0])
+    return pd.DataFrame([
+        {
+            **found.drop(columns=["seconds", "accuracies"]).iloc[0],
+            "rounds": len(found),
+            **_spread("seconds", found["seconds"]),
+            **_spread("efficiency", fewest * one["seconds"] / (jobs * found["seconds"])),
+            "same_accuracies": bool((found["accuracies"] == one["accuracies"].iloc[0]).all()),
+        }
+        for (jobs, _), found in ways.items()
+    ])

@@ -1,0 +1,1 @@
+"""One run: networks, training, checkpoints, loggers."""

@@ -1,0 +1,62 @@
+"""The networks: Avalanche's `SimpleMLP` and a small CNN, with one head or one per task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.models import MultiHeadClassifier, MultiTaskModule, SimpleMLP
+from torch import Tensor, nn
+
+from experiments.data.streams import Stream
+from experiments.settings.run import N_CLASSES, RunSettings
+
+
+class MultiHead(MultiTaskModule):
+    """A network whose last layer is replaced by one head per task label."""
+
+    def __init__(self, features: nn.Module, n_features: int, n_classes: int) -> None:
+        super().__init__()
+        self.features = features
+        # Heads are all of one size here, so that there are no units to mask.
+        self.classifier = MultiHeadClassifier(n_features, n_classes, masking=False)
+
+    def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+        """Logits [N, C] of each sample's own head."""
+        return self.classifier(self.features(x), task_labels)
+
+
+def make_model(run: RunSettings, stream: Stream) -> nn.Module:
+    """The run's network, initialised from the global RNG."""
+    per_head = stream.classes_per_experience
+    n_classes = N_CLASSES if run.scenario == "class" else per_head
+    features, n_features = _FEATURES[run.model](run, stream)
+    if run.scenario == "task":
+        return MultiHead(features, n_features, n_classes)
+    return nn.Sequential(features, nn.Linear(n_features, n_classes))
+
+
+def _mlp(run: RunSettings, stream: Stream) -> tuple[nn.Module, int]:
+    mlp: Any = SimpleMLP(
+        input_size=stream.image_size,
+        hidden_size=run.hidden_size,
+        hidden_layers=run.hidden_layers,
+        drop_rate=run.dropout,
+    )
+    return nn.Sequential(nn.Flatten(), mlp.features), run.hidden_size
+
+
+def _cnn(run: RunSettings, stream: Stream) -> tuple[nn.Module, int]:
+    layers = nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(run.dropout),
+    )
+    return layers, 64 * 2 * 2
+
+
+_FEATURES = {"mlp": _mlp, "cnn": _cnn}

@@ -1,0 +1,276 @@
+"""One run: settings in, rows out. Nothing else is read or written, except for checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.models.dynamic_modules import avalanche_model_adaptation
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.supervised import JointTraining, Naive
+from torch import nn
+
+from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from ewc_plugin.avalanche.metrics import ewc_metrics
+from experiments.data.sources import DataSource
+from experiments.data.streams import Stream, shared_stream
+from experiments.data.tensor_path import FISHER_BATCH, FastData
+from experiments.results.metrics import continual_metrics
+from experiments.results.record import NO_SECONDS, RunResult, run_record
+from experiments.settings.run import RunSettings
+from experiments.training.avalanche_ewc import BuiltinEWC, in_order
+from experiments.training.checkpoint import read_checkpoint, restore, write_checkpoint
+from experiments.training.loggers import Logs
+from experiments.training.networks import make_model
+
+EVAL_BATCH = 1000
+UNTRAINED = -1  # `train_exp` of the model before any training
+EVAL_METRIC = re.compile(r"(Top1_Acc|Loss)_Exp/eval_phase/test_stream/.*Exp(\d+)$")
+MIB = 2**20
+
+Observer = Callable[[int, float], None]  # (experiences done, mean accuracy on those)
+
+
+def run(
+    settings: RunSettings,
+    source: DataSource,
+    observe: Observer = lambda done, accuracy: None,
+    checkpoint: Path | None = None,
+    *,
+    logs: Logs | None = None,
+) -> RunResult:
+    """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
+
+    Args:
+        settings: What to run.
+        source: Where the images are.
+        observe: Called after each experience, for a progress display.
+        checkpoint: File for the state after each experience but the last; a run that finds its own
+            goes on from there, to the same bits.
+        logs: What else is told how it goes.
+
+    Returns:
+        The rows; those that were complete if the run diverged or failed.
+    """
+    trial = Trial(settings, source)
+    status, reason = "ok", ""
+    try:
+        with logs.open(settings) if logs else nullcontext([]) as trial.loggers:
+            trial.run(observe, checkpoint)
+    except DivergedError as error:
+        status, reason = "diverged", str(error)
+    except Exception as error:  # a failed run is a row, so that a sweep goes on
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+    return RunResult(trial.record(status, reason), trial.rows)
+
+
+class Trial:
+    """A run while it runs; `model` is the network that it trains."""
+
+    def __init__(self, settings: RunSettings, source: DataSource) -> None:
+        self.settings = settings
+        self.source = source
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = dict(NO_SECONDS)
+        self.peak_rss = 0
+        self.method_plugins: Sequence[Any] = ()
+        self.loggers: list[Any] = []
+        self.model: nn.Module = nn.Identity()
+
+    def run(self, observe: Observer, checkpoint: Path | None = None) -> None:
+        """Trains on each experience in turn, evaluating on all of them before and after each."""
+        settings = self.settings
+        stream = shared_stream(settings, self.source)
+        RNGManager.set_random_seeds(settings.seed)
+        strategy, watch = self._strategy(stream)
+        experiences = list(stream.benchmark.train_stream)
+        joint = settings.method == "joint"
+        state = checkpoint and read_checkpoint(checkpoint, settings, self.source)
+        if state:
+            self._go_on(restore(state, strategy, experiences))
+        else:
+            if joint:  # `JointTraining` gets its heads when it trains; we evaluate before that
+                for experience in experiences:
+                    avalanche_model_adaptation(self.model, experience)
+            self._evaluate(strategy, stream, UNTRAINED)
+        last = settings.n_experiences - 1
+        for i in range(self._trained_through() + 1, 1 if joint else last + 1):
+            self._train(strategy, watch, experiences if joint else experiences[i])
+            trained = last if joint else i
+            accuracy = self._evaluate(strategy, stream, trained)
+            if checkpoint and trained < last:
+                write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
+            observe(trained + 1, float(np.mean(accuracy[: trained + 1])))
+
+    def _progress(self) -> dict[str, Any]:
+        return {"rows": self.rows, "seconds": self.seconds, "peak_rss": self.peak_rss}
+
+    def _go_on(self, progress: dict[str, Any]) -> None:
+        self.rows, self.seconds, self.peak_rss = (
+            progress[name] for name in ("rows", "seconds", "peak_rss")
+        )
+
+    def _trained_through(self) -> int:
+        """The last experience that was trained and evaluated on."""
+        return max(int(row["train_exp"]) for row in self.rows)
+
+    def record(self, status: str, reason: str) -> dict[str, Any]:
+        """The row of `runs.csv`; metrics are NaN unless the run is complete."""
+        return run_record(
+            self.settings,
+            status,
+            reason,
+            metrics=continual_metrics(self._matrix()) if status == "ok" else None,
+            seconds=self.seconds,
+            peak_rss_mb=self.peak_rss / MIB,
+            penalty_state_mb=sum(map(state_bytes, self.method_plugins)) / MIB,
+        )
+
+    def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
+        settings = self.settings
+        self.model = model = make_model(settings, stream)
+        optimizer = OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
+        fast = FastData(stream) if settings.data_path == "fast" else None
+        self.method_plugins = _method_plugins(settings, fast)
+        watch = _Watch(settings.iterations)
+        template = JointTraining if settings.method == "joint" else Naive
+        strategy = template(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=settings.batch_size,
+            # With a number of iterations, more epochs than they can fill: the last one is stopped.
+            train_epochs=settings.epochs
+            if settings.iterations is None
+            else settings.iterations + 1,
+            eval_mb_size=EVAL_BATCH,
+            device=settings.device,
+            plugins=[*([fast] if fast else []), *self.method_plugins, watch],
+            evaluator=self._evaluator(),
+        )
+        return strategy, watch
+
+    def _evaluator(self) -> EvaluationPlugin:
+        """What the rows need; more where somebody watches the training."""
+        watched = bool(self.loggers)
+        metrics = [m(epoch=watched, experience=True) for m in (accuracy_metrics, loss_metrics)]
+        if watched and self.settings.method == "ewc":
+            metrics.append(ewc_metrics())
+        return EvaluationPlugin(*metrics, loggers=self.loggers)
+
+    def _train(self, strategy: Any, watch: _Watch, experience: Any) -> None:
+        start = time.perf_counter()
+        reset = self.settings.optimizer_state == "reset"
+        strategy.train(experience, eval_streams=[], reset_optimizer_state=reset)
+        end = time.perf_counter()
+        self.seconds["train_s"] += watch.epochs_end - start
+        self.seconds["fisher_s"] += end - watch.epochs_end
+        if not all(torch.isfinite(p).all() for p in strategy.model.parameters()):
+            raise DivergedError("a weight is not finite after training on an experience")
+        self.peak_rss = max(self.peak_rss, psutil.Process().memory_info().rss)
+
+    def _evaluate(self, strategy: Any, stream: Stream, train_exp: int) -> list[float]:
+        start = time.perf_counter()
+        results = strategy.eval(stream.benchmark.test_stream)
+        self.seconds["eval_s"] += time.perf_counter() - start
+        found: dict[str, dict[int, float]] = {"Top1_Acc": {}, "Loss": {}}
+        for key, value in results.items():
+            if match := EVAL_METRIC.match(key):
+                found[match[1]][int(match[2])] = float(value)
+        settings = self.settings
+        for experience in stream.benchmark.test_stream:
+            j = experience.current_experience
+            self.rows.append({
+                "run_id": settings.run_id,
+                "benchmark": settings.benchmark,
+                "dataset": settings.dataset,
+                "scenario": settings.scenario,
+                "method": settings.method,
+                "fisher_type": settings.fisher_type,
+                "ewc_lambda": settings.ewc_lambda,
+                "seed": settings.seed,
+                "train_exp": train_exp,
+                "eval_exp": j,
+                "accuracy": found["Top1_Acc"][j],
+                "loss": found["Loss"][j],
+                "n_samples": len(experience.dataset),
+            })
+        return [found["Top1_Acc"][j] for j in sorted(found["Top1_Acc"])]
+
+    def _matrix(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        n = self.settings.n_experiences
+        matrix = np.full((n + 1, n), np.nan)
+        for row in self.rows:
+            matrix[row["train_exp"] + 1, row["eval_exp"]] = row["accuracy"]
+        return matrix
+
+
+class _Watch(SupervisedPlugin):
+    """Notes when the last epoch ended; stops a run that diverged or has all its iterations."""
+
+    def __init__(self, iterations: int | None) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.epochs_end = 0.0
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        clock = strategy.clock
+        if not torch.isfinite(strategy.loss).all():
+            raise DivergedError(
+                f"the loss is {strategy.loss.item()} in experience {clock.train_exp_counter}, "
+                f"iteration {clock.train_exp_iterations}"
+            )
+        if clock.train_exp_iterations + 1 == self.iterations:  # the clock counts this one later
+            strategy.stop_training()
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        self.epochs_end = time.perf_counter()
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
+    if settings.method == "avalanche-ewc":
+        return [BuiltinEWC(settings)]
+    if settings.method == "ewc":
+        return [
+            DiagonalEWCPlugin(
+                settings.ewc_lambda,
+                settings.mode,
+                settings.decay_factor,
+                fisher_type=settings.fisher_type,
+                fisher_batches=functools.partial(_fisher_batches, settings) if fast else None,
+                normalize=settings.normalize,
+                implicit=settings.penalty_step == "implicit",
+            )
+        ]
+    return []
+
+
+def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[torch.Tensor]]:
+    """The current experience's samples; in Avalanche's mini-batches where F depends on them."""
+    rows = in_order(strategy.experience.dataset, settings.importance_order)
+    batched = settings.fisher_type == "batched"
+    return rows.batches(
+        settings.importance_batch or settings.batch_size if batched else FISHER_BATCH
+    )
+
+
+def state_bytes(plugin: Any) -> int:
+    """Memory that a method keeps between experiences to compute its penalty."""
+    if isinstance(plugin, DiagonalEWCPlugin):
+        return plugin.penalty.nbytes
+    stores = [*plugin.saved_params.values(), *plugin.importances.values()]
+    tensors = [parameter.data for store in stores for parameter in store.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
