@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.report import chosen_lambdas, format_interval
+from experiments.reporting.cells import format_interval
 from experiments.reporting.text_table import SummaryTable, render, summary_table
+from experiments.results.statistics import chosen_lambdas
 from experiments.timing.fisher_engines import OURS, UNIT
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from experiments.command_line import checked_arguments, parse, unknown
-from experiments.settings.run import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
+from experiments.settings.grids import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")

@@ -7,79 +7,73 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.data.sources import DataSource, find_data
-from experiments.reporting.comparison import checked_cells
-from experiments.reporting.report import write_report
+from experiments.data.sources import DataSource
+from experiments.reporting.comparison import parity_table
+from experiments.reporting.figures.accuracy import plot_all
+from experiments.reporting.terminal import print_chosen, print_parity, print_summary, print_troubles
+from experiments.results import schemas, statistics, tables
+from experiments.results.environment import write_environment
 from experiments.results.store import Store
-from experiments.settings.run import Job, RunSettings
-from experiments.sweeps.dry_run import print_plan
-from experiments.sweeps.sweep import sweep
-from experiments.training.loggers import logs_of
+from experiments.settings.grids import Job, Tune
+from experiments.settings.run import PENALISED, STREAM, RunSettings
+from experiments.sweeps.jobs import make_runs, prepared
 
 
 def run_job(job: Job, console: Console) -> None:
     """Makes the runs of a job that are not there yet, then its tables, plots and summary."""
-    store, cells, source = _prepare(job, console)
+    store, cells, source = prepared(job, console)
     checks = checked_cells(job, cells)
-    numerical = _sweep(job, store, cells, source, checks, console)
+    numerical = make_runs(job, store, cells, source, checks, console)
     write_report(job, store, cells, source, numerical, console)
 
 
-def run_cells(
-    job: Job, console: Console, *, make: bool = True
-) -> tuple[Store, list[RunSettings], DataSource]:
-    """Makes the runs of a job that are not there yet.
-
-    Args:
-        job: Whose `cells` are wanted.
-        console: Where progress is shown.
-        make: Whether to; else what is there has to do.
-
-    Returns:
-        Where the results are, the cells, and what they ran on.
-    """
-    store, cells, source = _prepare(job, console)
-    if make:
-        _sweep(job, store, cells, source, [], console)
-    return store, cells, source
+def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:
+    """One cell per benchmark, dataset and scenario, if the job compares both EWC methods."""
+    if not (job.compares and {cell.method for cell in cells} >= set(PENALISED)):
+        return []
+    return list({tuple(getattr(cell, name) for name in STREAM): cell for cell in cells}.values())
 
 
-def _prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
-    """Where the results go, what to run and on what; after a dry run there is nothing to do."""
-    source = find_data(job.dataset, job.data_root)
-    if source.note:
-        console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    if job.left_out:
-        console.print(f"NOTE: {job.left_out}", style="bold yellow", soft_wrap=True)
-    cells = list(job.cells(source.name))
-    if job.dry_run:
-        show_plan(job, cells, console)
-        raise SystemExit(0)
-    return Store(job.folder), cells, source
-
-
-def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
-    """What would become of each cell of a job."""
-    print_plan(cells, job.folder, job.jobs, job.force, console)
-
-
-def _sweep(
+def write_report(
     job: Job,
     store: Store,
-    cells: list[RunSettings],
+    cells: Sequence[RunSettings],
     source: DataSource,
-    checks: list[RunSettings],
+    numerical: Sequence[dict[str, Any]],
     console: Console,
-) -> list[dict[str, Any]]:
-    return sweep(
-        cells,
-        source,
-        store,
-        jobs=job.jobs,
-        console=console,
-        force=job.force,
-        checks=checks,
-        scheduler=job.scheduler,
-        checkpoint=job.checkpoint,
-        logs=logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb),
+) -> None:
+    """Writes every table and plot of the folder, and prints the summary and the comparison.
+
+    Args:
+        job: The command that was run.
+        store: The folder's results.
+        cells: What the job consisted of.
+        source: Where the images came from.
+        numerical: Rows of the numerical checks against the built-in; none if nothing is compared.
+        console: Where to print.
+    """
+    with store.lock:  # another sweep may be writing to the folder as well
+        accuracy, runs = store.rebuild()
+        summary = statistics.summarise(runs)
+        tables.write(summary, store.folder, schemas.SUMMARY)
+        write_environment(store.folder, source)
+        files = plot_all(accuracy, runs, store.folder / "plots")
+        parity = parity_table(runs, numerical) if numerical else None
+        if parity is not None:
+            tables.write(parity, store.folder, schemas.PARITY)
+    mine = {cell.config_hash for cell in cells}
+    told = statistics.distinctions(runs[runs["config_hash"].isin(mine)])
+    print_summary(summary[summary["config_hash"].isin(mine)], console, told)
+    if isinstance(job, Tune):
+        print_chosen(summary, console)
+    if parity is not None:
+        console.print("Compared with Avalanche's built-in EWC:")
+        print_parity(parity, console)
+    troubles = Console(stderr=True) if job.quiet else console
+    print_troubles(runs[runs["config_hash"].isin(mine)], troubles)
+    console.print(
+        f"Tables: {store.folder}/*.csv   Plots: {store.folder}/plots ({len(files)} files)   "
+        f"As a page: python -m experiments report {store.folder}",
+        highlight=False,
+        soft_wrap=True,
     )

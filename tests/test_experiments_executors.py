@@ -18,9 +18,9 @@ import pytest
 from rich.console import Console
 
 from experiments.data.sources import find_data
-from experiments.results import tables
+from experiments.results import schemas, tables
 from experiments.results.store import PARTS, Store
-from experiments.settings.run import PermutedMnist
+from experiments.settings.grids import PermutedMnist
 from experiments.sweeps import sweep as sweep_module
 from experiments.sweeps import worker
 from experiments.sweeps.executors import OneProcess
@@ -302,5 +302,5 @@ def test_runs_of_one_process_do_not_mix(tmp_path):
     for thread in threads:
         thread.join()
     keys = ["run_id", "train_exp", "eval_exp"]
-    found = tables.frame(rows, tables.ACCURACY).sort_values(keys, ignore_index=True)
+    found = tables.frame(rows, schemas.ACCURACY).sort_values(keys, ignore_index=True)
     pd.testing.assert_frame_equal(found, expected)

@@ -10,7 +10,8 @@ import pytest
 from experiments.__main__ import main
 from experiments.command_line import checked_arguments, parse
 from experiments.results.store import read_results
-from experiments.settings.run import Main, PermutedMnist, RunSettings, SplitMnist, Sweep
+from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep
+from experiments.settings.run import RunSettings
 from experiments.sweeps.dry_run import estimated_seconds
 from experiments.sweeps.queue import Task, next_task, work
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from experiments.data.sources import find_data
-from experiments.results import tables
+from experiments.results import schemas, tables
 from experiments.results.store import PARTS, Store
 from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
@@ -27,7 +27,7 @@ def results():
 
 
 def ids(folder):
-    return list(tables.read(folder, tables.RUNS)["run_id"])
+    return list(tables.read(folder, schemas.RUNS)["run_id"])
 
 
 @pytest.mark.filterwarnings("ignore:Mismatched null-like values:FutureWarning")  # pandas 2
@@ -41,7 +41,7 @@ def test_results_become_tables(tmp_path, results):
     expected = results[1].rows[5]["accuracy"]
     row = accuracy[(accuracy["seed"] == 1) & (accuracy["train_exp"] == 1)].iloc[1]
     assert row["accuracy"] == expected
-    pd.testing.assert_frame_equal(tables.read(tmp_path, tables.ACCURACY), accuracy)
+    pd.testing.assert_frame_equal(tables.read(tmp_path, schemas.ACCURACY), accuracy)
 
 
 def test_a_result_survives_the_process_that_made_it(tmp_path, results):
@@ -81,7 +81,7 @@ def test_failed_runs_are_kept_and_tried_again(tmp_path, results):
     store = Store(tmp_path)
     store.add(type(results[0])(record, []))
     store.rebuild()
-    assert list(tables.read(tmp_path, tables.RUNS)["reason"]) == ["RuntimeError: no luck"]
+    assert list(tables.read(tmp_path, schemas.RUNS)["reason"]) == ["RuntimeError: no luck"]
     assert store.finished() == set()
 
 

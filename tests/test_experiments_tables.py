@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.results import tables
+from experiments.results import schemas, statistics, tables
 from experiments.results.tables import TableError
 
 ROW = {
@@ -28,9 +28,9 @@ ROW = {
 
 
 def test_a_table_comes_back_from_the_disk_to_the_last_bit(tmp_path):
-    table = tables.frame([ROW, {**ROW, "eval_exp": 1, "accuracy": 2 / 3}], tables.ACCURACY)
-    tables.write(table, tmp_path, tables.ACCURACY)
-    pd.testing.assert_frame_equal(tables.read(tmp_path, tables.ACCURACY), table, check_exact=True)
+    table = tables.frame([ROW, {**ROW, "eval_exp": 1, "accuracy": 2 / 3}], schemas.ACCURACY)
+    tables.write(table, tmp_path, schemas.ACCURACY)
+    pd.testing.assert_frame_equal(tables.read(tmp_path, schemas.ACCURACY), table, check_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_a_table_comes_back_from_the_disk_to_the_last_bit(tmp_path):
 )
 def test_rows_that_do_not_fit_the_schema_are_refused(change, what):
     with pytest.raises(TableError, match=rf"accuracy\.csv does not fit its schema.*{what}"):
-        tables.frame([{**ROW, **change}], tables.ACCURACY)
+        tables.frame([{**ROW, **change}], schemas.ACCURACY)
 
 
 def test_a_row_that_is_there_twice_is_refused():
     with pytest.raises(TableError, match="not unique"):
-        tables.frame([ROW, ROW], tables.ACCURACY)
+        tables.frame([ROW, ROW], schemas.ACCURACY)
 
 
 @pytest.mark.parametrize("text", ["", "run_id,accuracy\na,0.5\n", "run_id\n\x00\n"])
@@ -57,13 +57,13 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path, text):
     path = tmp_path / "accuracy.csv"
     path.write_text(text)
     with pytest.raises(TableError, match=r"accuracy\.csv` can't be read .*restore it"):
-        tables.read(tmp_path, tables.ACCURACY)
+        tables.read(tmp_path, schemas.ACCURACY)
     assert path.read_text() == text
 
 
 def test_a_write_that_fails_leaves_the_old_table_and_no_other_file(tmp_path, monkeypatch):
-    table = tables.frame([ROW], tables.ACCURACY)
-    path = tables.write(table, tmp_path, tables.ACCURACY)
+    table = tables.frame([ROW], schemas.ACCURACY)
+    path = tables.write(table, tmp_path, schemas.ACCURACY)
     before = path.read_bytes()
 
     def full_disk(handle):
@@ -71,13 +71,13 @@ def test_a_write_that_fails_leaves_the_old_table_and_no_other_file(tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        tables.write(table.assign(accuracy=0.5), tmp_path, tables.ACCURACY)
+        tables.write(table.assign(accuracy=0.5), tmp_path, schemas.ACCURACY)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["accuracy.csv"]
 
 
 def test_load_gives_the_tables_of_a_folder(tmp_path):
-    tables.write(tables.frame([ROW], tables.ACCURACY), tmp_path, tables.ACCURACY)
+    tables.write(tables.frame([ROW], schemas.ACCURACY), tmp_path, schemas.ACCURACY)
     assert list(tables.load(tmp_path)) == ["accuracy"]
     with pytest.raises(TableError, match=r"holds none of accuracy\.csv"):
         tables.load(tmp_path / "elsewhere")
@@ -86,14 +86,14 @@ def test_load_gives_the_tables_of_a_folder(tmp_path):
 def test_the_interval_is_students():
     values = np.array([0.91, 0.94, 0.93, 0.95])
     expected = stats.t.interval(0.95, df=3, loc=values.mean(), scale=stats.sem(values))
-    found = tables.interval(values)
+    found = statistics.interval(values)
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
     assert found["n"] == 4
     assert found["std"] == pytest.approx(values.std(ddof=1), rel=1e-12)
 
 
 def test_one_seed_has_a_mean_and_no_interval():
-    found = tables.interval(np.array([0.5]))
+    found = statistics.interval(np.array([0.5]))
     assert found["mean"] == 0.5
     assert np.isnan([found["std"], found["ci_low"], found["ci_high"]]).all()
 
@@ -110,13 +110,13 @@ def test_one_seed_has_a_mean_and_no_interval():
     ],
 )
 def test_equivalence_verdicts(differences, verdict):
-    assert tables.equivalence(np.array(differences)) == verdict
+    assert statistics.equivalence(np.array(differences)) == verdict
 
 
 def test_equivalence_is_the_two_one_sided_tests():
     rng = np.random.default_rng(0)
     for _ in range(200):
         d = rng.normal(0.004, 0.006, size=5)
-        low = stats.ttest_1samp(d, -tables.MARGIN, alternative="greater").pvalue
-        high = stats.ttest_1samp(d, tables.MARGIN, alternative="less").pvalue
-        assert (tables.equivalence(d) == "equivalent") == (max(low, high) < 0.05)
+        low = stats.ttest_1samp(d, -statistics.MARGIN, alternative="greater").pvalue
+        high = stats.ttest_1samp(d, statistics.MARGIN, alternative="less").pvalue
+        assert (statistics.equivalence(d) == "equivalent") == (max(low, high) < 0.05)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from experiments.data.sources import find_data
+from experiments.results.statistics import by_lambda
 from experiments.settings.run import RunSettings
 from experiments.studies.implicit_step import ImplicitStep
 from experiments.studies.implicit_step import run as run_implicit_step
 from experiments.studies.lambda_translation import LambdaTranslation, statistics, translate
 from experiments.studies.normalized_lambda import NormalizedLambda
-from experiments.studies.penalty_sweeps import by_lambda
 from experiments.timing.penalty_speed import PenaltySpeed, measure
 from experiments.training.trained import train
 

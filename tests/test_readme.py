@@ -15,10 +15,11 @@ from test_plugin_data import Tokens
 
 from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.sources import find_data
-from experiments.reporting.report import chosen_lambdas
 from experiments.reporting.text_table import render, table_of
-from experiments.results import tables
-from experiments.settings.run import CHOSEN_LAMBDA, TUNING_SEEDS, RunSettings
+from experiments.results import schemas, statistics, tables
+from experiments.results.statistics import chosen_lambdas
+from experiments.settings.run import RunSettings
+from experiments.settings.tuned import CHOSEN_LAMBDA, TUNING_SEEDS
 from experiments.training.run import run
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +128,7 @@ def test_committed_tables_fit_their_schemas_and_each_other(folder):
     runs = found["runs"]
     assert (runs["status"] == "ok").all()
     assert set(found["accuracy"]["run_id"]) == set(runs["run_id"])
-    again = tables.summarise(runs)
+    again = statistics.summarise(runs)
     pd.testing.assert_frame_equal(again, found["summary"])
 
 
@@ -152,12 +153,12 @@ def test_a_committed_run_made_again_has_the_committed_accuracies(run_id):
     # longer, have moved by several images. One image may change sides in each entry of R.
     found = tables.load(ROOT / "results" / "tuning_digits")
     (row,) = found["runs"][found["runs"]["run_id"] == run_id].to_dict("records")
-    names = [name for name in tables.SETTING_NAMES if name in row]
+    names = [name for name in schemas.SETTING_NAMES if name in row]
     cell = RunSettings(**{name: None if pd.isna(row[name]) else row[name] for name in names})
     assert cell.run_id == run_id  # the settings still mean what they did
     result = run(cell, find_data("digits", None))
     keys = ["train_exp", "eval_exp"]
-    again = tables.frame(result.rows, tables.ACCURACY).set_index(keys)
+    again = tables.frame(result.rows, schemas.ACCURACY).set_index(keys)
     committed = found["accuracy"][found["accuracy"]["run_id"] == run_id].set_index(keys)
     assert list(again.index) == list(committed.index)
     images = (again["accuracy"] - committed["accuracy"]).abs() * committed["n_samples"]

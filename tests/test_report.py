@@ -15,9 +15,10 @@ import pytest
 from experiments.__main__ import main
 from experiments.reporting.html import page
 from experiments.reporting.html.tables import summary_tables
-from experiments.reporting.text_table import best_cells, render, summary_table, table_of
-from experiments.results import tables
+from experiments.reporting.text_table import render, summary_table, table_of
+from experiments.results import schemas, statistics, tables
 from experiments.results.metrics import continual_metrics
+from experiments.results.statistics import best_cells
 from experiments.settings.run import RunSettings
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -50,7 +51,7 @@ def run_rows(method, accuracies, *, ewc_lambda=None, first_seed=0, status="ok"):
             "config_hash": cell.config_hash,
         })
         for (i, j), a in np.ndenumerate(matrix if ok else matrix[:1]):
-            shared = {k: records[-1][k] for k in list(tables.ACCURACY.columns)[:8]}
+            shared = {k: records[-1][k] for k in list(schemas.ACCURACY.columns)[:8]}
             measured = {"train_exp": i - 1, "eval_exp": j, "accuracy": a}
             rows.append({**shared, **measured, "loss": 1.0, "n_samples": 9})
     return records, rows
@@ -59,10 +60,10 @@ def run_rows(method, accuracies, *, ewc_lambda=None, first_seed=0, status="ok"):
 def write_folder(folder, parts):
     folder.mkdir()
     records, rows = ([row for part in parts for row in part[i]] for i in (0, 1))
-    runs = tables.frame(records, tables.RUNS)
-    tables.write(runs, folder, tables.RUNS)
-    tables.write(tables.frame(rows, tables.ACCURACY), folder, tables.ACCURACY)
-    tables.write(tables.summarise(runs), folder, tables.SUMMARY)
+    runs = tables.frame(records, schemas.RUNS)
+    tables.write(runs, folder, schemas.RUNS)
+    tables.write(tables.frame(rows, schemas.ACCURACY), folder, schemas.ACCURACY)
+    tables.write(statistics.summarise(runs), folder, schemas.SUMMARY)
     return runs
 
 
@@ -224,7 +225,7 @@ def test_tables_below_a_folder_are_shown_as_well(tmp_path):
 
 
 def frame_of(*parts):
-    return tables.frame([row for part in parts for row in part[0]], tables.RUNS)
+    return tables.frame([row for part in parts for row in part[0]], schemas.RUNS)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_the_table_in_each_notation():
     runs = frame_of(
         run_rows("ewc", [0.60, 0.70, 0.80], ewc_lambda=1e6), run_rows("naive", [0.50, 0.60, 0.70])
     )
-    table = summary_table(tables.summarise(runs), runs)
+    table = summary_table(statistics.summarise(runs), runs)
     assert render(table, "markdown").splitlines()[2:] == [
         "| split digits, task-incremental | Naive |  |  | 0.7000 ± 0.1242 | 0.3000 ± 0.2484 | "
         "0.8500 ± 0.0000 | 3 |",

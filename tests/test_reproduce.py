@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.results import tables
-from experiments.settings.run import TUNING_SEEDS
+from experiments.results import statistics, tables
+from experiments.settings.tuned import TUNING_SEEDS
 from experiments.studies.reproduce import study as reproduce
 from experiments.studies.reproduce.protocol import (
     PROTOCOLS,
@@ -166,7 +166,7 @@ def test_the_readmes_words_on_the_three_scenarios_are_those_of_the_committed_tab
     runs = loaded["runs"]
     config = protocol.run_of(arms["EWC, task"], "mnist", 0).config_hash
     three = runs[(runs["config_hash"] == config) & (runs["seed"] < 3)]["average_accuracy"]
-    found = tables.interval(three.to_numpy(float))
+    found = statistics.interval(three.to_numpy(float))
     assert round(found["mean"], 3) == 0.973
     assert round(found["ci_high"] - found["mean"], 3) == 0.052
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.data.sources import find_data
-from experiments.settings.run import PermutedMnist
+from experiments.settings.grids import PermutedMnist
 from experiments.timing import sweep_speed
 from experiments.timing.plain_loop import Timed, run_plainly
 from experiments.timing.sweep_speed import (

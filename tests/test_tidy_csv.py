@@ -18,7 +18,7 @@ from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
 from plugin_streams import Blobs, benchmark, mlp, multi_head, strategy, train
 
 from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, TidyCSVLogger, gaussian_score
-from experiments.results import tables
+from experiments.results import schemas, tables
 from experiments.results.store import Store
 
 NAMES = {"seed": 3, "benchmark": "blobs", "dataset": "points", "scenario": "class"}
@@ -58,7 +58,7 @@ def test_rows_are_what_was_measured_to_the_last_bit(tmp_path):
     path, bench = tmp_path / "made" / "accuracy.csv", benchmark()
     found = train_and_test(logged(path, DiagonalEWCPlugin(5.5)), bench)
     table = tables.load(path.parent)["accuracy"]
-    assert tuple(table.columns) == (*tables.empty(tables.ACCURACY), *tables.LOGGER_COLUMNS)
+    assert tuple(table.columns) == (*tables.empty(schemas.ACCURACY), *schemas.LOGGER_COLUMNS)
     pairs = zip(table["train_exp"], table["eval_exp"], strict=True)
     assert list(pairs) == [(-1, 0), (-1, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
     for row in table.itertuples():

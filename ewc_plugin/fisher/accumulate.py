@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch, copied, n_entries, n_samples, take
 from ewc_plugin.fisher.logits import check_finite, checked_logits
-from ewc_plugin.fisher.matching import Served
 from ewc_plugin.fisher.one_hidden_layer import find_readout
 from ewc_plugin.fisher.per_sample import Forward, loop_squares, vmap_squares, zeros
-from ewc_plugin.fisher.plan import Plan
+from ewc_plugin.fisher.plan import Plan, Served
 from ewc_plugin.fisher.rules.base import Layout, Sums
 from ewc_plugin.fisher.scores import Scores
 from ewc_plugin.fisher.tracing.capture import Capture

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ewc_plugin.batches import Batch, as_pytree, rechunk, subset
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.accumulate import EnginePass
-from ewc_plugin.fisher.matching import Served
 from ewc_plugin.fisher.mini_batch import batched_importances
 from ewc_plugin.fisher.per_sample import Forward, in_company
-from ewc_plugin.fisher.plan import EngineName, Plan, make_plan
+from ewc_plugin.fisher.plan import EngineName, Plan, Served, make_plan
 from ewc_plugin.fisher.scores import (
     FisherType,
     Score,

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ewc_plugin.penalty.gradient import GradientAdder, Pair, PenaltyFunction
-from ewc_plugin.penalty.names import canonical_names, canonical_parameters
 from ewc_plugin.penalty.options import Mode, Normalization, checked_decay, normalizer, parsed
+from ewc_plugin.penalty.parameters import Structure, canonical_names, canonical_parameters
 from ewc_plugin.penalty.quadratic import Quadratic, Storage
-from ewc_plugin.penalty.structure import Structure
 
 
 @dataclass(frozen=True)

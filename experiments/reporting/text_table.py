@@ -15,17 +15,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import tyro
-from scipy import stats
 
-from experiments.reporting.comparison import COMPARED
-from experiments.reporting.report import SHOWN, by_cell, format_interval, interval_text
-from experiments.results import tables
-from experiments.settings.run import STREAM
+from experiments.reporting.cells import by_cell, format_interval, interval_text
+from experiments.reporting.terminal import SHOWN
+from experiments.results import statistics, tables
+from experiments.results.statistics import COMPARED, best_cells
 
-LOWER_IS_BETTER = ("forgetting",)
-UPPER_BOUND = "joint"  # sees all data at once: nothing that the others could be expected to beat
 POWER_OF_TEN = re.compile(r"1e([+-]\d+)")
-SAME_TEST = [*STREAM, "n_experiences", "validation"]  # what makes accuracies comparable
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
         The table.
     """
     best = {metric: best_cells(runs, metric) for metric in SHOWN}
-    varied = tables.varied_settings(runs)
+    varied = statistics.varied_settings(runs)
     settings = runs.drop_duplicates("config_hash").set_index("config_hash")[varied]
     rows, bold = [], []
     for cell in by_cell(summary):
@@ -197,51 +193,6 @@ MADE_FROM: dict[str, tuple[tuple[str, ...], Callable[..., SummaryTable]]] = {
 
 def _word(value: Any) -> str:
     return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def best_cells(runs: pd.DataFrame, metric: str) -> set[str]:
-    """The cells that are best on their benchmark by more than their seeds explain.
-
-    Among the cells of one stream, joint training left out, the one with the best mean is best if
-    the 95 % interval of its difference from every other excludes zero: Student's interval of the
-    paired differences where both have the same seeds, Welch's where they don't. Where one of them
-    has a single seed there is no interval, and nothing is best; nor where there is one cell only.
-    The intervals are not corrected for the number of cells.
-
-    Args:
-        runs: Rows of `runs.csv`; only those with status `ok` count.
-        metric: A column of it. Of `forgetting` less is better.
-
-    Returns:
-        Their `config_hash`.
-
-    Source: Welch 1947 as `scipy.stats.ttest_ind` has it.
-    """
-    done = runs[(runs["status"] == "ok") & (runs["method"] != UPPER_BOUND)]
-    done = done[done[metric].notna()]
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    best = set()
-    for _, group in done.groupby(SAME_TEST):
-        cells = {
-            str(key): sign * cell.set_index("seed")[metric]
-            for key, cell in group.groupby("config_hash")
-        }
-        first, *others = sorted(cells, key=lambda key: -cells[key].mean())
-        if others and all(_exceeds(cells[first], cells[other]) for other in others):
-            best.add(first)
-    return best
-
-
-def _exceeds(a: pd.Series[float], b: pd.Series[float]) -> bool:
-    """Whether the 95 % interval of mean(a) - mean(b), both by seed, lies above zero."""
-    if min(len(a), len(b)) < 2:
-        return False
-    if set(a.index) == set(b.index):
-        return tables.interval((a - b).to_numpy(float))["ci_low"] > 0
-    if a.std() == b.std() == 0:  # no spread: Welch's statistic is not defined
-        return bool(a.mean() > b.mean())
-    welch: Any = stats.ttest_ind(a, b, equal_var=False)
-    return bool(welch.confidence_interval(tables.CONFIDENCE).low > 0)
 
 
 def render(table: SummaryTable, notation: str) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.results.metrics import METRICS, continual_metrics
-from experiments.results.tables import ACCURACY, SETTING_NAMES, TableError
+from experiments.results.schemas import ACCURACY, SETTING_NAMES
+from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
 
 TOLERANCE = 1e-9  # of metrics that another version of NumPy may have summed in another order

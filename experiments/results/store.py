@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from experiments.results import tables
+from experiments.results import schemas, tables
 from experiments.results.files import folder_lock, replace_file
 from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult
@@ -52,7 +52,7 @@ class Store:
 
     def finished(self) -> set[str]:
         """Ids of the runs that ended well or diverged; failed ones may be tried again."""
-        runs = tables.read(self.folder, tables.RUNS)
+        runs = tables.read(self.folder, schemas.RUNS)
         return set(runs.loc[runs["status"] != "failed", "run_id"])
 
     def add(self, result: RunResult) -> None:
@@ -75,8 +75,8 @@ class Store:
         with self.lock:
             accuracy, runs = read_results(self.folder)
             if len(runs):
-                tables.write(accuracy, self.folder, tables.ACCURACY)
-                tables.write(runs, self.folder, tables.RUNS)
+                tables.write(accuracy, self.folder, schemas.ACCURACY)
+                tables.write(runs, self.folder, schemas.RUNS)
         return accuracy, runs
 
 
@@ -96,8 +96,8 @@ def read_results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     records = [part["record"] for part in parts]
     rows = [row for part in parts for row in part["rows"]]
     ids = [record["run_id"] for record in records]
-    accuracy = _merge(tables.read(folder, tables.ACCURACY), rows, ids, tables.ACCURACY)
-    runs = _merge(tables.read(folder, tables.RUNS), records, ids, tables.RUNS)
+    accuracy = _merge(tables.read(folder, schemas.ACCURACY), rows, ids, schemas.ACCURACY)
+    runs = _merge(tables.read(folder, schemas.RUNS), records, ids, schemas.RUNS)
     try:
         check_runs(runs, accuracy)
     except tables.TableError as error:
@@ -136,10 +136,10 @@ def _parsed(path: Path) -> dict[str, Any]:
 def _check_parts(parts: list[dict[str, Any]]) -> None:
     records = [part["record"] for part in parts]
     rows = [row for part in parts for row in part["rows"]]
-    for values, schema in ((records, tables.RUNS), (rows, tables.ACCURACY)):
+    for values, schema in ((records, schemas.RUNS), (rows, schemas.ACCURACY)):
         if unknown := {key for value in values for key in value} - schema.columns.keys():
             raise ValueError(f"{schema.name} has no column {sorted(unknown)[0]}")
-    check_runs(tables.frame(records, tables.RUNS), tables.frame(rows, tables.ACCURACY))
+    check_runs(tables.frame(records, schemas.RUNS), tables.frame(rows, schemas.ACCURACY))
 
 
 def _damaged(path: Path, error: Exception) -> tables.TableError:
@@ -150,7 +150,7 @@ def _damaged(path: Path, error: Exception) -> tables.TableError:
 
 
 def _merge(
-    table: pd.DataFrame, rows: list[dict[str, Any]], replaced: list[str], schema: tables.Schema
+    table: pd.DataFrame, rows: list[dict[str, Any]], replaced: list[str], schema: schemas.Schema
 ) -> pd.DataFrame:
     """The table with `rows` put in place of its own of the runs `replaced`."""
     new = tables.frame(rows, schema)

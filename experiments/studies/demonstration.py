@@ -15,10 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -31,9 +27,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from ewc_plugin.plain import EWC, ewc_train, normal_train
 from experiments.data.sources import DataSource, find_data, load_images
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
 from experiments.results import tables
+from experiments.results.environment import write_environment
 from experiments.settings.run import N_CLASSES, Dataset
 from experiments.studies.demonstration_fisher import FISHER, time_fisher
 

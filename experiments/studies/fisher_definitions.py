@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import pandera.pandas as pa
@@ -29,9 +25,9 @@ from torch.nn.utils import parameters_to_vector
 
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from experiments.data.sources import find_data, load_images
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
 from experiments.results import tables
+from experiments.results.environment import write_environment
 
 LABELS = {
     "own": ("the model's own (exact)", "#000000"),

@@ -13,10 +13,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from rich.console import Console
 
-from experiments.reporting.figures.accuracy import DPI
+from experiments.reporting.figures.over_lambda import draw_curve
+from experiments.reporting.figures.style import DPI
+from experiments.results.statistics import by_lambda
 from experiments.results.tables import replace_file
-from experiments.settings.run import Dataset, Job, Optimizer, RunSettings
-from experiments.studies.penalty_sweeps import by_lambda, draw_curve, run_cells
+from experiments.settings.grids import Job
+from experiments.settings.run import Dataset, Optimizer, RunSettings
+from experiments.sweeps.jobs import completed_runs
 
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
 LEARNING_RATE: dict[Optimizer, float] = {"sgd": 0.1, "adam": 1e-3}
@@ -75,7 +78,7 @@ def run(settings: ImplicitStep) -> pd.DataFrame:
         A row per optimizer, way, metric and lambda.
     """
     console = Console(quiet=settings.quiet)
-    runs, folder = run_cells(settings, console)
+    runs, folder = completed_runs(settings, console)
     parts = []
     for (optimizer, way, metric), part in curves(runs).items():
         labels = {"optimizer": optimizer, "penalty": way, "metric": metric}

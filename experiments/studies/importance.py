@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,10 +15,11 @@ from torch import Tensor
 from ewc_plugin.avalanche.metrics import share_holding
 from ewc_plugin.fisher.scores import FisherType
 from experiments.data.sources import find_data
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
-from experiments.settings.run import DEFAULT_EPOCHS, Dataset, RunSettings
+from experiments.settings.grids import DEFAULT_EPOCHS
+from experiments.settings.run import Dataset, RunSettings
 from experiments.training.trained import train
 
 FLOOR = 1e-3  # of the largest pixel: what is below is drawn as this

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from rich.console import Console
@@ -23,10 +19,11 @@ from torch import Tensor
 
 from ewc_plugin.fisher.scores import FisherType
 from experiments.data.sources import find_data
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
-from experiments.settings.run import DEFAULT_EPOCHS, Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.grids import DEFAULT_EPOCHS
+from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
 from experiments.training.trained import Trained, train
 
 STREAMS: tuple[tuple[Benchmark, Scenario, int], ...] = (

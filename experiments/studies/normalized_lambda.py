@@ -14,10 +14,13 @@ import pandas as pd
 from rich.console import Console
 
 from ewc_plugin.fisher.scores import FisherType
-from experiments.reporting.figures.accuracy import DPI
+from experiments.reporting.figures.over_lambda import draw_curve
+from experiments.reporting.figures.style import DPI
+from experiments.results.statistics import by_lambda
 from experiments.results.tables import replace_file
-from experiments.settings.run import DEFAULT_EPOCHS, Benchmark, Dataset, Job, RunSettings, Scenario
-from experiments.studies.penalty_sweeps import by_lambda, draw_curve, run_cells
+from experiments.settings.grids import DEFAULT_EPOCHS, Job
+from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
+from experiments.sweeps.jobs import completed_runs
 
 BENCHMARKS: tuple[tuple[Benchmark, Scenario], ...] = (("permuted", "domain"), ("split", "task"))
 KEY = ["benchmark", "fisher_type", "normalize"]
@@ -83,7 +86,7 @@ def run(settings: NormalizedLambda) -> pd.DataFrame:
         Average accuracy per benchmark, Fisher type, normalisation and lambda.
     """
     console = Console(quiet=settings.quiet)
-    runs, folder = run_cells(settings, console)
+    runs, folder = completed_runs(settings, console)
     runs = runs.assign(normalize=runs["normalize"].fillna(AS_IT_IS))
     parts = [
         by_lambda(part, "average_accuracy").assign(**dict(zip(KEY, key, strict=True)))

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from experiments.settings.run import DEFAULT_BATCH_SIZE, RunSettings
+from experiments.settings.grids import DEFAULT_BATCH_SIZE
+from experiments.settings.run import RunSettings
 
 # Duration relative to Naive's, from the times in results/main.
 METHOD_WORK = {"naive": 1.0, "joint": 0.9, "ewc": 1.3, "avalanche-ewc": 1.6}

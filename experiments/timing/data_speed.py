@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from experiments.data.sources import DataSource, find_data
-from experiments.reporting.report import write_environment
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
-from experiments.settings.run import Dataset, Method, PermutedMnist, RunSettings, SplitMnist
+from experiments.settings.grids import PermutedMnist, SplitMnist
+from experiments.settings.run import Dataset, Method, RunSettings
 from experiments.training.run import run as run_once
 
 MEASURED = ("naive", "avalanche-ewc", "ewc")

@@ -24,17 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import tyro
 from rich.console import Console
 
-from experiments.reporting.report import write_environment
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
 from experiments.timing.fisher_engines import (
     ENGINES,

@@ -16,10 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -34,8 +30,8 @@ from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
 from ewc_plugin.penalty.gradient import Pair
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
 from experiments.training.run import OPTIMIZERS, state_bytes
 

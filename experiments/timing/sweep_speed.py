@@ -22,9 +22,10 @@ import torch
 from rich.console import Console
 
 from experiments.data.sources import DataSource, find_data
-from experiments.reporting.report import write_environment
+from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
-from experiments.settings.run import Dataset, PermutedMnist, RunSettings
+from experiments.settings.grids import PermutedMnist
+from experiments.settings.run import Dataset, RunSettings
 from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
 from experiments.training.run import run as run_once
 

@@ -6,44 +6,26 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from experiments.reporting.figures.style import COLOURS, DPI, MARKERS, MOST_BANDS, STYLE
+from experiments.reporting.labels import LABELS, cell_labels
 from experiments.results.metrics import Matrix, seen_accuracy
-from experiments.results.tables import interval, varied_settings
+from experiments.results.statistics import interval
 
 GROUP = ["benchmark", "dataset", "scenario"]
+
+
 CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
-DPI = 150
+
+
 TITLE_WIDTH = 32  # letters above a matrix
-INK = "#111111"  # of words and axes
-# Okabe and Ito's colours, told apart by the colour-blind; one per method in every picture.
-COLOURS = {"naive": "#D55E00", "avalanche-ewc": "#0072B2", "ewc": "#009E73", "joint": INK}
-# Nothing but ink on the page's own ground.
-STYLE: dict[str, Any] = {
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": INK,
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-}
+
+
 Cells = dict[str, tuple[str, np.ndarray]]  # label -> method, R of every seed [n, T + 1, T]
-MARKERS = "os^Dv<>PX*"  # tell the cells of one method apart
-MOST_BANDS = 6  # more curves are drawn without bands
-LABELS = {
-    "naive": "Naive",
-    "avalanche-ewc": "Avalanche's EWC",
-    "ewc": "EWC, per sample",
-    "joint": "Joint (upper bound)",
-}
 
 
 def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
@@ -72,38 +54,6 @@ def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[P
                 figure.savefig(files[-1], dpi=DPI, bbox_inches="tight", metadata={"Software": None})
                 plt.close(figure)
     return files
-
-
-def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, str]:
-    """What to call each cell: its method, lambda and whatever else tells it from the others.
-
-    Args:
-        runs: Rows of `runs.csv`.
-        with_lambda: Whether lambda is part of the name.
-
-    Returns:
-        By `config_hash`.
-    """
-    varied = varied_settings(runs)
-    cells = runs.drop_duplicates("config_hash")
-    several = cells.groupby("method")["fisher_type"].nunique()
-    labels = {}
-    for cell in cells.to_dict("records"):
-        words = [LABELS[cell["method"]]]
-        if with_lambda and pd.notna(cell["ewc_lambda"]):
-            words.append(f"λ = {cell['ewc_lambda']:g}")
-        if several[cell["method"]] > 1 and pd.notna(cell["fisher_type"]):
-            words.append(cell["fisher_type"])
-        words += [_setting(name, cell[name]) for name in varied if pd.notna(cell[name])]
-        labels[str(cell["config_hash"])] = ", ".join(words)
-    return labels
-
-
-def _setting(name: str, value: Any) -> str:
-    """A word speaks for itself; a number needs its name."""
-    if isinstance(value, str):
-        return value
-    return f"{name.replace('_', ' ')} {value}"
 
 
 def matrices_of(group: pd.DataFrame, labels: dict[str, str]) -> Cells:

@@ -23,12 +23,14 @@ import tyro
 from markupsafe import Markup
 from rich.console import Console
 
+from experiments.reporting import labels
 from experiments.reporting.figures import accuracy as plots
 from experiments.reporting.figures import runs as plots_runs
+from experiments.reporting.figures import style
 from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
-from experiments.results import tables
+from experiments.results import schemas, tables
 
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTIONS = {
@@ -107,7 +109,7 @@ def run(settings: Report) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figures.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(plots.STYLE):
+        with plt.rc_context(style.STYLE):
             shown = [_folder(folder, i, figures) for i, folder in enumerate(folders)]
         tables.replace_file(out, _render(shown, figures))
     except OSError as error:
@@ -150,8 +152,10 @@ def _render(folders: Sequence[Folder], figures: Path) -> str:
 
 def _folder(path: Path, index: int, figures: Path) -> Folder:
     name = path.as_posix()
-    has_runs = all((path / str(schema.name)).exists() for schema in (tables.RUNS, tables.ACCURACY))
-    known = tables.SCHEMAS if has_runs else ()
+    has_runs = all(
+        (path / str(schema.name)).exists() for schema in (schemas.RUNS, schemas.ACCURACY)
+    )
+    known = schemas.SCHEMAS if has_runs else ()
     others = [
         page_tables.from_frame(pd.read_csv(file, float_precision="round_trip"), file.name)
         for file in sorted(path.glob("*.csv"))
@@ -199,7 +203,7 @@ def _pictures(
 ) -> Iterator[Picture]:
     """Draws what the runs of one benchmark allow, into the page and into files."""
     done = accuracy[(accuracy["status"] == "ok") & accuracy["run_id"].isin(runs["run_id"])]
-    cells = plots.matrices_of(done, plots.cell_labels(runs))
+    cells = plots.matrices_of(done, labels.cell_labels(runs))
     drawn = []
     if cells:
         drawn.append(("accuracy", plots.draw_curves(cells, title)))
@@ -239,7 +243,7 @@ def _settle(figure: plt.Figure) -> None:
 def _save(figure: plt.Figure, path: Path) -> None:
     """PNG on white, and SVG whose words are outlines, so that it looks alike everywhere."""
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=2 * plots.DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(png, dpi=2 * style.DPI, facecolor="white", metadata={"Software": None})
     with plt.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(svg, facecolor="white", metadata={"Date": None})
 

@@ -7,7 +7,7 @@ import re
 
 import matplotlib.pyplot as plt
 
-from experiments.reporting.figures.accuracy import INK
+from experiments.reporting.figures.style import INK
 
 # Words stay words, in the page's font; names of parts depend on the figure alone.
 INLINE = {"svg.fonttype": "none", "svg.hashsalt": "ewc"}

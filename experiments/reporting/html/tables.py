@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.figures.accuracy import LABELS
-from experiments.reporting.report import SHOWN, interval_text
-from experiments.reporting.text_table import best_cells
-from experiments.results import tables
+from experiments.reporting.cells import interval_text
+from experiments.reporting.labels import LABELS
+from experiments.reporting.terminal import SHOWN
+from experiments.results import schemas, statistics
 from experiments.results.metrics import METRICS
+from experiments.results.statistics import best_cells
 
 SUMMARY_METRICS = (*SHOWN, "forward_transfer")
 LONG = 30  # letters; a longer text may be broken into lines
@@ -62,8 +63,8 @@ def summary_tables(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Page
     """
     best = {metric: best_cells(runs, metric) for metric in SHOWN}
     order = {method: i for i, method in enumerate(LABELS)}
-    for (benchmark, dataset, scenario), group in runs.groupby(tables.CELL[:3], sort=False):
-        varied = tables.varied_settings(group)
+    for (benchmark, dataset, scenario), group in runs.groupby(schemas.CELL[:3], sort=False):
+        varied = statistics.varied_settings(group)
         cells = sorted(
             (cell for _, cell in group.groupby("config_hash")),
             key=lambda cell: (order[cell["method"].iloc[0]], cell["ewc_lambda"].iloc[0]),
@@ -97,7 +98,7 @@ def _lambda(value: float) -> Entry:
 def _interval(values: np.ndarray[Any, Any], is_best: bool) -> Entry:
     if not len(values):
         return Entry("–", "")
-    found = tables.interval(values)
+    found = statistics.interval(values)
     text = interval_text(found["mean"], found["ci_high"])
     return Entry(_signed(text), repr(found["mean"]), "best" if is_best else "")
 
@@ -127,7 +128,7 @@ def _bounds(low: float, high: float) -> str | None:
 
 def runs_table(runs: pd.DataFrame) -> PageTable:
     """Every run with what it measured and those settings that are not the same in all."""
-    names = [n for n in tables.SETTING_NAMES if n in runs]
+    names = [n for n in schemas.SETTING_NAMES if n in runs]
     varied = [name for name in names if runs[name].nunique(dropna=False) > 1]
     measured = [*METRICS, "train_s", "fisher_s", "eval_s", "peak_rss_mb", "penalty_state_mb"]
     return from_frame(runs[["run_id", "status", *varied, *measured]], "All runs")
@@ -151,7 +152,7 @@ def from_frame(frame: pd.DataFrame, title: str) -> PageTable:
 
 def constant_settings(runs: pd.DataFrame) -> dict[str, str]:
     """The settings that all runs share."""
-    names = [n for n in tables.SETTING_NAMES if n in runs]
+    names = [n for n in schemas.SETTING_NAMES if n in runs]
     return {
         name.replace("_", " "): _entry(runs[name].iloc[0]).text
         for name in names

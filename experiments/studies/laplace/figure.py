@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch

@@ -25,9 +25,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from ewc_plugin.fisher.diagonal import diagonal_fisher
-from experiments.reporting.figures.accuracy import DPI
-from experiments.reporting.report import write_environment
+from experiments.reporting.figures.style import DPI
 from experiments.results import tables
+from experiments.results.environment import write_environment
 
 PRIOR_STD = 3.0
 QUADRATICS = ("diagonal, exact", "diagonal, predicted", "full")

@@ -13,10 +13,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from rich.console import Console
 
-from experiments.reporting.figures.accuracy import DPI
+from experiments.reporting.figures.over_lambda import draw_curve
+from experiments.reporting.figures.style import DPI
+from experiments.results.statistics import by_lambda
 from experiments.results.tables import replace_file
-from experiments.settings.run import Dataset, Job, RunSettings
-from experiments.studies.penalty_sweeps import by_lambda, draw_curve, run_cells
+from experiments.settings.grids import Job
+from experiments.settings.run import Dataset, RunSettings
+from experiments.sweeps.jobs import completed_runs
 
 LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
 RANGES = {"average_accuracy": (0.6, 1.0), "forgetting": (-0.02, 0.3)}  # of the axes
@@ -96,7 +99,7 @@ def run_curves(settings: Curves, console: Console, *, make: bool = True) -> pd.D
     Returns:
         A row per way, metric and lambda; without protection there is no lambda.
     """
-    runs, folder = run_cells(settings, console, make=make)
+    runs, folder = completed_runs(settings, console, make=make)
     table = curves(runs)
     replace_file(folder / "lambda_curves.csv", table.to_csv(index=False))
     figure = plot(table)

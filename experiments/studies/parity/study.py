@@ -15,23 +15,16 @@ import pandas as pd
 from rich.console import Console
 
 from experiments.data.sources import DataSource, find_data
-from experiments.main_job import show_plan
-from experiments.reporting.comparison import paired_differences
 from experiments.reporting.figures.accuracy import plot_all
-from experiments.reporting.report import chosen_lambdas, print_parity
-from experiments.results import tables
+from experiments.reporting.terminal import print_parity
+from experiments.results import schemas, tables
+from experiments.results.statistics import chosen_lambdas, paired_differences
 from experiments.results.store import read_results
-from experiments.settings.run import (
-    PENALISED,
-    TUNING_GRIDS,
-    Dataset,
-    Job,
-    PermutedMnist,
-    RunSettings,
-    SplitMnist,
-)
+from experiments.settings.grids import Job, PermutedMnist, SplitMnist
+from experiments.settings.run import PENALISED, Dataset, RunSettings
+from experiments.settings.tuned import TUNING_GRIDS
 from experiments.studies.parity.curves import Curves, run_curves
-from experiments.studies.penalty_sweeps import run_cells
+from experiments.sweeps.jobs import completed_runs, show_plan
 
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
@@ -71,7 +64,7 @@ class Parity(Job):
 
     def chosen(self, dataset: Dataset) -> dict[tuple[str, str, str], float]:
         """The lambda that were best on validation images."""
-        summary = tables.read(self.folder / "tuning", tables.SUMMARY)
+        summary = tables.read(self.folder / "tuning", schemas.SUMMARY)
         rows = chosen_lambdas(summary[summary["dataset"] == dataset])
         return {(r.benchmark, r.scenario, r.method): r.ewc_lambda for r in rows.itertuples()}
 
@@ -129,12 +122,12 @@ def run(settings: Parity) -> pd.DataFrame:
     if "curves" in settings.parts:
         run_curves(curves, console, make=make)
     if "behaviour" in settings.parts:
-        run_cells(tuning, console, make=make)
-        runs, _ = run_cells(settings, console, make=make)
-        plot_all(tables.read(folder, tables.ACCURACY), runs, folder / "plots")
-    runs = tables.read(folder, tables.RUNS)
-    table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], tables.PARITY)
-    tables.write(table, folder, tables.PARITY)
+        completed_runs(tuning, console, make=make)
+        runs, _ = completed_runs(settings, console, make=make)
+        plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / "plots")
+    runs = tables.read(folder, schemas.RUNS)
+    table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], schemas.PARITY)
+    tables.write(table, folder, schemas.PARITY)
     print_parity(table, console)
     return table
 

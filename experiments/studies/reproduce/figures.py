@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.figures.accuracy import DPI
-from experiments.results.tables import interval
-from experiments.studies.penalty_sweeps import by_lambda, draw_curve
+from experiments.reporting.figures.over_lambda import draw_curve
+from experiments.reporting.figures.style import DPI
+from experiments.results.statistics import by_lambda, interval
 from experiments.studies.reproduce.protocol import Protocol
 
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#000000", "#56B4E9")

@@ -15,12 +15,13 @@ import tyro
 from rich.console import Console
 
 from experiments.reporting.figures.accuracy import plot_all
-from experiments.results import tables
-from experiments.settings.run import Dataset, Job, RunSettings
-from experiments.studies.penalty_sweeps import run_cells
+from experiments.results import schemas, tables
+from experiments.settings.grids import Job
+from experiments.settings.run import Dataset, RunSettings
 from experiments.studies.reproduce.figures import plot_protocol
 from experiments.studies.reproduce.protocol import Protocol, load_protocol
 from experiments.studies.reproduce.table import reproduce_table
+from experiments.sweeps.jobs import completed_runs
 
 Name = Literal["kirkpatrick2017", "vandeven2022", "vandeven2025", "baselines"]
 
@@ -69,7 +70,7 @@ def run(settings: Reproduce) -> pd.DataFrame:
     if settings.search:
         return _search(settings, console)
     console.print(f"{protocol.source}\n{protocol.in_words()}", highlight=False, markup=False)
-    runs, folder = run_cells(settings, console, make=not settings.tables_only)
+    runs, folder = completed_runs(settings, console, make=not settings.tables_only)
     return write(protocol, runs, folder, console)
 
 
@@ -86,8 +87,8 @@ def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console
         Rows of `reproduce.csv`.
     """
     table = reproduce_table(protocol, runs)
-    tables.write(table, folder, tables.REPRODUCE)
-    accuracy = tables.read(folder, tables.ACCURACY)
+    tables.write(table, folder, schemas.REPRODUCE)
+    accuracy = tables.read(folder, schemas.ACCURACY)
     accuracy = accuracy[accuracy["run_id"].isin(runs["run_id"])]
     plot_all(accuracy, runs, folder / "plots")
     plot_protocol(protocol, accuracy, runs, folder / "plots")
@@ -97,7 +98,7 @@ def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console
 
 
 def _search(settings: Reproduce, console: Console) -> pd.DataFrame:
-    run_cells(settings, console, make=not settings.tables_only)
+    completed_runs(settings, console, make=not settings.tables_only)
     summary = tables.load(settings.folder)["summary"]
     rows = summary[summary["metric"] == "average_accuracy"].sort_values("mean", ascending=False)
     console.print(rows[["config_hash", "method", "ewc_lambda", "n", "mean"]].to_string(index=False))

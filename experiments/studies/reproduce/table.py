@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.results import tables
+from experiments.results import schemas, statistics, tables
 from experiments.studies.reproduce.protocol import Arm, Protocol
 
 METRIC = "average_accuracy"
@@ -24,7 +24,7 @@ def reproduce_table(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
         Rows of `reproduce.csv`.
     """
     by_arm = {arm.label: _runs_of(protocol, arm, runs) for arm in protocol.arms}
-    return tables.frame((_row(protocol, arm, by_arm) for arm in protocol.arms), tables.REPRODUCE)
+    return tables.frame((_row(protocol, arm, by_arm) for arm in protocol.arms), schemas.REPRODUCE)
 
 
 def _runs_of(protocol: Protocol, arm: Arm, runs: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +56,7 @@ def _row(protocol: Protocol, arm: Arm, by_arm: dict[str, pd.DataFrame]) -> dict[
         }
     if done.empty:
         return row
-    row |= tables.interval(done[METRIC].to_numpy(float))
+    row |= statistics.interval(done[METRIC].to_numpy(float))
     row["run_s"] = float(done[["train_s", "fisher_s", "eval_s"]].sum(axis=1).mean())
     row["fisher_s"] = float(done["fisher_s"].mean())
     if arm.reference:
@@ -72,10 +72,10 @@ def _against(done: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     if not len(seeds):
         return {}
     differences = np.asarray(done.loc[seeds, METRIC] - other.loc[seeds, METRIC], float)
-    found = tables.interval(differences)
+    found = statistics.interval(differences)
     return {
         "difference": found["mean"],
         "difference_ci_low": found["ci_low"],
         "difference_ci_high": found["ci_high"],
-        "verdict": tables.equivalence(differences),
+        "verdict": statistics.equivalence(differences),
     }

@@ -1,4 +1,7 @@
-"""Parameter names that survive wrappers: what is remembered under one is found under another."""
+"""Parameters by names that survive wrappers, and whether a model still has the same ones."""
+
+import weakref
+from typing import Any
 
 import torch  # noqa: F401  (the doctest compiles a model)
 from torch import nn
@@ -43,3 +46,32 @@ def _without(wrappers: set[str], name: str) -> str:
     segments = name.split(".")
     paths = [".".join(segments[:i]) for i in range(len(segments))]  # the owner of each segment
     return ".".join(s for s, owner in zip(segments, paths, strict=True) if owner not in wrappers)
+
+
+class Structure:
+    """A model's modules, and its parameters with their shapes, types and devices.
+
+    What has been added since does not count; what has been replaced or removed does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._links: list[tuple[dict[str, Any], str, Any]] = [
+            (table, name, value)
+            for module in model.modules()
+            for table in (module._modules, module._parameters)
+            for name, value in table.items()
+        ]
+        self._forms = [(p, *_form(p)) for p in model.parameters()]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether `model` is the same object, unchanged in what counts."""
+        return (
+            self._model() is model
+            and all(table.get(name) is value for table, name, value in self._links)
+            and all((s, t, d) == _form(p) for p, s, t, d in self._forms)
+        )
+
+
+def _form(parameter: nn.Parameter) -> tuple[Any, Any, Any]:
+    return parameter.shape, parameter.dtype, parameter.device

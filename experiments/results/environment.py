@@ -1,0 +1,59 @@
+"""What the numbers of a folder were computed with: `environment.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from experiments.data.sources import DataSource
+from experiments.results import tables
+
+PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pandas", "scipy")
+
+
+def write_environment(folder: Path, source: DataSource | None) -> None:
+    """Writes what the numbers were computed with to `environment.json`; None: data were drawn."""
+    environment = {
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m experiments", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": _git("status", "--porcelain", "--", "ewc_plugin", "experiments")
+        != "",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads_per_run": 1,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "dataset": source and source.name,
+        "dataset_checksum_md5": source and source.checksum,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

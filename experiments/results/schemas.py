@@ -1,0 +1,167 @@
+"""The columns of each result table, with their types and ranges."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import pandas as pd
+import pandera.pandas as pa
+
+from experiments.results.metrics import METRICS
+from experiments.settings.run import RunSettings
+
+Schema = pa.DataFrameSchema
+_FRACTION = pa.Check.in_range(0, 1)
+_SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
+_INT_OR_NONE = pd.Int64Dtype()
+
+
+def _setting_columns() -> dict[str, pa.Column]:
+    """One column per field of `RunSettings`, typed as it is; nullable where it may be None."""
+    columns = {}
+    for name, hint in get_type_hints(RunSettings).items():
+        arguments = get_args(hint)
+        nullable = type(None) in arguments
+        kinds = [a if isinstance(a, type) else type(a) for a in arguments] or [hint]
+        kind = next(k for k in kinds if k is not type(None))
+        # Not required where it may be None: a setting can be added and old tables still be read.
+        columns[name] = pa.Column(
+            _INT_OR_NONE if kind is int and nullable else _SETTING_TYPES[kind],
+            nullable=nullable,
+            coerce=True,
+            required=not nullable,
+        )
+    return columns
+
+
+def _text(**options: Any) -> pa.Column:
+    return pa.Column(str, coerce=True, **options)
+
+
+def _number(*checks: pa.Check, **options: Any) -> pa.Column:
+    return pa.Column(float, list(checks), coerce=True, **options)
+
+
+def _count(minimum: int) -> pa.Column:
+    return pa.Column(int, pa.Check.ge(minimum), coerce=True)
+
+
+_SETTINGS = _setting_columns()
+SETTING_NAMES = tuple(_SETTINGS)
+
+
+# Of `ewc_plugin.TidyCSVLogger`'s files alone: our own runs test on one stream.
+LOGGER_COLUMNS = ("stream", "task")
+ACCURACY = pa.DataFrameSchema(
+    {
+        "run_id": _text(),
+        **{k: _SETTINGS[k] for k in ("benchmark", "dataset", "scenario", "method")},
+        **{k: _SETTINGS[k] for k in ("fisher_type", "ewc_lambda", "seed")},
+        "train_exp": _count(-1),
+        "eval_exp": _count(0),
+        "accuracy": _number(_FRACTION),
+        "loss": _number(nullable=True),
+        "n_samples": _count(1),
+        "stream": _text(required=False),
+        "task": pa.Column("Int64", nullable=True, coerce=True, required=False),
+    },
+    unique=["run_id", "stream", "train_exp", "eval_exp"],
+    strict=True,
+    name="accuracy.csv",
+)
+
+
+RUNS = pa.DataFrameSchema(
+    {
+        "run_id": _text(unique=True),
+        "status": _text(checks=pa.Check.isin(["ok", "diverged", "failed"])),
+        "reason": _text(nullable=True),
+        **_SETTINGS,
+        **{name: _number(pa.Check.in_range(-1, 1), nullable=True) for name in METRICS},
+        **{name: _number(pa.Check.ge(0)) for name in ("train_s", "fisher_s", "eval_s")},
+        **{name: _number(pa.Check.ge(0)) for name in ("peak_rss_mb", "penalty_state_mb")},
+        "config_hash": _text(),
+    },
+    strict=True,
+    name="runs.csv",
+)
+
+
+CELL = ["benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda", "config_hash"]
+SUMMARISED = (*METRICS, "train_s", "fisher_s", "eval_s", "penalty_state_mb")
+SUMMARY = pa.DataFrameSchema(
+    {
+        **{k: _SETTINGS[k] for k in CELL[:-1]},
+        "config_hash": _text(),
+        "metric": _text(checks=pa.Check.isin(SUMMARISED)),
+        "n": _count(1),
+        "mean": _number(),
+        "std": _number(pa.Check.ge(0), nullable=True),
+        "ci_low": _number(nullable=True),
+        "ci_high": _number(nullable=True),
+    },
+    unique=["config_hash", "metric"],
+    strict=True,
+    name="summary.csv",
+)
+
+
+PARITY = pa.DataFrameSchema(
+    {
+        **{k: _SETTINGS[k] for k in ("benchmark", "dataset", "scenario")},
+        "check": _text(),
+        "quantity": _text(),
+        "n": _count(1),
+        "ours": _number(nullable=True),
+        "builtin": _number(nullable=True),
+        "difference": _number(nullable=True),
+        "ci_low": _number(nullable=True),
+        "ci_high": _number(nullable=True),
+        "tolerance": _number(pa.Check.ge(0), nullable=True),
+        "verdict": _text(
+            checks=pa.Check.isin([
+                "equal",
+                "different",
+                "measured",
+                "equivalent",
+                "better",
+                "worse",
+                "undecided",
+            ])
+        ),
+    },
+    strict=True,
+    name="parity.csv",
+)
+
+
+REPRODUCE = pa.DataFrameSchema(
+    {
+        "protocol": _text(),
+        "source": _text(),
+        "setting": _text(),
+        "reduced": _text(nullable=True),
+        "arm": _text(unique=True),
+        **{k: _SETTINGS[k] for k in ("scenario", "method", "fisher_type", "ewc_lambda")},
+        "reference": _number(_FRACTION, nullable=True),
+        "reference_where": _text(nullable=True),
+        "rule": _text(nullable=True),
+        "n": _count(0),
+        "diverged": _count(0),
+        **{k: _number(nullable=True) for k in ("mean", "std", "ci_low", "ci_high")},
+        "run_s": _number(pa.Check.ge(0), nullable=True),
+        "fisher_s": _number(pa.Check.ge(0), nullable=True),
+        "against": _text(nullable=True),
+        **{f"difference{k}": _number(nullable=True) for k in ("", "_ci_low", "_ci_high")},
+        "verdict": _text(
+            nullable=True,
+            checks=pa.Check.isin(["equivalent", "better", "worse", "undecided"]),
+        ),
+        "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
+    },
+    strict=True,
+    name="reproduce.csv",
+)
+
+
+SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY, REPRODUCE)}
