@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import flags, loop_fisher, relative_error
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_plugin.plain import EWC, ewc_train, normal_train
 from ewc_plugin.plain import test as accuracy_of
+from support.reference import flags, loop_fisher, relative_error
 
 N, K, C = 7, 6, 4  # samples, features, classes
 

@@ -1,0 +1,163 @@
+"""The total gradient is right whoever else has a hand in it."""
+
+import pytest
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import AGEMPlugin, GEMPlugin, LwFPlugin, ReplayPlugin
+from avalanche.training.supervised import Naive
+
+from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from ewc_plugin.avalanche.template import gradients_are_ours
+from support.plugin_streams import InTheLoss, benchmark, mlp, strategy, train
+
+LAMBDA = 5.0
+
+
+class Clip(SupervisedPlugin):
+    """Rewrites gradients."""
+
+    def after_backward(self, strategy, **kwargs):
+        torch.nn.utils.clip_grad_norm_(strategy.model.parameters(), 0.1)
+
+
+class Halve(SupervisedPlugin):
+    """Rewrites the loss."""
+
+    def before_backward(self, strategy, **kwargs):
+        strategy.loss = strategy.loss / 2
+
+
+class Scaled(Naive):
+    """Scales the loss for its backward pass, as a gradient scaler does."""
+
+    def backward(self):
+        (1024 * self.loss).backward()
+        for p in self.model.parameters():
+            p.grad /= 1024
+
+
+CASES = {
+    "alone": ([], [], Naive, True),
+    "clipping after": ([], [Clip], Naive, True),
+    "clipping before": ([Clip], [], Naive, False),
+    "loss halved after": ([], [Halve], Naive, False),
+    "own backward": ([], [], Scaled, False),
+    "GEM after": ([], [lambda: GEMPlugin(4, 0.5)], Naive, True),
+    "GEM before": ([lambda: GEMPlugin(4, 0.5)], [], Naive, False),
+    "A-GEM before": ([lambda: AGEMPlugin(4, 4)], [], Naive, False),
+    "replay": ([lambda: ReplayPlugin(8)], [], Naive, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converted P to scipy:UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_those_of_the_penalty_in_the_loss(case):
+    before, after, kind, fast = CASES[case]
+    if "GEM" in case and "A-" not in case:
+        pytest.importorskip("quadprog", reason="GEM needs a QP solver")
+
+    stream = benchmark(dtype=torch.float64).train_stream
+
+    def run(ewc):
+        plugins = [make() for make in before] + [ewc] + [make() for make in after]
+        learner = strategy(mlp().double(), *plugins, kind=kind, optimizer=torch.optim.SGD, lr=0.1)
+        train(learner, stream[:1])
+        assert gradients_are_ours(ewc, learner) is fast or isinstance(ewc, InTheLoss)
+        return train(learner, stream[1:])
+
+    ours, reference = run(DiagonalEWCPlugin(LAMBDA)), run(InTheLoss(LAMBDA))
+    free = run(DiagonalEWCPlugin(0))
+    for name in ours:
+        assert torch.allclose(ours[name], reference[name], rtol=1e-9, atol=1e-12), name
+    assert any(not torch.allclose(ours[n], free[n], rtol=1e-3) for n in ours)
+
+
+def test_lwf_beside_it():
+    learner = strategy(mlp(), LwFPlugin(), DiagonalEWCPlugin(1))
+    weights = train(learner, benchmark().train_stream)
+    assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+def test_hook_on_a_parameter_turns_the_fast_way_off():
+    plugin = DiagonalEWCPlugin(1)
+    learner = strategy(mlp(), plugin)
+    assert gradients_are_ours(plugin, learner)
+    next(learner.model.parameters()).register_hook(lambda grad: grad)
+    assert not gradients_are_ours(plugin, learner)
+
+
+def test_too_large_a_lambda_warns_once_and_the_run_stops_with_a_clear_error():
+    plugin = DiagonalEWCPlugin(1e9)
+    learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.5, train_epochs=40)
+    stream = benchmark().train_stream
+    train(learner, stream[:1])
+    with (
+        pytest.warns(UserWarning, match="above .* the penalty alone makes SGD diverge") as caught,
+        pytest.raises(DivergedError, match="The training diverged: the loss is .* `implicit=True`"),
+    ):
+        train(learner, stream[1:])
+    assert len(caught) == 1
+
+
+def test_implicit_step_holds_every_lambda():
+    plugin = DiagonalEWCPlugin(1e12, implicit=True)
+    learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.5, train_epochs=5)
+    stream = benchmark().train_stream
+    first = train(learner, stream[:1])
+    fisher = plugin.fisher
+    second = train(learner, stream[1:])
+    for name in fisher:
+        held = fisher[name] > 1e-6
+        assert torch.allclose(first[name][held], second[name][held], atol=1e-3)
+    assert any(not torch.equal(first[name], second[name]) for name in fisher)
+    assert float(plugin.penalty_loss) > 0
+
+
+def test_bfloat16_storage_trains_nearly_the_same():
+    stream = benchmark().train_stream
+
+    def run(**options):
+        plugin = DiagonalEWCPlugin(LAMBDA, **options)
+        learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.1)
+        return train(learner, stream), plugin.penalty.nbytes
+
+    (exact, exact_bytes), (rounded, rounded_bytes) = run(), run(storage_dtype=torch.bfloat16)
+    assert rounded_bytes * 3 == exact_bytes * 2
+    for name in exact:
+        assert torch.allclose(exact[name], rounded[name], atol=2e-3)
+
+
+def test_plugin_of_another_strategy_is_refused():
+    plugin = DiagonalEWCPlugin(1)
+    stream = benchmark().train_stream[:1]
+    learner = strategy(mlp(), plugin)
+    train(learner, stream)
+    with pytest.raises(ValueError, match="already belongs to another strategy"):
+        train(strategy(mlp(), plugin), stream)
+    train(learner, stream)
+
+
+def test_template_without_the_hooks_is_refused():
+    class NoHooks(Naive):
+        def training_epoch(self, **kwargs):
+            for _ in self.dataloader:
+                self._after_training_iteration(**kwargs)
+
+    with pytest.raises(RuntimeError, match="NoHooks never calls `before_backward`"):
+        train(strategy(mlp(), DiagonalEWCPlugin(1), kind=NoHooks), benchmark().train_stream)
+
+
+def test_unknown_fisher_option():
+    with pytest.raises(ValueError, match=r"`fisher_options` may have .*'max_samples'.*, got \['x'"):
+        DiagonalEWCPlugin(1, fisher_options={"x": 1})
+
+
+def test_fisher_options_reach_the_fisher():
+    plugin = DiagonalEWCPlugin(1, fisher_options={"max_samples": 3})
+    learner = strategy(mlp(), plugin)
+    train(learner, benchmark().train_stream[:1])
+    few = plugin.fisher
+    learner.experience = benchmark().train_stream[0]
+    plugin.fisher_options = {}
+    every = plugin.compute_fisher(learner)
+    assert any(not torch.allclose(few[n], every[n]) for n in every)

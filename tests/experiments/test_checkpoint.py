@@ -1,0 +1,85 @@
+"""A run that was killed between two experiences goes on to the last bit."""
+
+import pytest
+import torch
+
+from experiments.data.sources import find_data
+from experiments.settings.run import RunSettings
+from experiments.training.checkpoint import read_checkpoint
+from experiments.training.run import Trial, run
+from support.killed import KilledError
+
+DIGITS = find_data("digits", None)
+PENALTY = {"ewc_lambda": 1000.0, "mode": "separate"}
+ONLINE = {"ewc_lambda": 1000.0, "mode": "online", "decay_factor": 0.5}
+METHODS = {
+    "naive": ("naive", {}),
+    "naive, sgd": ("naive", {"optimizer": "sgd"}),
+    "ewc": ("ewc", {**PENALTY, "fisher_type": "predicted"}),
+    "ewc, sampled, online": ("ewc", {**ONLINE, "fisher_type": "sampled", "normalize": "mean"}),
+    "avalanche-ewc": ("avalanche-ewc", PENALTY),
+    "avalanche-ewc, online": ("avalanche-ewc", ONLINE),
+}
+
+TIMES = ("train_s", "fisher_s", "eval_s", "peak_rss_mb")
+
+
+def settings(method="naive", benchmark="permuted", scenario="domain", n_experiences=4, **changes):
+    fields = {"epochs": 2, "batch_size": 64, "hidden_size": 16, "dropout": 0.3}
+    fields |= {"n_experiences": n_experiences, **changes}
+    return RunSettings(benchmark, "digits", scenario, method, 3, **fields)
+
+
+def killed_after(n, cell, path):
+    def observe(done, accuracy):
+        if done == n:
+            raise KilledError
+
+    trial = Trial(cell, DIGITS)
+    with pytest.raises(KilledError):
+        trial.run(observe, path)
+    return trial
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stream", [("permuted", "domain", 4), ("split", "task", 5)])
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path, method, stream):
+    name, changes = METHODS[method]
+    cell = settings(name, *stream, **changes)
+    whole = Trial(cell, DIGITS)
+    whole.run(lambda done, accuracy: None)
+    path = tmp_path / "checkpoint"
+    killed_after(2, cell, path)
+    torch.rand(7)  # whatever another process did with its random numbers
+    seen = []
+    resumed = Trial(cell, DIGITS)
+    resumed.run(lambda done, accuracy: seen.append(done), path)
+    assert seen == list(range(3, cell.n_experiences + 1))
+    assert resumed.rows == whole.rows
+    for (n, a), (_, b) in zip(
+        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), n
+    records = [trial.record("ok", "") for trial in (whole, resumed)]
+    assert len({str({k: v for k, v in r.items() if k not in TIMES}) for r in records}) == 1
+
+
+def test_a_checkpoint_of_other_settings_data_or_bytes_is_not_used(tmp_path):
+    cell, path = settings(), tmp_path / "checkpoint"
+    killed_after(2, cell, path)
+    assert read_checkpoint(path, cell, DIGITS)["progress"]["rows"]
+    assert read_checkpoint(path, settings(epochs=3), DIGITS) is None
+    other = type(DIGITS)("digits", None, "other")
+    assert read_checkpoint(path, cell, other) is None
+    content = path.read_bytes()
+    for damaged in (b"", b"no checkpoint", content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        assert read_checkpoint(path, cell, DIGITS) is None
+    assert run(cell, DIGITS, checkpoint=path).rows == run(cell, DIGITS).rows
+
+
+def test_times_of_a_resumed_run_are_those_of_both_parts(tmp_path):
+    cell, path = settings(), tmp_path / "checkpoint"
+    first = killed_after(3, cell, path).seconds
+    resumed = run(cell, DIGITS, checkpoint=path).record
+    assert all(resumed[name] > seconds for name, seconds in first.items())

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: the main job end to end, and bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from experiments.__main__ import JOBS, main
+from experiments.data.sources import UNPACKED_MD5
+from experiments.results import tables
+from support.paths import ROOT
+
+CORRUPT = "corrupt"  # a folder with damaged images
+TINY = ["--experiences", "2", "--epochs", "1", "--hidden-size", "8", "--methods", "naive"]
+QUICK = ["--dataset", "digits", "--experiences", "2", "--epochs", "1", "--jobs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["permuted-mnist", "--ewc-lambda", "-1"], "`ewc_lambda` must be >= 0 and finite, got -1"),
+        (
+            ["permuted-mnist", "--ewc-lambda", "nan"],
+            "`ewc_lambda` must be >= 0 and finite, got nan",
+        ),
+        (["permuted-mnist", "--experiences", "0"], "`experiences` must be >= 1, got 0"),
+        (["split-mnist", "--experiences", "3"], "`experiences` must be a divisor of 10 classes"),
+        (["split-mnist", "--experiences", "20"], "`experiences` must be a divisor of 10 classes"),
+        (["split-mnist", "--seeds", "-1"], "`seeds` must be between 0 and 2^32 - 1, got -1"),
+        (["split-mnist", "--seeds"], "`seeds` must be a non-empty list, got ()"),
+        (["split-mnist", "--epochs", "0"], "`epochs` must be >= 1, got 0"),
+        (["split-mnist", "--dropout", "1"], "`dropout` must be at least 0 and below 1, got 1.0"),
+        (["split-mnist", "--jobs", "0"], "`jobs` must be >= 1, got 0"),
+        (["split-mnist", "--device", "warp"], "`device` must be one that torch can use here"),
+        (["split-mnist", "--mode", "online"], "`decay_factor` must be between 0 and 1"),
+        (["split-mnist", "--decay-factor", "1"], "`decay_factor` must be unset in mode separate"),
+        (["split-mnist", "--learning-rate", "inf"], "`learning_rate` must be > 0 and finite"),
+        (["split-mnist", "--scenario", "class"], "`ewc_lambda` must be given for avalanche-ewc"),
+        (
+            ["split-mnist", "--out", "/proc/nothing"],
+            "`out` must be a folder that can be written to",
+        ),
+        (
+            ["split-mnist", "--methods", "ewx"],
+            "`ewx` is not a value of --methods; did you mean ewc?",
+        ),
+        (["split-mnist", "--fisher-type", "exakt"], "`exakt` is not a value of --fisher-type"),
+        (["permuted-mnist", "--scenario", "class"], "`class` is not a value of --scenario"),
+        (["sweep", "--scenario", "class"], "`scenario` must be one that the benchmark has"),
+        (["sweep", "--normalize", "mean"], "`ewc_lambda` must be given with `normalize` mean"),
+        (["split-mnist", "--ewc-lamda", "1"], "did you mean --ewc-lambda?"),
+        (["table", "--formet", "csv"], "`--formet` is not an option of table"),
+        (["slpit-mnist"], "`slpit-mnist` is not a command; did you mean split-mnist?"),
+        (
+            ["sweep", "--config", "none.toml"],
+            "`config` must be a readable TOML file, got none.toml",
+        ),
+        (
+            ["split-mnist", "--scheduler", "tcp://127.0.0.1:9", *TINY],
+            "`scheduler` must be the address of a running Dask scheduler, got tcp://127.0.0.1:9",
+        ),
+        (
+            ["split-mnist", "--data-root", CORRUPT],
+            "holds a corrupt MNIST file (train-images-idx3-ubyte, train-labels-idx1-ubyte",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(
+    arguments, said, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / CORRUPT / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in UNPACKED_MD5:
+        (raw / name).write_bytes(b"not this")
+    needs_a_dataset = arguments[0] in JOBS and CORRUPT not in arguments
+    more = ["--dataset", "digits"] if needs_a_dataset else []
+    assert main([*arguments, *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def command(*arguments, folder):
+    return [sys.executable, "-m", "experiments", *arguments, "--out", str(folder)]
+
+
+def run_cli(*arguments, folder):
+    done = subprocess.run(
+        command(*arguments, folder=folder), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsys, monkeypatch):
+    def run_main(*arguments):
+        assert main([*arguments, "--out", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["split-mnist", *QUICK, "--scenario", "domain", "--ewc-lambda", "100"]
+    printed = run_main(*arguments, "--seeds", "0", "1")
+    assert "[8/8" in printed
+    assert "EWC, per sample" in printed
+    assert "importances, batched, float32, against built-in at batch 128" in printed
+    found = tables.load(tmp_path)
+    assert set(found) == {"accuracy", "runs", "summary", "parity"}
+    assert set(found["runs"]["method"]) == {"naive", "avalanche-ewc", "ewc", "joint"}
+    assert (found["runs"]["status"] == "ok").all()
+    numerical = found["parity"][found["parity"]["check"].str.startswith("importances")]
+    assert list(numerical["verdict"]) == ["equal"] * 3
+    assert numerical["difference"].iloc[0] == 0.0
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["dataset"] == "digits"
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "matrix-split-digits-domain.png",
+        "accuracy-split-digits-domain.png",
+    }
+    before = found["accuracy"]
+    printed = run_main(*arguments, "--seeds", "0", "1", "2")
+    assert "8 of 12 runs are done already" in printed
+    after = tables.load(tmp_path)["accuracy"]
+    kept = after[after["run_id"].isin(before["run_id"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before)
+    printed = run_main(*arguments, "--seeds", "0", "--force")
+    assert "[4/4" in printed
+    pd.testing.assert_frame_equal(tables.load(tmp_path)["accuracy"], after)  # same accuracies
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
+    arguments = ["permuted-mnist", *QUICK[:-2], "--seeds", "0", "1"]
+    for jobs in ("1", "2"):
+        run_cli(*arguments, "--jobs", jobs, folder=tmp_path / jobs)
+    one, two = (tables.load(tmp_path / jobs)["accuracy"] for jobs in ("1", "2"))
+    pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_job_goes_on_where_it_was(tmp_path, stop):
+    arguments = ["permuted-mnist", *QUICK[:2], "--experiences", "3", "--epochs", "15"]
+    process = subprocess.Popen(
+        command(*arguments, folder=tmp_path),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    parts = tmp_path / "parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    if stop == signal.SIGINT:
+        assert b"Interrupted" in errors
+        assert b"Traceback" not in errors
+    stored = len(list(parts.glob("*.json")))
+    assert 2 <= stored < 12
+    printed = run_cli(*arguments, folder=tmp_path)
+    assert f"{stored} of 12 runs are done already" in printed
+    assert len(tables.load(tmp_path)["runs"]) == 12
+    assert not list(tmp_path.glob("**/*.tmp"))

@@ -1,0 +1,305 @@
+"""Every run ends once, whatever becomes of the process that makes it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import pandas as pd
+import psutil
+import pytest
+from rich.console import Console
+
+from experiments.data.sources import find_data
+from experiments.results import schemas, tables
+from experiments.results.store import PARTS, Store
+from experiments.settings.grids import PermutedMnist
+from experiments.sweeps import sweep as sweep_module
+from experiments.sweeps import worker
+from experiments.sweeps.executors import OneProcess
+from experiments.sweeps.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
+from experiments.training.loggers import Logs
+from support.paths import ROOT
+
+DIGITS = find_data("digits", None)
+holds_signals = pytest.mark.skipif(
+    not hasattr(signal, "pthread_sigmask"), reason="signals are not held here"
+)
+TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
+
+
+def cells(**changes):
+    values = {"experiences": 2, "epochs": 1, "hidden_size": 8, "methods": ("naive", "ewc")}
+    values |= {"seeds": (0, 1), "ewc_lambda": 10.0} | changes
+    return list(PermutedMnist(**values).cells("digits"))
+
+
+class CountingStore(Store):
+    """Knows how often each run was added."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.added = Counter()
+
+    def add(self, result):
+        self.added[result.record["run_id"]] += 1
+        super().add(result)
+
+
+def results(store):
+    accuracy, runs = store.rebuild()
+    return accuracy, runs.drop(columns=TIMES)
+
+
+def assert_same_results(one, other):
+    for a, b in zip(results(one), results(other), strict=True):
+        pd.testing.assert_frame_equal(a, b)
+
+
+def run_here(wanted, folder):
+    store = CountingStore(folder)
+    sweep(wanted, DIGITS, store, jobs=1, console=Console(quiet=True))
+    return store
+
+
+class FakeLane:
+    """Makes runs at once, except for those whose process dies."""
+
+    capacity = 1.0
+
+    def __init__(self, deadly, deaths):
+        self.deadly, self.deaths = deadly, deaths
+        self.renewed = 0
+        self.tell = lambda event: None
+
+    def submit(self, task, cell, *arguments):
+        future = Future()
+        if cell.run_id == self.deadly and self.renewed < self.deaths:
+            future.set_exception(BrokenProcessPool("died"))
+        else:
+            future.set_result(task(cell, *arguments))
+        return future
+
+    def drain(self):
+        return iter(())
+
+    def renew(self):
+        self.renewed += 1
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_lanes(monkeypatch):
+    def use(deadly, deaths):
+        lanes = [FakeLane(deadly, deaths)]
+        monkeypatch.setattr(sweep_module, "_open_lanes", lambda *arguments: lanes)
+        return lanes[0]
+
+    return use
+
+
+def test_a_run_whose_process_dies_is_tried_again(tmp_path, fake_lanes, capsys):
+    wanted = cells()
+    whole = run_here(wanted, tmp_path / "whole")
+    lane = fake_lanes(wanted[1].run_id, MAX_ATTEMPTS - 1)
+    store = CountingStore(tmp_path / "died")
+    sweep(wanted, DIGITS, store, jobs=2, console=Console())
+    assert lane.renewed == MAX_ATTEMPTS - 1
+    assert capsys.readouterr().out.count("its process died; it is tried again") == MAX_ATTEMPTS - 1
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+
+
+def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_lanes):
+    wanted = cells()
+    lane = fake_lanes(wanted[0].run_id, 100)
+    store = CountingStore(tmp_path)
+    sweep(wanted, DIGITS, store, jobs=2, console=Console(quiet=True))
+    assert lane.renewed == MAX_ATTEMPTS
+    runs = store.rebuild()[1].set_index("run_id")
+    assert runs.loc[wanted[0].run_id, "status"] == "failed"
+    assert "its process died 3 times" in runs.loc[wanted[0].run_id, "reason"]
+    assert (runs.drop(index=wanted[0].run_id)["status"] == "ok").all()
+    with pytest.raises(WorkerDiedError, match="the checks on .* failed: its process died 3 times"):
+        sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=wanted[:1])
+
+
+@pytest.mark.slow
+def test_a_process_that_died_between_tasks_is_replaced():
+    lane = OneProcess()
+    try:
+        with pytest.raises(BrokenProcessPool):
+            lane.submit(os._exit, 1).result()
+        assert lane.submit(abs, -3).result() == 3
+        lane.renew()
+        assert lane.submit(abs, -4).result() == 4
+    finally:
+        lane.close()
+
+
+@pytest.mark.slow
+@holds_signals
+def test_an_interrupt_while_a_task_is_handed_over_is_not_lost(monkeypatch):
+    lane = OneProcess()
+    submit = lane._pool.submit
+
+    def interrupted(*arguments):
+        submit(*arguments)  # the process is started
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(lane._pool, "submit", interrupted)
+    # What started the tests may have set it to be ignored, as a shell does in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lane.submit(os.getpid)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        lane.close()
+
+
+@pytest.mark.slow
+@holds_signals
+def test_an_interrupt_reaches_no_process_of_a_pool():
+    lane = OneProcess()
+    try:
+        held = lane.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    finally:
+        lane.close()
+    assert signal.SIGINT in held
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def kill_one(find, parts, killed):
+    """Kills what `find` gives as soon as a first result is stored."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if list(parts.glob("*.json")) and (process := find()):
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_the_pool_costs_nothing(tmp_path, capsys):
+    wanted = cells(seeds=(0, 1, 2), epochs=5)
+    whole = run_here(wanted, tmp_path / "whole")
+    store = CountingStore(tmp_path / "killed")
+
+    def a_child():
+        lines = [(p.pid, " ".join(p.cmdline())) for p in psutil.Process().children()]
+        return next((pid for pid, line in lines if "spawn_main" in line), None)
+
+    killed = []
+    thread = threading.Thread(target=kill_one, args=(a_child, store.folder / PARTS, killed))
+    thread.start()
+    sweep(wanted, DIGITS, store, jobs=2, console=Console(), checkpoint=True)
+    thread.join()
+    assert killed
+    assert "its process died; it is tried again" in capsys.readouterr().out
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers on loopback: the file with its address, the workers."""
+    file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+    module = [sys.executable, "-m"]
+    where = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file)]
+    processes = [
+        subprocess.Popen(
+            [*module, "distributed.cli.dask_scheduler", "--port", "0", *where], **quiet
+        )
+    ]
+    options = ["--nthreads", "2", "--no-nanny", "--local-directory", str(tmp_path)]
+    processes += [
+        subprocess.Popen([*module, "distributed.cli.dask_worker", *where, *options], **quiet)
+        for _ in range(2)
+    ]
+    yield file, processes[1:]
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's, on what it sees of the machine
+def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
+    file, workers = cluster
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    address = json.loads(file.read_text())["address"]
+    wanted = cells(seeds=(0, 1, 2, 3), epochs=3)
+    whole = run_here(wanted, tmp_path / "whole")
+    store = CountingStore(tmp_path / "cluster")
+    killed = []
+    arguments = (lambda: workers[0].pid, store.folder / PARTS, killed)
+    thread = threading.Thread(target=kill_one, args=arguments)
+    thread.start()
+    options = {"console": Console(quiet=True), "scheduler": address, "checkpoint": True}
+    logs = Logs(tmp_path / "logs", tensorboard=True)
+    sweep(wanted, DIGITS, store, jobs=2, logs=logs, **options)
+    thread.join()
+    assert killed
+    assert workers[0].wait() == -signal.SIGKILL
+    assert store.added == Counter({cell.run_id: 1 for cell in wanted})
+    assert_same_results(store, whole)
+    assert {path.name for path in logs.folder.iterdir()} == {cell.run_id for cell in wanted}
+
+
+def command(folder, *arguments):
+    options = ["--methods", "naive", "--dataset", "digits", "--jobs", "1", "--experiences", "2"]
+    options += ["--hidden-size", "8", "--epochs", "1", "--quiet", "--out", str(folder)]
+    return [sys.executable, "-m", "experiments", "sweep", *options, *arguments]
+
+
+@pytest.mark.slow
+def test_two_sweeps_may_use_one_folder_at_a_time(tmp_path):
+    """Seeds 0-4 and 3-7: some runs are wanted by both."""
+    sweeps = [
+        subprocess.Popen(command(tmp_path, "--seeds", *map(str, seeds)), cwd=ROOT)
+        for seeds in (range(5), range(3, 8))
+    ]
+    assert [process.wait() for process in sweeps] == [0, 0]
+    found = tables.load(tmp_path)
+    assert sorted(found["runs"]["seed"]) == list(range(8))
+    assert (found["runs"]["status"] == "ok").all()
+    assert len(found["accuracy"]) == 8 * 3 * 2
+    n = found["summary"].set_index("metric")["n"]
+    assert n["average_accuracy"] == 8  # the one that ended last saw the other's
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_runs_of_one_process_do_not_mix(tmp_path):
+    """A Dask worker may have several threads; random numbers and their seeds are the process's."""
+    wanted = cells(dropout=0.5)
+    whole = run_here(wanted, tmp_path)
+    expected = whole.rebuild()[0]
+    rows = []
+    threads = [
+        threading.Thread(
+            target=lambda c=c: rows.extend(
+                worker.run_cell(c, DIGITS, None, None, lambda e: None).rows
+            )
+        )
+        for c in wanted
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    keys = ["run_id", "train_exp", "eval_exp"]
+    found = tables.frame(rows, schemas.ACCURACY).sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected)

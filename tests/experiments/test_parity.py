@@ -1,0 +1,179 @@
+"""Whole runs on the digits beside Avalanche's built-in EWC; the λ curves' bookkeeping."""
+
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+from experiments.data.sources import find_data
+from experiments.results import tables
+from experiments.settings.run import RunSettings
+from experiments.studies.parity import study as parity
+from experiments.studies.parity.curves import LAMBDAS, METRICS, WAYS, Curves, curves, plot
+from experiments.studies.parity.numerical import sample_loop
+from experiments.studies.parity.whole_runs import same_definition, same_mathematics, trace_of
+from experiments.training.run import run
+from support.paths import RESULTS
+
+DIGITS = find_data("digits", None)
+SGD = {"optimizer": "sgd", "learning_rate": 0.05, "ewc_lambda": 5.0}
+ADAM = {"dropout": 0.2}
+
+
+def settings(scenario="domain", fisher_type="batched", **changes):
+    fields = {"epochs": 2, "batch_size": 64, "hidden_size": 16, "ewc_lambda": 100.0}
+    return RunSettings(
+        *("split", "digits", scenario, "ewc", 0),
+        **{"fisher_type": fisher_type, "mode": "separate", **fields, **changes},
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**SGD},
+        {**ADAM, "scenario": "task"},
+        {**SGD, "mode": "online", "decay_factor": 0.9, "scenario": "task"},
+        {**ADAM, "mode": "online", "decay_factor": 0.9},
+    ],
+    ids=["separate-sgd", "separate-adam-heads", "online-sgd-heads", "online-adam"],
+)
+def test_batched_runs_are_the_built_ins_to_the_last_bit(changes):
+    rows = list(same_definition(settings(**changes), DIGITS))
+    claimed = [row for row in rows if row["tolerance"] is not None]
+    assert len(claimed) == 3  # importances, penalties, weights
+    assert [row["difference"] for row in claimed] == [0.0, 0.0, 0.0]
+    assert all(row["ours"] > 0 for row in claimed[:2])
+    value, gradient = (row["difference"] for row in rows[3:5])
+    assert value < 1e-5  # the folded penalty, in float32
+    assert gradient < 1e-5
+
+
+def test_the_folded_penalty_ends_at_the_same_weights_in_float64():
+    rows = list(same_definition(settings(**SGD), DIGITS, double=True))
+    assert rows[-1]["quantity"] == "weights at the end"
+    assert rows[-1]["difference"] < 1e-12
+
+
+def test_the_built_ins_draws_matter():
+    run_settings = settings(**ADAM)
+    builtin = trace_of("built-in", run_settings, DIGITS)
+    other = trace_of("built-in", replace(run_settings, seed=1), DIGITS)
+    assert (
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(builtin.weights.values(), other.weights.values(), strict=True)
+        )
+        > 1e-3
+    )
+
+
+def test_empirical_is_the_built_in_at_batches_of_one():
+    rows = list(same_mathematics(settings(fisher_type="empirical", **SGD), DIGITS, double=True))
+    assert rows[0]["difference"] <= 1e-12
+    assert rows[0]["verdict"] == "equal"
+    assert rows[1]["difference"] <= 1e-12
+
+
+def test_predicted_is_the_sample_loops_and_empirical_where_all_is_right():
+    rows = list(sample_loop(replace(settings(), method="naive", fisher_type=None), DIGITS))
+    assert [row["verdict"] for row in rows] == ["equal"] * 3
+    assert rows[2]["n"] > 50
+
+
+def test_importances_have_mini_batches_of_their_own():
+    base = RunSettings(
+        *("split", "digits", "domain", "avalanche-ewc", 0),
+        ewc_lambda=1.0,
+        mode="separate",
+        batch_size=64,
+        hidden_size=16,
+    )
+    ways = (
+        {},
+        {"importance_batch": 64},
+        {"importance_batch": 8},
+        {"importance_order": "shuffled"},
+    )
+    found = [
+        sum(
+            float(f.sum())
+            for f in trace_of("built-in", replace(base, **w), DIGITS).importances[0].values()
+        )
+        for w in ways
+    ]
+    assert found[0] == found[1]
+    assert found[2] > found[0] > found[3]  # smaller batches, and sorted ones, square more
+
+
+@pytest.mark.parametrize("iterations", [3, 7])  # an epoch has about 5
+def test_training_has_as_many_steps_as_asked_for(iterations, monkeypatch):
+    steps = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: steps.append(step(*a, **k)))
+    result = run(settings(iterations=iterations, **SGD), DIGITS)
+    assert result.record["status"] == "ok"
+    assert len(steps) == 5 * iterations
+
+
+def test_per_sample_fishers_refuse_mini_batches():
+    with pytest.raises(ValueError, match="`importance_batch` must be unset where F is exact"):
+        settings(fisher_type="predicted", importance_batch=8)
+
+
+def test_curves_have_every_way_and_count_what_diverged():
+    cells = list(Curves(seeds=(0, 1)).cells("digits"))
+    assert len(cells) == (len(WAYS) * len(LAMBDAS) + 1) * 2
+    assert len({cell.run_id for cell in cells}) == len(cells)
+    runs = pd.DataFrame([
+        {
+            **vars(cell),
+            "status": "diverged" if (cell.ewc_lambda or 0) > 100 else "ok",
+            "average_accuracy": 0.9,
+            "forgetting": 0.1,
+        }
+        for cell in cells
+    ])
+    table = curves(runs)
+    assert len(table) == (len(WAYS) * len(LAMBDAS) + 1) * 2
+    assert set(table.loc[table["ewc_lambda"] > 100, "diverged"]) == {2}
+    assert set(table.loc[~(table["ewc_lambda"] > 100), "n"]) == {2}
+    assert set(table.loc[table["fisher"] == "naive", "metric"]) == set(METRICS)
+    figure = plot(table)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert {"predicted", "predicted: diverged", "naive"} <= set(labels)
+    plt.close(figure)
+
+
+def test_the_committed_whole_runs_are_the_built_ins():
+    parity = tables.load(RESULTS / "parity")["parity"]
+    exact = parity[parity["check"].str.endswith("penalty in the built-in's order")]
+    assert set(exact["benchmark"]) == {"split", "permuted"}
+    assert (exact["difference"] == 0).all()
+    assert not (parity["verdict"] == "different").any()
+
+
+def test_a_dry_run_computes_nothing_and_names_every_part(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        parity.run(parity.Parity(dataset="digits", out=str(tmp_path), dry_run=True))
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    curves, tuning = (
+        len(list(part.cells("digits"))) for part in (parity.Curves(), parity._Tuning())
+    )
+    assert f"{curves} of {curves} runs would run" in shown
+    assert f"{tuning} of {tuning} runs would run" in shown
+    assert "Then 40 paired runs" in shown
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_every_part_is_told_what_the_command_was():
+    command = parity.Parity(
+        checkpoint=True, scheduler="tcp://host:8786", quiet=True, jobs=3, out="there"
+    )
+    part = Curves(**parity._shared(command, "curves"))
+    assert part.out == "there/curves"
+    for name in ("checkpoint", "scheduler", "quiet", "jobs"):
+        assert getattr(part, name) == getattr(command, name)

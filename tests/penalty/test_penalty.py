@@ -1,0 +1,124 @@
+"""The folded penalty against the unfolded float64 sum over all experiences."""
+
+import pytest
+import torch
+from torch import nn
+
+from ewc_plugin.penalty.gradient import BLOCK
+from ewc_plugin.penalty.penalty import QuadraticPenalty
+from support.penalties import Unfolded, gradient_of, model, random_fisher, wander
+
+
+@pytest.mark.parametrize("decay_factor", [None, 1.0, 0.9])
+@pytest.mark.parametrize("n_experiences", [1, 2, 100])
+def test_folded_penalty_is_the_unfolded_sum(n_experiences, decay_factor):
+    generator = torch.Generator().manual_seed(3)
+    net = model()
+    mode = "separate" if decay_factor is None else "online"
+    penalty, unfolded = QuadraticPenalty(mode, decay_factor), Unfolded(decay_factor)
+    for _ in range(n_experiences):
+        fisher = random_fisher(net, generator)
+        for p in (penalty, unfolded):
+            p.consolidate(net, fisher)
+        wander(net, generator)
+    value = penalty(net)
+    exact_value, exact_gradient = unfolded(net)
+    assert float(value.detach()) == pytest.approx(exact_value, rel=1e-6)
+    error = gradient_of(value, net).double() - exact_gradient
+    assert float(error.norm() / exact_gradient.norm()) < 1e-6
+
+
+def test_memory_does_not_grow_with_experiences():
+    generator = torch.Generator().manual_seed(0)
+    net = model()
+    P = sum(p.numel() for p in net.parameters())
+    penalty, sizes = QuadraticPenalty(), []
+    for _ in range(20):
+        penalty.consolidate(net, random_fisher(net, generator))
+        wander(net, generator)
+        sizes.append(penalty.nbytes)
+    assert sizes[0] == 2 * 4 * P  # S and the anchor
+    assert sizes[1:] == [3 * 4 * P] * 19  # and B
+
+
+def test_add_gradient_is_the_gradient_of_the_value():
+    generator = torch.Generator().manual_seed(0)
+    net, penalty = model().double(), QuadraticPenalty()
+    for _ in range(3):
+        penalty.consolidate(net, {n: f.double() for n, f in random_fisher(net, generator).items()})
+        wander(net.float(), generator)
+        net.double()
+    expected = gradient_of(7 * penalty(net), net)
+    for p in list(net.parameters())[1:]:
+        p.grad = torch.ones_like(p)
+    penalty.add_gradient_(net, scale=7)
+    first, *others = [p.grad for p in net.parameters()]
+    found = torch.cat([first.flatten(), *(g.flatten() - 1 for g in others)])
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_blocks_of_a_large_parameter_and_other_layouts_agree_with_autograd(layout):
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Conv2d(64, BLOCK // 500, 3, bias=False)  # not a multiple of a block
+    net = net.to(memory_format=layout).double()
+    assert net.weight.numel() > BLOCK
+    penalty = QuadraticPenalty()
+    for _ in range(2):
+        penalty.consolidate(net, {"weight": torch.rand(net.weight.shape, generator=generator)})
+        wander(net, generator)
+    value = penalty(net)
+    expected = gradient_of(value, net)
+    net.weight.grad = torch.zeros_like(net.weight)
+    added = penalty.add_gradient_(net, scale=1.0)
+    assert float(added) == pytest.approx(float(value.detach()), rel=1e-12)
+    assert torch.allclose(net.weight.grad.flatten(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameter_where_it_was_left_gets_no_gradient():
+    net, penalty = model(), QuadraticPenalty()
+    penalty.consolidate(net, {n: torch.ones_like(p) for n, p in net.named_parameters()})
+    with torch.no_grad():
+        net[0].weight += 1
+    penalty(net).backward()
+    assert torch.allclose(net[0].weight.grad, torch.full((4, 5), 2.0))
+    assert [net[0].bias.grad, net[2].weight.grad, net[2].bias.grad] == [None] * 3
+
+
+def test_penalty_without_experience_is_zero():
+    assert float(QuadraticPenalty()(model())) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "both"}, r"`mode` must be one of 'separate', 'online', got 'both'"),
+        ({"decay_factor": 0.5}, r"`decay_factor` must be None unless mode='online', got 0.5"),
+        ({"mode": "online"}, r"`decay_factor` must be set with mode='online'"),
+        ({"mode": "online", "decay_factor": -1}, r"finite and >= 0, got -1"),
+        ({"mode": "online", "decay_factor": float("nan")}, r"finite and >= 0, got nan"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuadraticPenalty(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "message"),
+    [
+        ({"9.weight": torch.ones(4, 5)}, r"`fisher` has '9.weight'; the model has"),
+        ({"0.weight": torch.ones(5, 4)}, r"is \(5, 4\), the parameter \(4, 5\)"),
+        ({"0.weight": -torch.ones(4, 5)}, r"must be finite and >= 0, got -1.0"),
+        ({"0.weight": torch.full((4, 5), float("inf"))}, r"must be finite and >= 0, got inf"),
+    ],
+)
+def test_bad_fisher(fisher, message):
+    with pytest.raises(ValueError, match=message):
+        QuadraticPenalty().consolidate(model(), fisher)
+
+
+def test_fisher_of_zeros_is_not_passed_over_in_silence():
+    net = model()
+    with pytest.warns(UserWarning, match="zero everywhere"):
+        QuadraticPenalty().consolidate(net, {n: 0 * p for n, p in net.named_parameters()})

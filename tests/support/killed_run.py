@@ -1,0 +1,85 @@
+"""A user's script that goes on from its last checkpoint; killed as often as it is told.
+
+python killed_run.py FOLDER [PLACE ...]: the n-th start is killed at the n-th place, "training" or
+"evaluation", and one that is not ends.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import dill
+import torch
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
+from torch import nn
+
+from ewc_plugin import DiagonalEWCPlugin, TidyCSVLogger
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.plugin_streams import N_FEATURES, benchmark, strategy
+
+
+class Mine(nn.Module):  # of the script itself: `__main__.Mine`
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(N_FEATURES, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 4)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Kill(SupervisedPlugin):
+    """No chance to tidy up: SIGKILL, in the third of four experiences."""
+
+    place = None
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.experience.current_experience == 2 and strategy.clock.train_exp_iterations == 1:
+            self.die("training")
+
+    def after_eval_exp(self, strategy, **kwargs):
+        if (strategy.clock.train_exp_counter, strategy.experience.current_experience) == (3, 1):
+            self.die("evaluation")
+
+    def die(self, place):
+        if place == self.place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder, places):
+    starts = folder / "starts"
+    n = len(starts.read_text()) if starts.exists() else 0
+    starts.write_text("x" * (n + 1))
+    Kill.place = places[n] if n < len(places) else None
+
+    dill.settings["byref"] = True
+    RNGManager.set_random_seeds(1)
+    stream = benchmark(n_experiences=4)
+    evaluator = EvaluationPlugin(
+        accuracy_metrics(experience=True),
+        loss_metrics(experience=True),
+        loggers=TidyCSVLogger(folder / "accuracy.csv", "run", seed=1),
+    )
+    plugins = ReplayPlugin(8), DiagonalEWCPlugin(50.0), Kill()
+    learner = strategy(Mine(), *plugins, train_epochs=2, evaluator=evaluator)
+    learner, done = maybe_load_checkpoint(learner, folder / "checkpoint.pt")
+    if not done:
+        learner.eval(stream.test_stream)
+    for experience in stream.train_stream[done:]:
+        learner.train(experience)
+        learner.eval(stream.test_stream)
+        save_checkpoint(learner, folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    torch.save(learner.model.state_dict(), folder / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
