@@ -17,14 +17,22 @@ from experiments.results.store import Store
 from experiments.settings.grids import Job, Tune
 from experiments.settings.run import PENALISED, STREAM, RunSettings
 from experiments.sweeps.jobs import make_runs, prepared
+from experiments.sweeps.queue import Task
 
 
 def run_job(job: Job, console: Console) -> None:
     """Makes the runs of a job that are not there yet, then its tables, plots and summary."""
     store, cells, source = prepared(job, console)
-    checks = checked_cells(job, cells)
+    checks = [Task(cell, _numerical_checks) for cell in checked_cells(job, cells)]
     numerical = make_runs(job, store, cells, source, checks, console)
     write_report(job, store, cells, source, numerical, console)
+
+
+def _numerical_checks(cell: RunSettings, source: DataSource) -> list[dict[str, Any]]:
+    """Our importances and penalties beside the built-in's on a cell's stream."""
+    from experiments.studies.parity.importances import numerical_checks  # it imports Avalanche
+
+    return list(numerical_checks(cell, source))
 
 
 def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:

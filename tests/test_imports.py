@@ -13,6 +13,50 @@ PACKAGE = Path(ewc_plugin.__file__).parent
 ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
 
 
+# Each room may import from those below it; rooms in one row do not see each other.
+FLOORS = {
+    "ewc_plugin": [
+        ["__init__"],
+        ["avalanche", "plain"],
+        ["fisher", "penalty"],
+        ["batches", "contexts"],
+    ],
+    "experiments": [
+        ["__main__"],
+        ["command_line", "main_job"],
+        ["studies"],
+        ["sweeps", "timing"],
+        ["training", "reporting"],
+        ["results"],
+        ["data"],
+        ["settings"],
+    ],
+}
+
+
+def rooms_imported_by(file, package):
+    """First segments below `package` of all that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and f"{node.module}".startswith(f"{package}."):
+            yield f"{node.module}".split(".")[1]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_downwards_alone(package):
+    floor = {room: i for i, rooms in enumerate(FLOORS[package]) for room in rooms}
+    root = PACKAGE.parent / package
+    for file in root.rglob("*.py"):
+        room = file.relative_to(root).with_suffix("").parts[0]
+        above = [
+            other
+            for other in rooms_imported_by(file, package)
+            if other in floor and other != room and floor[other] <= floor.get(room, -1)
+        ]
+        assert not above, f"{file} imports from {above}"
+
+
 def test_only_the_adapters_folder_imports_avalanche():
     for file in PACKAGE.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text())))

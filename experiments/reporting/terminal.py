@@ -46,7 +46,7 @@ def print_summary(
 
 def print_chosen(summary: pd.DataFrame, console: Console) -> None:
     """Prints what `CHOSEN_LAMBDA` in the settings should say."""
-    console.print("Chosen on validation data, for CHOSEN_LAMBDA in experiments/settings.py:")
+    console.print("Chosen on validation data, for CHOSEN_LAMBDA in experiments/settings/tuned.py:")
     for row in chosen_lambdas(summary).itertuples():
         key = (row.benchmark, row.dataset, row.scenario, row.method)
         console.print(f"    {key}: {row.ewc_lambda:g},  # {row.mean:.4f}", highlight=False)

@@ -16,6 +16,7 @@ from experiments.results.store import Store
 from experiments.settings.grids import Job
 from experiments.settings.run import RunSettings
 from experiments.sweeps.dry_run import print_plan
+from experiments.sweeps.queue import Task
 from experiments.sweeps.sweep import sweep
 from experiments.training.loggers import logs_of
 
@@ -63,7 +64,7 @@ def make_runs(
     store: Store,
     cells: list[RunSettings],
     source: DataSource,
-    checks: list[RunSettings],
+    checks: Sequence[Task],
     console: Console,
 ) -> list[dict[str, Any]]:
     """Makes the missing runs and stores them; returns the rows of the numerical `checks`."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from experiments.data.sources import DataSource
 from experiments.settings.grids import DEFAULT_BATCH_SIZE
 from experiments.settings.run import RunSettings
 
@@ -17,17 +19,20 @@ N_INPUTS = 784
 CNN_PARAMETERS = 2_000_000  # of an MLP that takes as long
 
 
+Check = Callable[[RunSettings, DataSource], list[dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Task:
-    """A run, or the numerical checks on the stream of one."""
+    """A run, or a check on the stream of one, which then is the function to call."""
 
     cell: RunSettings
-    is_check: bool = False
+    check: Check | None = None
 
     @property
     def work(self) -> float:
         """Relative duration."""
-        return work(self.cell) * (CHECK_WORK if self.is_check else 1.0)
+        return work(self.cell) * (CHECK_WORK if self.check else 1.0)
 
 
 def work(cell: RunSettings) -> float:

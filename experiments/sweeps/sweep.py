@@ -37,7 +37,7 @@ def sweep(
     jobs: int,
     console: Console,
     force: bool = False,
-    checks: Sequence[RunSettings] = (),
+    checks: Sequence[Task] = (),
     scheduler: str | None = None,
     checkpoint: bool = False,
     logs: Logs | None = None,
@@ -52,13 +52,13 @@ def sweep(
             on their number.
         console: Where progress is shown.
         force: Repeat what the store holds.
-        checks: Cells on whose streams our importances are compared with the built-in's.
+        checks: Tasks whose rows are returned rather than stored.
         scheduler: Address of a Dask scheduler whose workers take the place of the processes.
         checkpoint: Keep the state of runs that go on, and take up what a killed one left.
         logs: What else is told how the runs go.
 
     Returns:
-        The rows of those numerical checks.
+        The rows of the checks.
 
     Raises:
         ValueError: The scheduler can't be reached.
@@ -69,7 +69,7 @@ def sweep(
     if held := len(cells) - len(wanted):
         console.print(f"{held} of {len(cells)} runs are done already (--force repeats them).")
     rows: list[dict[str, Any]] = []
-    tasks = [*map(Task, wanted), *(Task(cell, is_check=True) for cell in checks)]
+    tasks = [*map(Task, wanted), *checks]
     if not tasks:
         return rows
     if force:
@@ -153,13 +153,13 @@ def _submit(
     lane: Lane, task: Task, source: DataSource, store: Store | None, logs: Logs | None
 ) -> Future[Outcome]:
     cell = task.cell
-    if task.is_check:
-        return lane.submit(worker.check_cell, cell, source)
+    if task.check:
+        return lane.submit(worker.check_cell, cell, source, task.check)
     path = store.checkpoint(cell.run_id) if store else None
     return lane.submit(worker.run_cell, cell, source, path, logs, lane.tell)
 
 
 def _lost(task: Task, reason: str) -> RunResult:
-    if task.is_check:
+    if task.check:
         raise WorkerDiedError(f"the checks on {task.cell.run_id}'s stream failed: {reason}.")
     return failed(task.cell, reason)

@@ -20,6 +20,7 @@ import torch
 from experiments.data.sources import DataSource
 from experiments.results.record import RunResult
 from experiments.settings.run import RunSettings
+from experiments.sweeps.queue import Check
 from experiments.training.loggers import Logs
 
 Event = tuple[str, int, float]  # run id, experiences done, mean accuracy on them
@@ -73,12 +74,10 @@ def run_cell(
         )
 
 
-def check_cell(cell: RunSettings, source: DataSource) -> list[dict[str, Any]]:
-    """The numerical checks against the built-in on a cell's stream."""
-    from experiments.studies.parity.importances import numerical_checks
-
+def check_cell(cell: RunSettings, source: DataSource, check: Check) -> list[dict[str, Any]]:
+    """The rows of a check on a cell's stream."""
     with _alone():
-        return list(numerical_checks(cell, source))
+        return check(cell, source)
 
 
 @contextmanager

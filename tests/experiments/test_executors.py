@@ -23,6 +23,7 @@ from experiments.settings.grids import PermutedMnist
 from experiments.sweeps import sweep as sweep_module
 from experiments.sweeps import worker
 from experiments.sweeps.executors import OneProcess
+from experiments.sweeps.queue import Task
 from experiments.sweeps.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
 from experiments.training.loggers import Logs
 from support.paths import ROOT
@@ -32,6 +33,10 @@ holds_signals = pytest.mark.skipif(
     not hasattr(signal, "pthread_sigmask"), reason="signals are not held here"
 )
 TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
+
+
+def no_rows(cell, source):
+    return []
 
 
 def cells(**changes):
@@ -128,8 +133,9 @@ def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_lanes):
     assert runs.loc[wanted[0].run_id, "status"] == "failed"
     assert "its process died 3 times" in runs.loc[wanted[0].run_id, "reason"]
     assert (runs.drop(index=wanted[0].run_id)["status"] == "ok").all()
+    checks = [Task(wanted[0], no_rows)]
     with pytest.raises(WorkerDiedError, match="the checks on .* failed: its process died 3 times"):
-        sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=wanted[:1])
+        sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=checks)
 
 
 @pytest.mark.slow

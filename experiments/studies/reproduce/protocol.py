@@ -1,7 +1,7 @@
 """A published experiment as data: its setting, the number it reports, and what counts as the same.
 
-The settings are in `experiments/protocols`, one file each. Rules and margins stand in those files,
-so that they are fixed before anything runs.
+Each file in the folder `protocols` holds one. Rules and margins stand in those files, so that they
+are fixed before anything runs.
 """
 
 from __future__ import annotations
@@ -124,6 +124,6 @@ class Protocol:
 
 
 def load_protocol(name: str) -> Protocol:
-    """The protocol in `experiments/protocols/<name>.py`."""
+    """The protocol in `experiments/studies/reproduce/protocols/<name>.py`."""
     protocol: Protocol = import_module(f"experiments.studies.reproduce.protocols.{name}").PROTOCOL
     return protocol

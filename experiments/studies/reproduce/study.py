@@ -1,6 +1,6 @@
 """Runs a published experiment and says whether its number comes out.
 
-Each is a file in experiments/protocols with its source, setting, reference numbers and rules.
+Each is a file in the folder `protocols` with its source, setting, reference numbers and rules.
 """
 
 from __future__ import annotations
