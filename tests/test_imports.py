@@ -19,6 +19,7 @@ FLOORS = {
         ["__init__"],
         ["avalanche", "plain"],
         ["fisher", "penalty"],
+        ["batch_parts"],
         ["batches", "contexts"],
     ],
     "experiments": [

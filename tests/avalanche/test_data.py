@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ewc_plugin import DiagonalEWCPlugin, FisherData, diagonal_fisher
-from ewc_plugin.avalanche.batch_parts import Unpacked, unpack
+from ewc_plugin.batch_parts import Unpacked, unpack
 from support.plugin_streams import (
     N_FEATURES,
     Blobs,
