@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ewc_plugin.batch_parts import on_device
 from ewc_plugin.avalanche.ranks import shard, world_size
+from ewc_plugin.batch_parts import on_device
 from ewc_plugin.batches import Batch
 
 

@@ -16,7 +16,6 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from ewc_plugin.avalanche.active_classes import active_classes
-from ewc_plugin.batch_parts import Unpacked, logits_of, unpack
 from ewc_plugin.avalanche.fisher_data import FisherData, Window, dataset_batches
 from ewc_plugin.avalanche.ranks import fisher_over_ranks, unwrapped, world_size
 from ewc_plugin.avalanche.template import (
@@ -25,6 +24,7 @@ from ewc_plugin.avalanche.template import (
     overrides,
     showing,
 )
+from ewc_plugin.batch_parts import Unpacked, logits_of, unpack
 from ewc_plugin.batches import Batch
 from ewc_plugin.contexts import untouched_randomness
 from ewc_plugin.fisher.diagonal import diagonal_fisher
