@@ -15,24 +15,24 @@ from ewc_plugin.batches import Batch
 
 
 class FisherData(str, Enum):
-    """What an experience's Fisher sees.
+    """The data that an experience's Fisher is computed on.
 
     EXPERIENCE: the experience's own data, nothing that other plugins or the strategy mixed in.
-    TRAINING: all that was trained on, such as a replay buffer or `Cumulative`'s past experiences.
+    TRAINING: all data of the training, such as a replay buffer or `Cumulative`'s past experiences.
     """
 
     EXPERIENCE = "experience"
     TRAINING = "training"
 
 
-class Window:
-    """The experiences that share one Fisher.
+class SharedFisherExperiences:
+    """The consecutive experiences that share one Fisher.
 
-    In an online stream that knows its task boundaries they are the parts of an original experience,
-    elsewhere so many in a row.
+    In an online stream that knows its task boundaries they are the parts of one original
+    experience; elsewhere `size` experiences in a row.
 
     Attributes:
-        n_done: How many of them have ended.
+        n_done: Number of them that have ended.
     """
 
     def __init__(self, size: int, data: FisherData) -> None:
@@ -40,50 +40,50 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Start with none."""
         self.n_done = 0
-        self._held: list[Any] = []  # data sets of those that have ended
+        self._ended: list[Any] = []  # data sets of the experiences that have ended
         self._current: list[Any] = []
 
     def begin(self, experience: Any) -> None:
-        """Before an experience's training; what an interrupted one left is dropped."""
+        """Begin an experience; forget one whose training was interrupted."""
         if experience.is_first_subexp if knows_boundaries(experience) else self.size == 1:
             self.clear()
         self._current = [] if knows_boundaries(experience) else [experience.dataset]
 
-    def see(self, loader: Any) -> None:
-        """Before an epoch, when every plugin has had its say about the data loader."""
+    def read_loader(self, loader: Any) -> None:
+        """Take the data sets of an epoch's loader, once every plugin has changed it."""
         if self.data is FisherData.TRAINING:
             self._current = _datasets_of(loader)
 
     def end(self, experience: Any) -> bool:
-        """After an experience's training; whether it was the window's last."""
-        self._held += self._current
+        """End an experience; return whether it is the last of those that share the Fisher."""
+        self._ended += self._current
         self._current = []
         self.n_done += 1
         if not knows_boundaries(experience):
             return self.n_done >= self.size
-        # Avalanche says False of every part where the parts are of equal size: so they are counted.
+        # Avalanche sets is_last_subexp to False in every part where the parts have one size.
         counted: bool = self.n_done >= experience.sub_stream_length
         return counted or bool(experience.is_last_subexp)
 
     def datasets(self, experience: Any) -> list[Any]:
-        """What the Fisher sees; outside of training, the data of `experience`."""
-        return self._held or [_own(experience)]
+        """Return the data sets of the Fisher; outside of training, that of `experience`."""
+        return self._ended or [own_dataset(experience)]
 
     @property
-    def holds_data(self) -> bool:
-        """Whether it can't be resumed without the data of experiences that have ended."""
-        return bool(self._held)
+    def needs_past_data(self) -> bool:
+        """Whether resuming needs the data of experiences that have ended."""
+        return bool(self._ended)
 
 
 def knows_boundaries(experience: Any) -> bool:
-    """Whether it is a part, in an online stream, that knows which original it is a part of."""
+    """Return whether an experience is a part of an online stream that knows its original."""
     return bool(getattr(experience, "access_task_boundaries", False))
 
 
 def experience_batches(strategy: Any, *, num_workers: int = 0) -> Iterator[Batch]:
-    """The current experience's samples in their order, with eval transforms, on the device.
+    """Yield the current experience's samples in their order, with eval transforms, on the device.
 
     Args:
         strategy: Any Avalanche strategy while it trains.
@@ -93,11 +93,11 @@ def experience_batches(strategy: Any, *, num_workers: int = 0) -> Iterator[Batch
         What the data set's `collate_fn` makes of `strategy.train_mb_size` samples; in a distributed
         run, of this process's share of them.
     """
-    yield from dataset_batches(strategy, _own(strategy.experience), num_workers)
+    yield from dataset_batches(strategy, own_dataset(strategy.experience), num_workers)
 
 
 def dataset_batches(strategy: Any, dataset: Any, num_workers: int) -> Iterator[Batch]:
-    """The same of a data set."""
+    """Yield the batches of a data set as `experience_batches` does."""
     if hasattr(dataset, "eval"):
         dataset = dataset.eval()
     collate = getattr(dataset, "collate_fn", None)
@@ -114,7 +114,8 @@ def dataset_batches(strategy: Any, dataset: Any, num_workers: int) -> Iterator[B
         yield on_device(batch, strategy.device)
 
 
-def _own(experience: Any) -> Any:
+def own_dataset(experience: Any) -> Any:
+    """Return the data set of an experience, or of the original that it is a part of."""
     origin = experience.origin_experience if knows_boundaries(experience) else experience
     return origin.dataset
 

@@ -16,11 +16,11 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from ewc_plugin.avalanche.active_classes import active_classes
-from ewc_plugin.avalanche.fisher_data import FisherData, Window, dataset_batches
+from ewc_plugin.avalanche.fisher_data import FisherData, SharedFisherExperiences, dataset_batches
+from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
 from ewc_plugin.avalanche.ranks import fisher_over_ranks, unwrapped, world_size
 from ewc_plugin.avalanche.template import (
     check_calls_the_hooks,
-    gradients_are_ours,
     overrides,
     showing,
 )
@@ -29,7 +29,6 @@ from ewc_plugin.batches import Batch
 from ewc_plugin.contexts import untouched_randomness
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
-from ewc_plugin.penalty.implicit_step import implicit_step_
 from ewc_plugin.penalty.options import (
     Mode,
     Normalization,
@@ -127,11 +126,11 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.task_loss: Tensor | None = None
         self.penalty_loss: Tensor | None = None
         self._strategy: weakref.ref[Any] | None = None
-        self._adds_to_gradients = False
+        self._placement: Placement = InLoss(self.penalty)
         self._hooks_called = False
         self._warned = False
         self._num_workers = 0
-        self._window = Window(
+        self._shared = SharedFisherExperiences(
             checked_positive("consolidate_every", consolidate_every),
             parsed(FisherData, "fisher_data", fisher_data),
         )
@@ -156,14 +155,14 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def before_training_exp(self, strategy: Any, *, num_workers: int = 0, **kwargs: Any) -> None:
-        """Chooses how to add the gradient."""
+        """Choose where the penalty acts."""
         self._num_workers = num_workers
-        self._window.begin(strategy.experience)
-        self._adds_to_gradients = not self.implicit and gradients_are_ours(self, strategy)
+        self._shared.begin(strategy.experience)
+        self._placement = placement_of(self, strategy, self.penalty, implicit=self.implicit)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Warns, once, of a lambda that plain gradient descent cannot bear."""
-        self._window.see(strategy.dataloader)
+        self._shared.read_loader(strategy.dataloader)
         if not self._is_active or self.implicit or self._warned:
             return
         limit = largest_stable_lambda(strategy.optimizer, self.penalty.pairs(strategy.model))
@@ -177,24 +176,18 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Adds the penalty to `strategy.loss`, if others may look at its gradient first."""
+        """Let the penalty act on the loss."""
         self._hooks_called = True
         self.task_loss = strategy.loss.detach().clone()
         self.penalty_loss = None
-        if not self._is_active or self._adds_to_gradients:
-            return
-        penalty = self.ewc_lambda * self.penalty(strategy.model)
-        if self.implicit:
-            penalty = penalty.detach()
-        self.penalty_loss = penalty.detach()
-        strategy.loss = strategy.loss + penalty
+        if self._is_active:
+            self.penalty_loss = self._placement.before_backward(strategy, self.ewc_lambda)
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Adds the penalty's gradient, if nobody has looked at it yet; stops a diverged run."""
-        if self._is_active and self._adds_to_gradients:
-            value = self.penalty.add_gradient_(strategy.model, self.ewc_lambda)
-            self.penalty_loss = self.ewc_lambda * value
-            strategy.loss = strategy.loss.detach() + self.penalty_loss
+        """Let the penalty act on the gradients; stop a diverged run."""
+        if self._is_active:
+            added = self._placement.after_backward(strategy, self.ewc_lambda)
+            self.penalty_loss = self.penalty_loss if added is None else added
         loss = float(strategy.loss.detach())
         if not math.isfinite(loss):
             penalty = 0.0 if self.penalty_loss is None else float(self.penalty_loss)
@@ -204,10 +197,9 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Takes the implicit step."""
-        if self.implicit and self._is_active:
-            pairs = self.penalty.pairs(strategy.model)
-            implicit_step_(strategy.optimizer, pairs, self.ewc_lambda)
+        """Let the penalty act on the parameters."""
+        if self._is_active:
+            self._placement.after_update(strategy, self.ewc_lambda)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Refuses a template that does not call what the penalty needs."""
@@ -219,20 +211,20 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Computes F on the experience and remembers it with the parameters."""
-        if not self._window.end(strategy.experience):
+        if not self._shared.end(strategy.experience):
             return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
         self.penalty.consolidate(strategy.model, self.fisher)
-        self._window.clear()
+        self._shared.clear()
         self.fisher_seconds += time.perf_counter() - start
 
     def compute_fisher(self, strategy: Any) -> dict[str, Tensor]:
         """The diagonal Fisher of the current experience, by parameter name."""
         model = unwrapped(strategy.model)
-        batches = self.fisher_batches or self._window_batches
+        batches = self.fisher_batches or self._own_batches
         with untouched_randomness():
             if world_size() == 1:
                 return self._fisher_of(strategy, model, batches(strategy))
@@ -319,8 +311,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         targets = self.unpack(batch).targets
         return targets
 
-    def _window_batches(self, strategy: Any) -> Iterator[Batch]:
-        for dataset in self._window.datasets(strategy.experience):
+    def _own_batches(self, strategy: Any) -> Iterator[Batch]:
+        for dataset in self._shared.datasets(strategy.experience):
             yield from dataset_batches(strategy, dataset, self._num_workers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,16 +325,16 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             RuntimeError: Between two experiences that share one F, of which the first one's data is
                 needed: it is no state.
         """
-        if self._window.holds_data:
+        if self._shared.needs_past_data:
             raise RuntimeError(
-                f"`state_dict` was called after {self._window.n_done} of the experiences that "
+                f"`state_dict` was called after {self._shared.n_done} of the experiences that "
                 "share one Fisher. Call it after the last, or pickle the plugin with its data."
             )
         return {
             "penalty": self.penalty.state_dict(),
             "fisher": self.fisher,
             "fisher_seconds": self.fisher_seconds,
-            "n_parts": self._window.n_done,
+            "n_parts": self._shared.n_done,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -357,7 +349,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.penalty.load_state_dict(state["penalty"])
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
-        self._window.n_done = state["n_parts"]
+        self._shared.n_done = state["n_parts"]
 
     @property
     def _is_active(self) -> bool:

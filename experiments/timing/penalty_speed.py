@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin.avalanche.placement import InLoss
 from ewc_plugin.penalty.gradient import Pair
 from experiments.reporting.figures.style import DPI
 from experiments.results.environment import write_environment
@@ -77,7 +78,7 @@ class _InTheLoss(DiagonalEWCPlugin):
     """The way that is taken where other plugins see gradients first."""
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        self._adds_to_gradients = False
+        self._placement = InLoss(self.penalty)
 
 
 class _OneKernel(DiagonalEWCPlugin):

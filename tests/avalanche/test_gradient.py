@@ -7,7 +7,7 @@ from avalanche.training.plugins import AGEMPlugin, GEMPlugin, LwFPlugin, ReplayP
 from avalanche.training.supervised import Naive
 
 from ewc_plugin import DiagonalEWCPlugin, DivergedError
-from ewc_plugin.avalanche.template import gradients_are_ours
+from ewc_plugin.avalanche.placement import gradients_are_ours
 from support.plugin_streams import InTheLoss, benchmark, mlp, strategy, train
 
 LAMBDA = 5.0

@@ -11,7 +11,7 @@ from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 
 from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, QuadraticPenalty
-from ewc_plugin.avalanche.template import gradients_are_ours
+from ewc_plugin.avalanche.placement import gradients_are_ours
 from support.paths import ROOT
 from support.plugin_streams import (
     InTheLoss,

@@ -8,6 +8,7 @@ from avalanche.training.plugins import LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Cumulative, Naive
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher, experience_batches
+from ewc_plugin.avalanche.placement import InGradient, InLoss
 from support.plugin_streams import Blobs, assert_same, benchmark, mlp, multi_head, strategy, train
 
 
@@ -85,14 +86,14 @@ def test_fisher_batches_of_the_caller_are_used():
     assert sum(seen) == 24
 
 
-@pytest.mark.parametrize("by_autograd", [False, True])
-def test_loss_is_task_loss_plus_lambda_times_penalty(by_autograd):
+@pytest.mark.parametrize("placement", [InGradient, InLoss])
+def test_loss_is_task_loss_plus_lambda_times_penalty(placement):
     class Spy(DiagonalEWCPlugin):
         losses = ()
 
         def before_training_exp(self, strategy, **kwargs):
             super().before_training_exp(strategy, **kwargs)
-            self._adds_to_gradients = not by_autograd
+            self._placement = placement(self.penalty)
 
         def after_backward(self, strategy, **kwargs):
             super().after_backward(strategy, **kwargs)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin.avalanche.placement import Placement
 
 N_FEATURES = 6
 
@@ -94,7 +95,7 @@ class InTheLoss(DiagonalEWCPlugin):
 
     def before_backward(self, strategy, **kwargs):
         self._hooks_called = True
-        self._adds_to_gradients = False
+        self._placement = Placement(self.penalty)  # does nothing more
         if not self._is_active:
             return
         for parameter, q in self.penalty.pairs(strategy.model):

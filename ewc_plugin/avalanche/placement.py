@@ -1,0 +1,181 @@
+"""Where the penalty acts: in the loss, in the gradients, or as an implicit step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from avalanche.core import BaseSGDPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.templates.base_sgd import BaseSGDTemplate, PeriodicEval
+from avalanche.training.templates.update_type import SGDUpdate
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from ewc_plugin.penalty.implicit_step import implicit_step_
+from ewc_plugin.penalty.penalty import QuadraticPenalty
+
+
+class Placement:
+    """Three moments of a training iteration; the first two return ewc_lambda * penalty if known."""
+
+    def __init__(self, penalty: QuadraticPenalty) -> None:
+        self.penalty = penalty
+
+    def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:
+        """Act on `strategy.loss` before its backward pass."""
+        return None
+
+    def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:
+        """Act on `.grad`."""
+        return None
+
+    def after_update(self, strategy: Any, ewc_lambda: float) -> None:
+        """Act on the parameters after the optimizer's step."""
+
+
+class InLoss(Placement):
+    """Add the penalty to the loss: right whoever reads or rewrites gradients."""
+
+    def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
+        """Add it, for autograd to differentiate."""
+        penalty = ewc_lambda * self.penalty(strategy.model)
+        strategy.loss = strategy.loss + penalty
+        return penalty.detach()
+
+
+class InGradient(Placement):
+    """Add the penalty's gradient to `.grad`: cheaper, where `gradients_are_ours`."""
+
+    def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
+        """Add it, and the value to the loss that others read from here on."""
+        penalty = ewc_lambda * self.penalty.add_gradient_(strategy.model, ewc_lambda)
+        strategy.loss = strategy.loss.detach() + penalty
+        return penalty
+
+
+class ImplicitStep(Placement):
+    """Take `implicit_step_` once for every step that an optimizer took in the iteration.
+
+    A gradient scaler that found infinities, and a template that accumulates gradients, take none;
+    a template with several optimizers takes one with each.
+    """
+
+    def __init__(self, penalty: QuadraticPenalty) -> None:
+        super().__init__(penalty)
+        self._stepped: list[Optimizer] = []
+        self._handle: RemovableHandle | None = None
+
+    def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
+        """Add the value to the loss, without a gradient; start to record optimizer steps."""
+        self._stop()  # an iteration may have been interrupted
+        self._handle = register_optimizer_step_post_hook(_weakly(self._record))
+        penalty = (ewc_lambda * self.penalty(strategy.model)).detach()
+        strategy.loss = strategy.loss + penalty
+        return penalty
+
+    def after_update(self, strategy: Any, ewc_lambda: float) -> None:
+        """Take the implicit step of the optimizers that stepped."""
+        stepped = self._stop()
+        pairs = self.penalty.pairs(strategy.model)
+        for optimizer in stepped:
+            implicit_step_(optimizer, pairs, ewc_lambda)
+
+    def _stop(self) -> list[Optimizer]:
+        if self._handle is not None:
+            self._handle.remove()
+        stepped, self._stepped, self._handle = self._stepped, [], None
+        return stepped
+
+    def __del__(self) -> None:
+        self._stop()
+
+    def _record(self, optimizer: Optimizer, *arguments: Any) -> None:
+        # A fused optimizer is called, and does nothing, where a gradient scaler found infinities.
+        if not bool(getattr(optimizer, "found_inf", None) or 0):
+            self._stepped.append(optimizer)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Call a method for as long as others keep its object: torch's table of hooks is global."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
+
+
+def placement_of(
+    plugin: SupervisedPlugin, strategy: Any, penalty: QuadraticPenalty, *, implicit: bool
+) -> Placement:
+    """Choose where the penalty acts in one experience.
+
+    Args:
+        plugin: Ours, one of the strategy's.
+        strategy: About to train.
+        penalty: The plugin's.
+        implicit: Whether the penalty is taken as an implicit step.
+
+    Returns:
+        The placement.
+
+    Raises:
+        ValueError: An implicit step after an optimizer that is not torch's.
+    """
+    if not implicit:
+        kind = InGradient if gradients_are_ours(plugin, strategy) else InLoss
+        return kind(penalty)
+    if not isinstance(strategy.optimizer, Optimizer):
+        raise ValueError(
+            "`implicit=True` follows the steps of a `torch.optim.Optimizer`, got "
+            f"{type(strategy.optimizer).__name__}. Use implicit=False."
+        )
+    return ImplicitStep(penalty)
+
+
+def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
+    """Return whether nobody sees, or rescales, a gradient before the plugin's `after_backward`.
+
+    Adding to `.grad` there is then the same as adding to the loss, and cheaper. It is not with a
+    template that has its own backward pass (a gradient scaler's), with hooks on parameters, after
+    plugins that rewrite gradients, or before plugins that rewrite the loss.
+
+    Args:
+        plugin: Ours.
+        strategy: Whose plugins it is one of.
+
+    Returns:
+        False wherever it is not certain.
+    """
+    template = type(strategy)
+    own_loop = (
+        getattr(template, "training_epoch", None) is not SGDUpdate.training_epoch
+        or template.backward is not BaseSGDTemplate.backward
+        or "backward" in vars(strategy)
+    )
+    hooked = any(p._backward_hooks or _late_hooks(p) for p in strategy.model.parameters())
+    if own_loop or hooked or plugin not in strategy.plugins:
+        return False
+    place = strategy.plugins.index(plugin)
+    before, after = strategy.plugins[:place], strategy.plugins[place + 1 :]
+    return not (
+        any(_implements(p, "after_backward") for p in before)
+        or any(_implements(p, "before_backward") for p in after)
+    )
+
+
+def _implements(plugin: Any, hook: str) -> bool:
+    if isinstance(plugin, (EvaluationPlugin, Clock, PeriodicEval)):  # they only look
+        return False
+    return getattr(type(plugin), hook, None) not in (None, getattr(BaseSGDPlugin, hook))
+
+
+def _late_hooks(parameter: nn.Parameter) -> Any:
+    return getattr(parameter, "_post_accumulate_grad_hooks", None)
