@@ -25,7 +25,7 @@ import quoted  # noqa: E402  (it lies beside this file)
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
-PICTURE = re.compile(r'(<img [^>]*src="(results/[^"]+)"[^>]*>)')
+PICTURE = re.compile(r'(<img [^>]*src="((?:\.\./)*results/[^"]+)"[^>]*>)')
 FRAME_STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)
 
 

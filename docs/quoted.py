@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import generated
 import pandas as pd
 
 from experiments.reporting.cells import format_interval
-from experiments.reporting.text_table import SummaryTable, render, summary_table
+from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
 from experiments.timing.fisher_engines import OURS, UNIT
 
@@ -30,12 +31,20 @@ def of_page(name: str) -> dict[str, Any]:
     return PAGES[name]() if name in PAGES else {}
 
 
-def _index() -> dict[str, Any]:
-    table = summary_table(_csv("main/summary"), _csv("main/runs"))
-    return {"main_table": render(table, "markdown")}
+def _results() -> dict[str, Any]:
+    def shown(folder: str, of: str) -> str:
+        return render(table_of(RESULTS / folder, of), "markdown")
+
+    return {
+        "main_table": shown("main", "summary"),
+        "parity_table": shown("parity", "parity"),
+        "kirkpatrick_table": shown("reproduce/kirkpatrick2017", "reproduce"),
+        "vandeven2022_table": shown("reproduce/vandeven2022", "reproduce"),
+        "baselines_table": shown("reproduce/baselines", "reproduce"),
+    }
 
 
-def _fisher() -> dict[str, Any]:
+def _choose_fisher() -> dict[str, Any]:
     traces = _csv("lambda_translation/lambda_translation")
     tanh = _identities("tanh network")
     return {
@@ -49,20 +58,25 @@ def _fisher() -> dict[str, Any]:
     }
 
 
-def _lambda() -> dict[str, Any]:
+def _choose_lambda() -> dict[str, Any]:
     traces = _csv("lambda_translation/lambda_translation")
     normalised = _csv("normalized_lambda/normalized_lambda")
-    implicit = _csv("implicit_step/runs")
-    sgd = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].isna()]
-    adam = implicit[implicit["optimizer"] == "adam"]
-    diverged = sgd.loc[sgd["status"] == "diverged", "ewc_lambda"]
-    steady = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].notna()]
     return {
         "same_strength": _markdown(_by_benchmark(traces, "same_strength_lambda", "{:.3g}")),
         "n_networks": traces["seed"].nunique(),
         "normalised": _markdown(_normalised(normalised)),
         "n_normalised": normalised["n"].max(),
         "chosen": _markdown(_chosen()),
+    }
+
+
+def _implicit_step() -> dict[str, Any]:
+    implicit = _csv("implicit_step/runs")
+    sgd = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].isna()]
+    adam = implicit[implicit["optimizer"] == "adam"]
+    diverged = sgd.loc[sgd["status"] == "diverged", "ewc_lambda"]
+    steady = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].notna()]
+    return {
         "diverged_from": f"{diverged.min():g}",
         "n_diverged": len(diverged),
         "n_explicit": len(sgd),
@@ -74,12 +88,16 @@ def _lambda() -> dict[str, Any]:
     }
 
 
-def _csv_page() -> dict[str, Any]:
+def _tables() -> dict[str, Any]:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    return {"dictionary": text.split("\n", 1)[1]}
+    return {"schemas": generated.schema_tables(), "dictionary": text.split("\n", 1)[1]}
 
 
-def _how() -> dict[str, Any]:
+def _command_line() -> dict[str, Any]:
+    return {"command_line": generated.command_line()}
+
+
+def _fisher() -> dict[str, Any]:
     table = _csv("identities/identities")
     own = table[table["labels"] == "own"]
     differences = ["variance_difference", "curvature_difference"]
@@ -105,12 +123,14 @@ def _how() -> dict[str, Any]:
         "curvature_peak_step": int(curvature.idxmax()),
         "curvature_true": f"{tanh.loc['empirical', 'curvature_of_own']:.2f}",
         "square_true": f"{tanh.loc['empirical', 'mean_square_of_own']:.2%}",
-        **_laplace(),
-        **_demonstration(),
     }
 
 
 def _laplace() -> dict[str, Any]:
+    return _posteriors() | _demonstration()
+
+
+def _posteriors() -> dict[str, Any]:
     table = _csv("laplace/laplace")
     found: dict[str, Any] = {
         "n_draws": table["seed"].nunique(),
@@ -250,9 +270,12 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
-    "index": _index,
+    "results": _results,
+    "choose-fisher": _choose_fisher,
+    "choose-lambda": _choose_lambda,
     "fisher": _fisher,
-    "lambda": _lambda,
-    "csv": _csv_page,
-    "how": _how,
+    "laplace": _laplace,
+    "implicit-step": _implicit_step,
+    "tables": _tables,
+    "command-line": _command_line,
 }
