@@ -3,8 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,16 @@ from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch, as_pytree, rechunk, subset
 from ewc_plugin.contexts import evaluating
-from ewc_plugin.fisher.accumulate import EnginePass
+from ewc_plugin.fisher.accumulate import Accumulator
 from ewc_plugin.fisher.mini_batch import batched_importances
-from ewc_plugin.fisher.per_sample import Forward, in_company
-from ewc_plugin.fisher.plan import EngineName, Plan, Served, make_plan
-from ewc_plugin.fisher.scores import (
-    FisherType,
-    Score,
-    Scores,
-    own_vectors,
-    parsed_type,
-    score_vectors,
-)
+from ewc_plugin.fisher.model_call import Forward, ModelCall
+from ewc_plugin.fisher.options import EngineName, check_options
+from ewc_plugin.fisher.per_sample import taking_single_samples
+from ewc_plugin.fisher.plan import Plan, Served, make_plan
+from ewc_plugin.fisher.probe import probe
+from ewc_plugin.fisher.scores import FisherType, LabelScores, Score, parsed_type
 
 _SEED = 0  # of the generator that is made where none is passed
-_ONE_LABEL = (FisherType.PREDICTED, FisherType.EMPIRICAL, FisherType.SAMPLED)  # with one draw
 
 
 def diagonal_fisher(
@@ -88,48 +83,42 @@ def diagonal_fisher(
                 [0.2500]])}
     """
     fisher_type = parsed_type(fisher_type)
-    _check_arguments(fisher_type, criterion, n_draws, max_samples, chunk_size, engine)
-    params = _trainable(model)
-    forward = forward or _first_item
+    check_options(
+        fisher_type,
+        forward=forward,
+        targets=targets,
+        criterion=criterion,
+        n_draws=n_draws,
+        max_samples=max_samples,
+        generator=generator,
+        chunk_size=chunk_size,
+        engine=engine,
+        progress=progress,
+    )
+    call = ModelCall(model, forward or _first_item, _trainable(model))
     targets = targets or _second_item
     generator = generator or torch.Generator().manual_seed(_SEED)
     batches = map(as_pytree, batches)
     with evaluating(model):
-        if fisher_type is FisherType.BATCHED:
-            return batched_importances(
-                model, params, batches, forward, targets, criterion or F.cross_entropy
-            )
+        if isinstance(fisher_type, FisherType) and fisher_type is FisherType.BATCHED:
+            return batched_importances(call, batches, targets, criterion or F.cross_entropy)
         if max_samples is not None:
             batches = subset(batches, max_samples, generator)
-
-        def scores(batch: Batch, logits: Tensor) -> Scores:
-            if not isinstance(fisher_type, FisherType):
-                return own_vectors(logits, fisher_type, batch)
-            y = None
-            if fisher_type is FisherType.EMPIRICAL:
-                y = _checked_targets(targets(batch), logits)
-            return score_vectors(
-                logits, fisher_type, targets=y, n_draws=n_draws, generator=generator
-            )
-
         stream = iter(batches)
         first = next(stream, None)
         if first is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-        one_vector = fisher_type in _ONE_LABEL and n_draws == 1
-        forward, plan = _planned(model, forward, params, first, engine, chunk_size, one_vector)
-        engine_pass = EnginePass(model, forward, params, plan, scores, generator)
-        started = time.monotonic()
+        label_scores = LabelScores(fisher_type, n_draws, generator, targets)
+        call, plan = _planned(call, first, engine, chunk_size, label_scores.one_vector)
+        accumulator = Accumulator(call, plan, label_scores)
+        show = _Progress() if progress else None
         for chunk in rechunk(chain([first], stream), plan.chunk_size):
-            engine_pass.add(chunk)
-            if progress:
-                seconds = time.monotonic() - started
-                print(
-                    f"\rFisher: {engine_pass.N:,} samples, {seconds:.0f} s", end="", file=sys.stderr
-                )
-        if progress:
+            accumulator.add(chunk)
+            if show:
+                show(accumulator.N)
+        if show:
             print(file=sys.stderr)
-        return engine_pass.mean()
+        return accumulator.mean()
 
 
 def explain(
@@ -157,31 +146,44 @@ def explain(
         >>> explain(nn.Linear(3, 2, bias=False), (torch.zeros(4, 3),))["weight"].detail
         'linear'
     """
-    params = _trainable(model)
+    call = ModelCall(model, forward or _first_item, _trainable(model))
     with evaluating(model):
-        return _planned(model, forward or _first_item, params, batch, engine)[1].served
+        return _planned(call, batch, engine)[1].served
 
 
 def _planned(
-    model: nn.Module,
-    forward: Forward,
-    params: dict[str, nn.Parameter],
+    call: ModelCall,
     batch: Batch,
     engine: EngineName,
     chunk_size: int | None = None,
     one_vector: bool = False,
-) -> tuple[Forward, Plan]:
-    """The plan, and the forward to follow it with."""
+) -> tuple[ModelCall, Plan]:
+    """The plan, and the call to follow it with: some models take no batch of one sample."""
     try:
-        return forward, make_plan(model, forward, params, batch, engine, chunk_size, one_vector)
+        seen = probe(call, batch)
     except Exception:  # whatever a model's code raises
-        company = in_company(model, forward, batch)
-        if company is forward:
+        forward = taking_single_samples(call.model, call.forward, batch)
+        if forward is call.forward:
             raise
-    return company, make_plan(model, company, params, batch, engine, chunk_size, one_vector)
+        call = replace(call, forward=forward)
+        seen = probe(call, batch)
+    return call, make_plan(call, seen, engine, chunk_size or seen.fitting_chunk(one_vector))
+
+
+class _Progress:
+    """A line on stderr, written over and over."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def __call__(self, N: int) -> None:
+        seconds = time.monotonic() - self.started
+        print(f"\rFisher: {N:,} samples, {seconds:.0f} s", end="", file=sys.stderr)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("`model` has no parameter with requires_grad=True, so it has no Fisher.")
@@ -196,52 +198,3 @@ def _first_item(model: nn.Module, batch: Batch) -> Tensor:
 def _second_item(batch: Batch) -> Tensor:
     targets: Tensor = batch[1]
     return targets
-
-
-def _checked_targets(y: Tensor, logits: Tensor) -> Tensor:
-    N, C = logits.shape
-    if y.shape != (N,) or y.is_floating_point():
-        raise ValueError(
-            f"`targets` must be class indices [N] int64, got shape {tuple(y.shape)} {y.dtype}."
-        )
-    if bool((y < 0).any()) or bool((y >= C).any()):
-        raise ValueError(
-            f"`targets` must be in [0, {C}), the logits' classes, got {int(y.min())} to "
-            f"{int(y.max())}."
-        )
-    return y.long()
-
-
-def _check_arguments(
-    fisher_type: FisherType | Score,
-    criterion: object,
-    n_draws: int,
-    max_samples: int | None,
-    chunk_size: int | None,
-    engine: str,
-) -> None:
-    if engine not in get_args(EngineName):
-        allowed = ", ".join(repr(e) for e in get_args(EngineName))
-        raise ValueError(f"`engine` must be one of {allowed}, got {engine!r}.")
-    for name, value in (
-        ("n_draws", n_draws),
-        ("max_samples", max_samples),
-        ("chunk_size", chunk_size),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {value}.")
-    if criterion is not None and fisher_type is not FisherType.BATCHED:
-        raise ValueError(
-            f"`criterion` enters fisher_type 'batched' alone, got {_said(fisher_type)}."
-        )
-    if n_draws != 1 and fisher_type is not FisherType.SAMPLED:
-        raise ValueError(f"`n_draws` enters fisher_type 'sampled' alone, got {_said(fisher_type)}.")
-    if fisher_type is FisherType.BATCHED and (max_samples or chunk_size):
-        raise ValueError(
-            "`max_samples` and `chunk_size` would change what fisher_type 'batched' computes. "
-            "Leave them out."
-        )
-
-
-def _said(fisher_type: FisherType | Score) -> str:
-    return repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"

@@ -1,27 +1,24 @@
 """What a model's logits must be: finite, [N, C]."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ewc_plugin.batches import Batch, n_samples
-from ewc_plugin.fisher.per_sample import Forward
 
 
-def checked_logits(model: nn.Module, forward: Forward, batch: Batch) -> Tensor:
+def checked_logits(logits: object, batch: Batch) -> Tensor:
     """The logits [N, C] of a batch, refused where they can't be a classifier's.
 
     Args:
-        model: The model.
-        forward: Maps (model, batch) to logits.
+        logits: What the model returned.
         batch: N samples.
 
     Returns:
-        What `forward` returned.
+        The logits.
 
     Raises:
         ValueError: Not a tensor [N, C].
     """
-    logits = forward(model, batch)
     N = n_samples(batch)
     if not isinstance(logits, Tensor):
         raise ValueError(

@@ -3,16 +3,15 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ewc_plugin.batches import Batch
+from ewc_plugin.fisher.model_call import ModelCall
 
 
 def batched_importances(
-    model: nn.Module,
-    params: dict[str, nn.Parameter],
+    call: ModelCall,
     batches: Iterable[Batch],
-    forward: Callable[[nn.Module, Batch], Tensor],
     targets: Callable[[Batch], Tensor],
     criterion: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
@@ -23,11 +22,9 @@ def batched_importances(
     parameters' dtype, so the results are equal to the bit.
 
     Args:
-        model: In eval mode.
-        params: The trainable parameters.
+        call: Gives the criterion's first argument.
         batches: The mini-batches.
-        forward: Maps (model, batch) to the criterion's first argument.
-        targets: Maps a batch to its second.
+        targets: Maps a batch to its second argument.
         criterion: The loss of a mini-batch.
 
     Returns:
@@ -36,11 +33,11 @@ def batched_importances(
     Raises:
         ValueError: No batches.
     """
-    importances = {name: torch.zeros_like(p).detach() for name, p in params.items()}
+    importances = {name: torch.zeros_like(p).detach() for name, p in call.params.items()}
     n_batches = 0
     for batch in batches:
-        loss = criterion(forward(model, batch), targets(batch))
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        loss = criterion(call.forward(call.model, batch), targets(batch))
+        grads = torch.autograd.grad(loss, list(call.params.values()), allow_unused=True)
         for importance, grad in zip(importances.values(), grads, strict=True):
             if grad is not None:
                 importance += grad.pow(2)

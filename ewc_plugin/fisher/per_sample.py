@@ -1,7 +1,7 @@
 """The slower engines, for whatever no layer rule serves: `vmap(grad)`, and a loop over samples."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ewc_plugin.batches import Batch, copied, has_samples, join, n_samples, take
+from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.rules.base import Sums, sum_dtype
-
-Forward = Callable[[nn.Module, Batch], Tensor]
 
 _VMAP_ENTRIES = 2**26  # of per-sample gradients held at a time
 
@@ -20,36 +19,28 @@ _VMAP_ENTRIES = 2**26  # of per-sample gradients held at a time
 class _Bound(nn.Module):
     """Model and forward as one module, whose parameters `functional_call` can replace."""
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
+    def __init__(self, call: ModelCall) -> None:
         super().__init__()
-        self.model = model
-        self._call = forward
+        self.model = call.model
+        self._call = call.forward
 
     def forward(self, batch: Batch) -> Tensor:
         return self._call(self.model, batch)
 
 
-def vmap_squares(
-    model: nn.Module,
-    forward: Forward,
-    params: dict[str, nn.Parameter],
-    batch: Batch,
-    vectors: Tensor,
-) -> Sums:
+def vmap_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
     """sum_n sum_s (J_n^T v_ns)^2 by `torch.func`.
 
     Args:
-        model: The module whose parameters are replaced.
-        forward: Maps (model, batch) to logits [N, C].
-        params: Name -> parameter.
+        call: The model and the parameters that are replaced.
         batch: N samples.
         vectors: [N, S, C], in the logits' dtype.
 
     Returns:
         The sums, one per parameter.
     """
-    bound = _Bound(model, forward)
-    values = {f"model.{name}": p.detach() for name, p in params.items()}
+    bound = _Bound(call)
+    values = {f"model.{name}": p.detach() for name, p in call.params.items()}
     leaves, tree = tree_flatten(batch)
     axes = tuple(0 if has_samples(leaf) else None for leaf in leaves)
 
@@ -66,11 +57,12 @@ def vmap_squares(
                 total[name] = total[name] + square if name in total else square
         return total
 
-    step = max(1, _VMAP_ENTRIES // sum(p.numel() for p in params.values()))
-    sums = zeros(params)
+    step = max(1, _VMAP_ENTRIES // sum(p.numel() for p in call.params.values()))
+    sums = zeros(call.params)
     for part in _slices(len(vectors), step):
         sliced = tree_flatten(take(batch, part))[0]
-        # The parameters that stay in the model need no graph; slow batching rules are no news.
+        # Other parameters need no gradients. Silence vmap's "performance drop" warning: this is
+        # already the fallback.
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")
             squared = vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced)
@@ -79,7 +71,7 @@ def vmap_squares(
     return sums
 
 
-def in_company(model: nn.Module, forward: Forward, batch: Batch) -> Forward:
+def taking_single_samples(model: nn.Module, forward: Forward, batch: Batch) -> Forward:
     """`forward`; for a model that can't take a batch of one sample, with a copy beside a lone one.
 
     A `squeeze()` that also takes the sample axis away is the usual reason, as in Avalanche's
@@ -109,18 +101,12 @@ def in_company(model: nn.Module, forward: Forward, batch: Batch) -> Forward:
     return beside_a_copy
 
 
-def loop_squares(
-    model: nn.Module,
-    forward: Forward,
-    params: dict[str, nn.Parameter],
-    batch: Batch,
-    vectors: Tensor,
-) -> Sums:
+def loop_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
     """The same as `vmap_squares`, one sample at a time: for models that vmap can't follow."""
-    sums = zeros(params)
+    sums = zeros(call.params)
     for n in range(n_samples(batch)):
-        logits = forward(model, take(batch, slice(n, n + 1)))
-        add_gradient_squares(sums, params, logits, vectors[n])
+        logits = call.forward(call.model, take(batch, slice(n, n + 1)))
+        add_gradient_squares(sums, call.params, logits, vectors[n])
     return sums
 
 

@@ -1,6 +1,6 @@
 """Decides before the pass which engine serves which parameter.
 
-A layer rule where the trial finds that it gives the sample loop's answer, else `vmap(grad)` where
+A layer rule where the probe finds that it gives the sample loop's answer, else `vmap(grad)` where
 that does, else the loop itself.
 """
 
@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ewc_plugin.batches import Batch
-from ewc_plugin.fisher.per_sample import Forward
-from ewc_plugin.fisher.probe import SAMPLES, Trial
+from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.options import EngineName
+from ewc_plugin.fisher.per_sample import vmap_squares
+from ewc_plugin.fisher.probe import SAMPLES, Probe
 from ewc_plugin.fisher.rules.base import Layout, Sums
-from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, Record, parameters_in_graph
-
-EngineName = Literal["auto", "rules", "vmap", "loop"]
+from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall
 
 
 @dataclass(frozen=True)
 class Served:
-    """Who serves one parameter.
+    """Which engine serves one parameter.
 
     Attributes:
         engine: "rules", "vmap" or "loop".
@@ -37,7 +36,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who serves each parameter.
+    """Which engine serves each parameter.
 
     Attributes:
         served: An entry per parameter, in order.
@@ -50,46 +49,33 @@ class Plan:
     overwrites_input: bool
 
 
-def make_plan(
-    model: nn.Module,
-    forward: Forward,
-    params: dict[str, nn.Parameter],
-    batch: Batch,
-    engine: EngineName,
-    chunk_size: int | None = None,
-    one_vector: bool = False,
-) -> Plan:
-    """Who serves which parameter.
+def make_plan(call: ModelCall, seen: Probe, engine: EngineName, chunk_size: int) -> Plan:
+    """Chooses an engine for each parameter.
 
     Args:
-        model: In eval mode.
-        forward: Maps (model, batch) to logits.
-        params: The trainable parameters.
-        batch: Its first three samples are tried (repeated where there are fewer).
+        call: The model.
+        seen: What the probe saw of it.
         engine: "auto", or one engine that must serve all.
-        chunk_size: Samples per forward pass; chosen where it is None.
-        one_vector: Whether one score vector per sample is known to go back through the graph.
+        chunk_size: Samples per forward pass.
 
     Returns:
-        An entry per parameter, in order, and the number of samples per chunk.
+        An entry per parameter, in order.
 
     Raises:
-        ValueError: The samples of a batch interact, or the forced engine can't serve a parameter.
+        ValueError: The forced engine can't serve a parameter.
     """
-    trial = Trial(model, forward, params, batch)
-    chunk_size = chunk_size or trial.fitting_chunk(one_vector)
     if engine == "loop":
-        served = {name: Served("loop", "forced") for name in params}
-        return Plan(served, chunk_size, trial.overwrites_input)
+        served = {name: Served("loop", "forced") for name in call.params}
+        return Plan(served, chunk_size, seen.overwrites_input)
     plan: dict[str, Served] = {}
-    reasons = dict.fromkeys(params, "forced")
+    reasons = dict.fromkeys(call.params, "forced")
     if engine != "vmap":
-        plan, reasons = match_rules(trial)
+        plan, reasons = _match_rules(seen)
     if engine == "rules" and reasons:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"`engine` 'rules' can't serve every parameter ({listed}). Use 'auto'.")
     if reasons:
-        failure = trial.vmap_failure({name: params[name] for name in reasons})
+        failure = _vmap_failure(call.only({name: call.params[name] for name in reasons}), seen)
         if failure and engine == "vmap":
             raise ValueError(f"`engine` 'vmap' can't serve this model ({failure}). Use 'auto'.")
         for name, reason in reasons.items():
@@ -97,86 +83,96 @@ def make_plan(
                 plan[name] = Served("loop", f"{reason}; vmap: {failure}")
             else:
                 plan[name] = Served("vmap", reason)
-    served = {name: plan[name] for name in params}
-    return Plan(served, chunk_size, trial.overwrites_input)
+    served = {name: plan[name] for name in call.params}
+    return Plan(served, chunk_size, seen.overwrites_input)
 
 
-def match_rules(trial: Trial) -> tuple[dict[str, Served], dict[str, str]]:
-    """What the layer rules serve, and for all other parameters the reason."""
-    trial.pull_back()
-    reasons = _structural(trial)
+def _vmap_failure(call: ModelCall, seen: Probe) -> str:
+    """Why vmap can't serve these parameters, or nothing."""
+    try:
+        sums = vmap_squares(call, seen.batch, seen.v[:, None])
+    except Exception as error:  # whatever a model's code raises under a transform
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if all(seen.close(sums[name], seen.reference[name]) for name in call.params):
+        return ""
+    return "its values differ from the loop's"
+
+
+def _match_rules(seen: Probe) -> tuple[dict[str, Served], dict[str, str]]:
+    """What the layer rules serve, and for all other parameters the reason why not."""
+    reasons = _unservable(seen)
+    together, single = seen.traced, seen.single
+    if [t.call.names for t in together] != [t.call.names for t in single]:
+        _mark_calls(together, "its calls depend on the data", reasons)
     plan: dict[str, Served] = {}
-    together, alone = trial.trace.records, trial.trace_alone.records
-    if [r.call.names for r in together] != [r.call.names for r in alone]:
-        for record in together:
-            for name in record.call.names.values():
-                reasons.setdefault(name, "its calls depend on the data")
-    for record, single in zip(together, alone, strict=False):
-        names = record.call.names.values()
-        if any(name in reasons for name in names):
-            for name in names:
-                reasons.setdefault(name, "its layer's other parameter has no rule")
+    for traced, alone in zip(together, single, strict=False):
+        names = traced.call.names.values()
+        if any(name in reasons for name in names):  # a call is served as a whole
+            _mark_calls((traced,), "its layer's other parameter has no rule", reasons)
             continue
-        served = _matching_layout(trial, record, _layouts(record.out_shape, single.out_shape))
-        for name in names:
-            if isinstance(served, Served):
-                plan[name] = served
-            else:
-                reasons[name] = served
-    for name in trial.params:
+        served = _matching_layout(seen, traced, _layouts(traced.out_shape, alone.out_shape))
+        if isinstance(served, Served):
+            plan |= dict.fromkeys(names, served)
+        else:
+            _mark_calls((traced,), served, reasons)
+    for name, total in seen.reference.items():
         if name not in plan and name not in reasons:
-            if bool(trial.reference[name].any()):
+            if bool(total.any()):
                 reasons[name] = "no layer rule sees it"
             else:
                 plan[name] = Served("rules", "unused")
-    return plan, {name: reasons[name] for name in trial.params if name in reasons}
+    return plan, {name: reasons[name] for name in seen.reference if name in reasons}
 
 
-def _structural(trial: Trial) -> dict[str, str]:
+def _mark_calls(calls: tuple[TracedCall, ...], reason: str, reasons: dict[str, str]) -> None:
+    """Gives the parameters of these calls a reason, unless they have one."""
+    for traced in calls:
+        for name in traced.call.names.values():
+            reasons.setdefault(name, reason)
+
+
+def _unservable(seen: Probe) -> dict[str, str]:
     """Parameters that no rule can serve, whatever its values, each with the reason."""
-    calls = Counter(name for r in trial.trace.records for name in r.call.names.values())
-    outside = parameters_in_graph(trial.logits)
-    reasons = {name: _why_none(trial, name, p, calls, outside) for name, p in trial.params.items()}
+    calls = Counter(name for traced in seen.traced for name in traced.call.names.values())
+    reasons = {name: _why_none(seen, name, calls[name]) for name in seen.reference}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _why_none(
-    trial: Trial, name: str, p: nn.Parameter, calls: "Counter[str]", outside: set[int]
-) -> str:
-    if name in trial.trace.claimed and calls[name] == 1:
+def _why_none(seen: Probe, name: str, n_calls: int) -> str:
+    if name in seen.of_registered_rules and n_calls == 1:
         return ""
-    if name in trial.trace.barred:
-        return trial.trace.barred[name]
-    if calls[name] > 1:
-        return f"used in {calls[name]} calls"
-    if id(p) in outside:
-        return "used directly" if not calls[name] else "used in a call and directly"
+    if name in seen.untraceable:
+        return seen.untraceable[name]
+    if n_calls > 1:
+        return f"used in {n_calls} calls"
+    if name in seen.direct:
+        return "used in a call and directly" if n_calls else "used directly"
     return ""
 
 
-def _matching_layout(trial: Trial, record: Record, layouts: list[Layout]) -> Served | str:
+def _matching_layout(seen: Probe, traced: TracedCall, layouts: list[Layout]) -> Served | str:
     """The one layout in which the rule gives the loop's answer, or why there is none."""
     if not layouts:
         return "no sample axis found"
-    g = trial.received.get(id(record))
-    right = [layout for layout in layouts if g is None or _agrees(trial, record, g, layout)]
+    g = seen.gradients.get(id(traced))
+    right = [layout for layout in layouts if g is None or _agrees(seen, traced, g, layout)]
     if len(right) == 1:
-        return Served("rules", record.rule.name, right[0])
+        return Served("rules", traced.rule.name, right[0])
     return "the layer rule disagrees with the loop" if not right else "ambiguous sample axis"
 
 
-def _agrees(trial: Trial, record: Record, g: Tensor, layout: Layout) -> bool:
-    if not record.fits(layout, SAMPLES):
+def _agrees(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout) -> bool:
+    if not traced.fits(layout, SAMPLES):
         return False
-    sums: Sums = {
-        name: torch.zeros_like(trial.reference[name]) for name in record.call.names.values()
-    }
+    traced = TracedCall(traced.rule, traced.call, traced.out_shape, traced.version)  # no sums yet
+    names = traced.call.names.values()
+    sums: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
     try:
-        record.add(g, layout, SAMPLES, sums)
-        record.finish(layout, SAMPLES, sums)
+        traced.add(g, layout, SAMPLES, sums)
+        traced.finish(layout, SAMPLES, sums)
     except (RuntimeError, IndexError, OverwrittenError):
         return False  # the rule's shapes do not hold in this layout
-    return all(trial.close(sums[name], trial.reference[name]) for name in sums)
+    return all(seen.close(sums[name], seen.reference[name]) for name in sums)
 
 
 def _layouts(three: torch.Size, one: torch.Size) -> list[Layout]:

@@ -84,6 +84,66 @@ class Scores:
     vector: Callable[[int], Tensor]
 
 
+class LabelScores:
+    """The score vectors of one Fisher type, for any outputs.
+
+    Attributes:
+        one_vector: Whether each sample is known to have one vector, before any is made.
+    """
+
+    def __init__(
+        self,
+        fisher_type: "FisherType | Score",
+        n_draws: int,
+        generator: torch.Generator,
+        targets: Callable[[Batch], Tensor],
+    ) -> None:
+        self.fisher_type, self.n_draws = fisher_type, n_draws
+        self.generator, self.targets = generator, targets
+        self.one_vector = n_draws == 1 and fisher_type in (
+            FisherType.PREDICTED,
+            FisherType.EMPIRICAL,
+            FisherType.SAMPLED,
+        )
+
+    def vectors(self, batch: Batch, outputs: Tensor) -> Scores:
+        """The vectors of a batch, in its order; SAMPLED advances the generator.
+
+        Args:
+            batch: N samples.
+            outputs: The model's, [N, C].
+
+        Returns:
+            The vectors [N, C].
+
+        Raises:
+            ValueError: The targets are no class indices of these outputs, or as `score_vectors`
+                and `own_vectors`.
+        """
+        if not isinstance(self.fisher_type, FisherType):
+            return own_vectors(outputs, self.fisher_type, batch)
+        y = None
+        if self.fisher_type is FisherType.EMPIRICAL:
+            y = _checked_targets(self.targets(batch), outputs)
+        return score_vectors(
+            outputs, self.fisher_type, targets=y, n_draws=self.n_draws, generator=self.generator
+        )
+
+
+def _checked_targets(y: Tensor, logits: Tensor) -> Tensor:
+    N, C = logits.shape
+    if y.shape != (N,) or y.is_floating_point():
+        raise ValueError(
+            f"`targets` must be class indices [N] int64, got shape {tuple(y.shape)} {y.dtype}."
+        )
+    if bool((y < 0).any()) or bool((y >= C).any()):
+        raise ValueError(
+            f"`targets` must be in [0, {C}), the logits' classes, got {int(y.min())} to "
+            f"{int(y.max())}."
+        )
+    return y.long()
+
+
 def score_vectors(
     logits: Tensor,
     fisher_type: FisherType,

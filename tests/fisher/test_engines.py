@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ewc_plugin.batches import n_entries, subset
-from ewc_plugin.fisher import accumulate as engine
+from ewc_plugin.fisher import accumulate
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 from support.problems import PROBLEMS, BareParameter, DataDependent, mlp
 from support.reference import flags, loop_fisher, relative_error
@@ -154,7 +154,9 @@ def test_one_vector_has_larger_chunks_where_there_are_many_small_layers():
 
 def test_a_chunk_costs_the_same_whatever_went_before(monkeypatch):
     calls = []
-    monkeypatch.setattr(engine, "n_entries", lambda batch: calls.append(batch) or n_entries(batch))
+    monkeypatch.setattr(
+        accumulate, "n_entries", lambda batch: calls.append(batch) or n_entries(batch)
+    )
     diagonal_fisher(seeded(mlp), [data(40)], chunk_size=2)
     assert len(calls) == 20
 

@@ -1,10 +1,10 @@
-"""All of EXACT's vectors at once through a linear read-out: where it is taken, and its values."""
+"""All of EXACT's vectors at once, for one hidden layer: where that is done, and its values."""
 
 import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.fisher import one_hidden_layer as readout
+from ewc_plugin.fisher import one_hidden_layer
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from support.reference import loop_fisher, relative_error
 
@@ -62,12 +62,11 @@ def data(n=N):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often the way through the read-out was taken."""
+    """How often the vectors were taken all at once."""
     calls = []
-    add = readout.Readout.add
-    monkeypatch.setattr(
-        readout.Readout, "add", lambda self, *a: (calls.append(a), add(self, *a))[1]
-    )
+    kind = one_hidden_layer.OneHiddenLayer
+    add = kind.add
+    monkeypatch.setattr(kind, "add", lambda self, *a: (calls.append(a), add(self, *a))[1])
     return calls
 
 
@@ -136,14 +135,14 @@ def test_hooks_see_every_vector(taken):
 def test_out_of_memory_halves_the_chunk(taken, monkeypatch):
     model, (x, y) = build(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), data()
     expected = loop_fisher(model, x, y, "exact")
-    products = readout.pooled_squares
+    products = one_hidden_layer.summed_squares
 
     def run_out(vectors, weight):
         if len(vectors) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return products(vectors, weight)
 
-    monkeypatch.setattr(readout, "pooled_squares", run_out)
+    monkeypatch.setattr(one_hidden_layer, "summed_squares", run_out)
     assert relative_error(diagonal_fisher(model, [(x, y)], "exact"), expected) < 1e-12
     assert len(taken) > 2
 

@@ -9,6 +9,8 @@ from ewc_plugin.fisher.rules import conv as conv_rules
 from ewc_plugin.fisher.rules import products
 from ewc_plugin.fisher.rules.registry import LAYER_RULES, register_rule
 
+CONVOLUTION = conv_rules.Convolution("conv2d")
+
 
 def plain(g, a):
     return sum((g_n.T @ a_n).square() for g_n, a_n in zip(g, a, strict=True))
@@ -35,7 +37,7 @@ def convolution():
     a = torch.randn(6, 3, 4, 5).double()
     out = layer(a)
     gs = [torch.randn_like(out) for _ in range(3)]
-    call = conv_rules._bind(a, layer.weight, None, (2, 1), (1, 2), (1, 2))
+    call = CONVOLUTION.bind(a, layer.weight, None, (2, 1), (1, 2), (1, 2))
     return layer, call, a, out, gs
 
 
@@ -81,19 +83,19 @@ def test_unfolded_samples_agree_with_autograd(S, images, entries, memory_format,
     torch.testing.assert_close(into, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("count", "at_once"), [(1, 1), (5, 5), (6, 3), (9, 5), (999, 5)])
-def test_vectors_wait_for_each_other_in_blocks_of_like_size(count, at_once):
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 5), (6, 3), (9, 5), (999, 5)])
+def test_vectors_wait_for_each_other_in_blocks_of_like_size(count, size):
     _, call, _, _, (g, *_) = convolution()
-    assert conv_rules._at_once(call, g[:, None], count) == at_once
+    assert CONVOLUTION.block_size(call, g[:, None], count) == size
 
 
 def test_large_gradients_and_tiny_maps_do_not_wait(monkeypatch):
     _, call, _, _, (g, *_) = convolution()
-    assert conv_rules._at_once(call, g[:, None, :, :1, :1], 9) == 1
-    monkeypatch.setattr(conv_rules, "_HELD_ENTRIES", 2 * g.numel())
-    assert conv_rules._at_once(call, g[:, None], 9) == 2
-    monkeypatch.setattr(conv_rules, "_HELD_ENTRIES", 1)
-    assert conv_rules._at_once(call, g[:, None], 9) == 1
+    assert CONVOLUTION.block_size(call, g[:, None, :, :1, :1], 9) == 1
+    monkeypatch.setattr(conv_rules, "_BLOCK_ENTRIES", 2 * g.numel())
+    assert CONVOLUTION.block_size(call, g[:, None], 9) == 2
+    monkeypatch.setattr(conv_rules, "_BLOCK_ENTRIES", 1)
+    assert CONVOLUTION.block_size(call, g[:, None], 9) == 1
 
 
 class Scale(nn.Module):

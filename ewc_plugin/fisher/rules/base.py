@@ -1,8 +1,7 @@
 """What a layer rule is made of, and where the sample axis of its tensors lies."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,36 +56,55 @@ class Layout:
         return t.reshape(N, self.folded, *rest)
 
 
-@dataclass(frozen=True)
 class LayerRule:
-    """How one torch function is served.
+    """Squared per-sample gradients of the parameters of one torch function.
+
+    A rule that gains from seeing more than one score vector's gradient also inherits `TakesSquares`
+    or `TakesSeveral`. K counts the entries that a sample has folded into its axis (see `Layout`),
+    and all tensors come in the dtype of the sums.
 
     Attributes:
-        name: For `explain`.
-        function: The torch function; None for a rule of a whole layer.
-        bind: Takes the function's own arguments and returns the call; None where no
-            rule holds.
-        add: (call, a [N, K, ...], g [N, K, ...], into) adds the squares, summed over n, to
-            `into`; K counts the entries that a sample has folded into its axis. Both tensors come
-            in the dtype of the sums.
-        pool: (call, a, g2, into) the same from g2 = sum_s g_s^2, for calls where the square of a
-            gradient is linear in g^2; None where there are none.
-        poolable: Whether `pool` holds for a call with this g.
-        prepare: (call, a) -> what `add` takes for a, computed once for all vectors; None for a.
-        add_several: `add` for a list of gradients, the squares of each summed; None where there is
-            nothing to gain.
-        at_once: (call, g, count) -> how many of `count` vectors' gradients it takes at once.
+        name: Shown by `explain`.
     """
 
-    name: str
-    function: Callable[..., Any] | None
-    bind: Callable[..., LayerCall | None] | None
-    add: Callable[[LayerCall, Tensor, Tensor, Sums], None]
-    pool: Callable[[LayerCall, Tensor, Tensor, Sums], None] | None = None
-    poolable: Callable[[LayerCall, Tensor], bool] = lambda call, g: False
-    prepare: Callable[[LayerCall, Tensor], Tensor] | None = None
-    add_several: Callable[[LayerCall, Tensor, list[Tensor], Sums], None] | None = None
-    at_once: Callable[[LayerCall, Tensor, int], int] = lambda call, g, count: 1
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def bind(self, *args: Any, **kwargs: Any) -> LayerCall | None:
+        """The call, from the function's own arguments; None where the rule does not hold."""
+        raise NotImplementedError
+
+    def prepare(self, call: LayerCall, a: Tensor) -> Tensor:
+        """What `add` takes for `a` [N, K, ...], computed once for all score vectors."""
+        return a
+
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """Add sum_n (gradient of sample n)^2, from a [N, K, ...] and g [N, K, ...], to `into`."""
+        raise NotImplementedError
+
+
+class TakesSquares:
+    """Part of a rule whose squares are linear in g^2, so that sum_s g_s^2 is all it needs."""
+
+    def takes_squares(self, call: LayerCall, g: Tensor) -> bool:
+        """Whether that holds for this call."""
+        raise NotImplementedError
+
+    def add_squares(self, call: LayerCall, a: Tensor, g2: Tensor, into: Sums) -> None:
+        """`add` from g2 = sum_s g_s^2."""
+        raise NotImplementedError
+
+
+class TakesSeveral:
+    """Part of a rule that is faster on the gradients of several score vectors together."""
+
+    def block_size(self, call: LayerCall, g: Tensor, count: int) -> int:
+        """How many of `count` vectors' gradients, each like g, to collect before adding them."""
+        raise NotImplementedError
+
+    def add_several(self, call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
+        """`add` for each of `gs`."""
+        raise NotImplementedError
 
 
 def channel_sums(t: Tensor) -> Tensor:
@@ -97,3 +115,8 @@ def channel_sums(t: Tensor) -> Tensor:
 def sum_dtype(p: Tensor) -> torch.dtype:
     """Dtype in which squares are summed: float32, or the parameter's where that is wider."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def device_kind(t: Tensor) -> Literal["cpu", "other"]:
+    """Which of two sets of measured constants holds: a CPU has caches, others want few calls."""
+    return "cpu" if t.device.type == "cpu" else "other"

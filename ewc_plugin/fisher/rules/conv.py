@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums, channel_sums
+from ewc_plugin.fisher.rules.base import (
+    LayerCall,
+    LayerRule,
+    Sums,
+    TakesSeveral,
+    channel_sums,
+    device_kind,
+)
 from ewc_plugin.fisher.rules.products import (
     MAX_PAIRS,
     add_pair_squares,
@@ -21,10 +28,11 @@ _LARGE = 2**15  # entries of a weight above which one sample at a time is faster
 _FEW_CHANNELS = 4  # of an input below which it is, too
 _GROUP = 16  # samples in one grouped convolution
 _UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
-_VECTOR = 8  # entries; a product on a CPU is up to a third slower whose rows are no multiple
-# Gradients of one call that wait for each other: more than five are hardly faster, and all calls
-# hold theirs at the same time.
-_AT_ONCE, _HELD_ENTRIES = 5, 2**22
+# CPU matrix products whose row length is not a multiple of 8 run up to a third slower.
+_VECTOR = 8
+# Score vectors whose gradients are collected: more than five are hardly faster, and every call of
+# the network keeps its own at the same time.
+_BLOCK_VECTORS, _BLOCK_ENTRIES = 5, 2**22
 
 
 @dataclass(frozen=True)
@@ -52,82 +60,97 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return values * axes if len(values) == 1 else values
 
 
-def _bind(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> LayerCall:
-    axes = weight.dim() - 2
-    dilations = _per_axis(dilation, axes)
-    if padding == "same":  # an odd total puts the larger half behind: pad the input itself
-        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        input = F.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-    if isinstance(padding, str):
-        padding = 0
-    geometry = _Geometry(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
-    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+class Convolution(LayerRule, TakesSeveral):
+    """In 1 to 3 dimensions; a call's `options` are its `_Geometry`."""
 
+    def bind(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> LayerCall:
+        """The arguments of `F.conv1d`, `F.conv2d` and `F.conv3d`."""
+        axes = weight.dim() - 2
+        dilations = _per_axis(dilation, axes)
+        if padding == "same":  # an odd total puts the larger half behind: pad the input itself
+            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+            sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            input = F.pad(input.detach(), sides)
+        if isinstance(padding, str):
+            padding = 0
+        geometry = _Geometry(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
+        return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
 
-def _bind_transposed(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> LayerCall:
-    axes = weight.dim() - 2
-    geometry = _Geometry(
-        _per_axis(stride, axes),
-        _per_axis(padding, axes),
-        _per_axis(dilation, axes),
-        groups,
-        _per_axis(output_padding, axes),
-    )
-    return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """F_W += sum_n (weight gradient of sample n)^2; F_b += sum_n (sum of g_n over positions)^2.
 
+        a [N, K, I, ...] and g [N, K, O, ...], with K images per sample.
+        """
+        self.add_several(call, a, [g], into)
 
-def _add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-    """F_W += sum_n (weight gradient of sample n)^2; F_b += sum_n (sum of g_n over positions)^2.
+    def block_size(self, call: LayerCall, g: Tensor, count: int) -> int:
+        """As many vectors as share the unfolding of an input, in blocks of like size."""
+        if not _unfolds(call.options, g):
+            return 1
+        most = min(_BLOCK_VECTORS, max(1, _BLOCK_ENTRIES // g.numel()))
+        return math.ceil(count / math.ceil(count / most))
 
-    a [N, K, I, ...] and g [N, K, O, ...], with K images per sample.
-    """
-    _add_several(call, a, [g], into)
-
-
-def _add_several(call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
-    """The same for the gradients of several vectors, their squares summed."""
-    geometry: _Geometry = call.options
-    if name := call.names.get("weight"):
-        F_weight = into[name]
-        pays = len(gs) > 1 or F_weight.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS
-        if pays and _unfolds(geometry, gs[0]):
-            _add_unfolded(geometry, a, gs, F_weight)
-        else:
+    def add_several(self, call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
+        """The same for the gradients of several vectors, their squares summed."""
+        geometry: _Geometry = call.options
+        if name := call.names.get("weight"):
+            F_weight = into[name]
+            pays = len(gs) > 1 or F_weight.numel() >= _LARGE or a.size(2) < _FEW_CHANNELS
+            if pays and _unfolds(geometry, gs[0]):
+                _add_unfolded(geometry, a, gs, F_weight)
+            else:
+                for g in gs:
+                    _add_weight(geometry, a, g, F_weight)
+        if name := call.names.get("bias"):
             for g in gs:
-                _add_weight(geometry, a, g, F_weight)
-    if name := call.names.get("bias"):
-        for g in gs:
+                into[name].add_(channel_sums(g).square_().sum(0))
+
+
+class TransposedConvolution(LayerRule):
+    """In 1 to 3 dimensions."""
+
+    def bind(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> LayerCall:
+        """The arguments of `F.conv_transpose1d`, `F.conv_transpose2d` and `F.conv_transpose3d`."""
+        axes = weight.dim() - 2
+        geometry = _Geometry(
+            _per_axis(stride, axes),
+            _per_axis(padding, axes),
+            _per_axis(dilation, axes),
+            groups,
+            _per_axis(output_padding, axes),
+        )
+        return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
+
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """As for `Convolution`."""
+        if name := call.names.get("weight"):
+            _add_weight(call.options, a, g, into[name])
+        if name := call.names.get("bias"):
             into[name].add_(channel_sums(g).square_().sum(0))
-
-
-def _at_once(call: LayerCall, g: Tensor, count: int) -> int:
-    """Of `count` vectors as many as share the unfolding of an input, in blocks of like size."""
-    if not _unfolds(call.options, g):
-        return 1
-    most = min(_AT_ONCE, max(1, _HELD_ENTRIES // g.numel()))
-    return math.ceil(count / math.ceil(count / most))
 
 
 def _unfolds(geometry: _Geometry, g: Tensor) -> bool:
     """Whether one sample's input after the other can be unfolded, and nothing else is better."""
-    return g.device.type == "cpu" and geometry.plain and not _by_taps(g)
+    return device_kind(g) == "cpu" and geometry.plain and not _by_taps(g)
 
 
 def _by_taps(g: Tensor) -> bool:
@@ -140,7 +163,7 @@ def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None
         if _by_taps(g):
             _add_by_taps(geometry, a[:, 0], g[:, 0], into)
             return
-        if a.device.type != "cpu" and _add_unfolded_together(geometry, a, g, into):
+        if device_kind(a) != "cpu" and _add_unfolded_together(geometry, a, g, into):
             return
     _add_grouped(geometry, a, g, into)
 
@@ -278,16 +301,3 @@ def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> Non
             squares = into.new_zeros(into.shape[:2])
             add_pair_squares(g_first[outputs], a_first[inputs], squares)
             into.flatten(2)[..., column].add_(squares)  # a view: sums are contiguous
-
-
-CONVOLUTIONS = tuple(
-    LayerRule(name, function, _bind, _add, add_several=_add_several, at_once=_at_once)
-    for name, function in (("conv1d", F.conv1d), ("conv2d", F.conv2d), ("conv3d", F.conv3d))
-) + tuple(
-    LayerRule(name, function, _bind_transposed, _add)
-    for name, function in (
-        ("conv_transpose1d", F.conv_transpose1d),
-        ("conv_transpose2d", F.conv_transpose2d),
-        ("conv_transpose3d", F.conv_transpose3d),
-    )
-)

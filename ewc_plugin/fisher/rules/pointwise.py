@@ -1,58 +1,58 @@
 """Layers whose parameters are picked or scaled entry by entry: Embedding and PReLU."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums, channel_sums
 
 
-def _bind_embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> LayerCall | None:
-    if max_norm is not None or scale_grad_by_freq:
-        return None  # the first changes the weight in the forward pass, the second its gradient
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += len(weight)
-    return LayerCall(input, {"weight": weight}, padding_idx)
+class Embedding(LayerRule):
+    """Rows of a table, picked by an index per position; `options` is the padding word, or None."""
+
+    def bind(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> LayerCall | None:
+        """The arguments of `F.embedding`."""
+        if max_norm is not None or scale_grad_by_freq:
+            return None  # the first changes the weight in the forward pass, the second its gradient
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += len(weight)
+        return LayerCall(input, {"weight": weight}, padding_idx)
+
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """F[v] += sum_n (sum of g_nt over the positions t that hold v)^2."""
+        F_weight = into[call.names["weight"]]
+        index = a.reshape(len(a), -1)  # [N, T]
+        sample = torch.arange(len(a), device=a.device)[:, None]
+        pairs, inverse = (sample * len(F_weight) + index).unique(return_inverse=True)
+        rows = g.new_zeros(len(pairs), g.size(-1))  # one per sample and word in it
+        rows.index_add_(0, inverse.flatten(), g.reshape(-1, g.size(-1)))
+        word = pairs % len(F_weight)
+        if call.options is not None:
+            rows[word == call.options] = 0  # the padding word has no gradient
+        F_weight.index_add_(0, word, rows.square_())
 
 
-def _add_embedding(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-    """F[v] += sum_n (sum of g_nt over the positions t that hold v)^2."""
-    F_weight = into[call.names["weight"]]
-    index = a.reshape(len(a), -1)  # [N, T]
-    sample = torch.arange(len(a), device=a.device)[:, None]
-    pairs, inverse = (sample * len(F_weight) + index).unique(return_inverse=True)
-    rows = g.new_zeros(len(pairs), g.size(-1))  # one per sample and word in it
-    rows.index_add_(0, inverse.flatten(), g.reshape(-1, g.size(-1)))
-    word = pairs % len(F_weight)
-    if call.options is not None:
-        rows[word == call.options] = 0  # the padding word has no gradient
-    F_weight.index_add_(0, word, rows.square_())
+class PReLU(LayerRule):
+    """out = max(a, 0) + weight * min(a, 0)."""
 
+    def bind(self, input: Tensor, weight: Tensor) -> LayerCall:
+        """The arguments of `F.prelu`."""
+        return LayerCall(input, {"weight": weight})
 
-def _bind_prelu(input: Tensor, weight: Tensor) -> LayerCall:
-    return LayerCall(input, {"weight": weight})
-
-
-def _add_prelu(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-    """F += sum_n (sum_t g_nt min(a_nt, 0))^2, per channel where the weight has channels."""
-    F_weight = into[call.names["weight"]]
-    products = a.clamp(max=0).mul_(g)  # [N, K, C, ...]
-    if F_weight.numel() == 1:
-        sums = products.flatten(1).sum(1, keepdim=True)
-    else:
-        sums = channel_sums(products)
-    F_weight.add_(sums.square_().sum(0).view_as(F_weight))
-
-
-POINTWISE = (
-    LayerRule("embedding", F.embedding, _bind_embedding, _add_embedding),
-    LayerRule("prelu", F.prelu, _bind_prelu, _add_prelu),
-)
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """F += sum_n (sum_t g_nt min(a_nt, 0))^2, per channel where the weight has channels."""
+        F_weight = into[call.names["weight"]]
+        products = a.clamp(max=0).mul_(g)  # [N, K, C, ...]
+        if F_weight.numel() == 1:
+            sums = products.flatten(1).sum(1, keepdim=True)
+        else:
+            sums = channel_sums(products)
+        F_weight.add_(sums.square_().sum(0).view_as(F_weight))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ewc_plugin.fisher.rules.base import device_kind
+
 # Measured with matrices of 2^12 to 2^18 entries: a large product is squared while it is in the
 # cache, small ones are worth a call for many. A GPU wants few calls.
 _LARGE = 2**15
@@ -28,14 +30,14 @@ def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
     if n_pairs(g.size(1)) <= MAX_PAIRS:
         add_pair_squares(g.transpose(0, 1), a.transpose(0, 1), into)
         return
-    on_cpu = into.device.type == "cpu"
-    if on_cpu and into.numel() >= _LARGE:
+    device = device_kind(into)
+    if device == "cpu" and into.numel() >= _LARGE:
         one = torch.empty_like(into)
         for g_n, a_n in zip(g.transpose(1, 2).unbind(0), a.unbind(0), strict=True):
             torch.mm(g_n, a_n, out=one)
             into.addcmul_(one, one)
         return
-    step = max(1, _BUFFER_ENTRIES["cpu" if on_cpu else "other"] // into.numel())
+    step = max(1, _BUFFER_ENTRIES[device] // into.numel())
     buffer = into.new_empty(min(step, len(g)), *into.shape)
     for start in range(0, len(g), step):
         g_part, a_part = g[start : start + step], a[start : start + step]

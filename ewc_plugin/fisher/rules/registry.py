@@ -3,15 +3,31 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums
-from ewc_plugin.fisher.rules.conv import CONVOLUTIONS
-from ewc_plugin.fisher.rules.linear import LINEAR
-from ewc_plugin.fisher.rules.norm import NORMS
-from ewc_plugin.fisher.rules.pointwise import POINTWISE
+from ewc_plugin.fisher.rules.conv import Convolution, TransposedConvolution
+from ewc_plugin.fisher.rules.linear import Linear
+from ewc_plugin.fisher.rules.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from ewc_plugin.fisher.rules.pointwise import Embedding, PReLU
 
-RULES = {rule.function: rule for rule in (LINEAR, *CONVOLUTIONS, *NORMS, *POINTWISE)}
+RULES: dict[Any, LayerRule] = {  # by the torch function that they serve
+    F.linear: Linear("linear"),
+    F.conv1d: Convolution("conv1d"),
+    F.conv2d: Convolution("conv2d"),
+    F.conv3d: Convolution("conv3d"),
+    F.conv_transpose1d: TransposedConvolution("conv_transpose1d"),
+    F.conv_transpose2d: TransposedConvolution("conv_transpose2d"),
+    F.conv_transpose3d: TransposedConvolution("conv_transpose3d"),
+    F.batch_norm: BatchNorm("batch_norm"),
+    F.layer_norm: LayerNorm("layer_norm"),
+    F.rms_norm: RMSNorm("rms_norm"),
+    F.group_norm: GroupNorm("group_norm"),
+    F.instance_norm: InstanceNorm("instance_norm"),
+    F.embedding: Embedding("embedding"),
+    F.prelu: PReLU("prelu"),
+}
 
 Squares = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
 LAYER_RULES: dict[type[nn.Module], Squares] = {}  # of third parties' own layers
@@ -54,22 +70,22 @@ def register_rule(layer_type: type[nn.Module]) -> Callable[[Squares], Squares]:
     return register
 
 
-def layer_rule(layer: nn.Module, squares: Squares) -> LayerRule:
+class RegisteredRule(LayerRule):
     """A registered rule in the form of the built-in ones, for one layer."""
 
-    def add(call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+    def __init__(self, layer: nn.Module, squares: Squares) -> None:
+        super().__init__(type(layer).__name__)
+        self.layer, self.squares = layer, squares
+
+    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
+        """The squares that the registered function returns."""
         if a.size(1) > 1:  # [N, K, ...]: the layer runs on K rows per sample
             raise RuntimeError("A registered rule expects one row per sample.")
-        result = squares(layer, a[:, 0], g[:, 0])
+        result = self.squares(self.layer, a[:, 0], g[:, 0])
         for role, name in call.names.items():
             if role not in result or result[role].shape != into[name].shape:
                 raise ValueError(
-                    f"The rule registered for {type(layer).__name__} must return squares of shape "
+                    f"The rule registered for {self.name} must return squares of shape "
                     f"{tuple(into[name].shape)} for `{role}`, got {result.get(role)}."
                 )
             into[name].add_(result[role])
-
-    return LayerRule(type(layer).__name__, None, None, add)
-
-
-__all__ = ["LAYER_RULES", "RULES", "LayerCall", "LayerRule", "layer_rule", "register_rule"]

@@ -1,82 +1,121 @@
 """`F.multi_head_attention_forward` with its calls of `F.linear` in sight of a function mode.
 
 A Python function that dispatches to modes runs its body with the mode off, so a mode would miss the
-linear layers in it.
+linear layers in it. Calls with a feature that is rare go to torch's own function, and a slower
+engine serves their parameters.
 """
 
 import inspect
-import types
-from collections.abc import Sequence
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
-# Whoever gives one of these is served by torch's own code.
-_SPECIAL = (
-    *("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "need_weights"),
-    *("use_separate_proj_weight", "static_k", "static_v"),
-)
+# A call with one of these is left to torch.
+_RARE = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")
 
 
-def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The same from the same arguments: torch's own code, but for the call that is usual."""
+def plain_call(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments by name; None where the call has a rare feature or is wrong, so torch's own."""
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
-    if _is_self_attention(given.arguments):
-        return _self_attention(given.arguments), None
-    out: tuple[Tensor, Tensor | None] = _torch_attention(*args, **kwargs)
-    return out
+    return given.arguments if _is_plain(given.arguments) else None
 
 
-def _is_self_attention(call: dict[str, Any]) -> bool:
-    """Whether a batch attends to itself, unmasked or causally, and no weights are asked for."""
-    x = call["query"]
+def _is_plain(call: dict[str, Any]) -> bool:
+    """Whether sequences in a batch attend to each other, with nothing rare and nothing wrong."""
+    query, key, value = call["query"], call["key"], call["value"]
+    if not query.dim() == key.dim() == 3:
+        return False
+    T, N, E = query.shape
+    heads = N * call["num_heads"]
     return (
-        x is call["key"]
-        and x is call["value"]
-        and x.dim() == 3
-        and x.size(-1) == call["embed_dim_to_check"]
-        and x.size(-1) % call["num_heads"] == 0
-        and bool(call["is_causal"]) == (call["attn_mask"] is not None)
+        key.size(1) == N
+        and key.shape[:2] == value.shape[:2]
+        and (call["use_separate_proj_weight"] or E == key.size(-1) == value.size(-1))
+        and call["embed_dim_to_check"] == E
+        and E % call["num_heads"] == 0
         and not (call["training"] and call["dropout_p"])
-        and all(call[name] is None or call[name] is False for name in _SPECIAL)
+        and not (call["is_causal"] and call["attn_mask"] is None)
+        and all(call[name] is None or call[name] is False for name in _RARE)
+        and _mask_fits(call["attn_mask"], (T, len(key)), (heads, T, len(key)))
+        and _mask_fits(call["key_padding_mask"], (N, len(key)))
     )
 
 
-def _self_attention(call: dict[str, Any]) -> Tensor:
+def _mask_fits(mask: Tensor | None, *shapes: tuple[int, ...]) -> bool:
+    if mask is None:
+        return True
+    return mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point())
+
+
+def attention(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What torch's function returns for a plain call.
+
+    Args:
+        call: Its arguments, from `plain_call`.
+
+    Returns:
+        The outputs [T, N, E], and the weights or None.
+    """
     # Torch goes along time first, and moves each gradient three times on its way to the projection.
     # Here a sample's entries lie together, and its gradients are moved once.
-    x = call["query"].transpose(0, 1)  # [N, T, E]
-    projected = F.linear(x, call["in_proj_weight"], call["in_proj_bias"])  # [N, T, 3 E]
     q, k, v = (
-        part.unflatten(-1, (call["num_heads"], -1)).transpose(1, 2)
-        for part in projected.split(x.size(-1), dim=-1)
-    )
-    heads = F.scaled_dot_product_attention(q, k, v, is_causal=call["is_causal"])
-    out = heads.transpose(1, 2).flatten(2)
-    return F.linear(out, call["out_proj_weight"], call["out_proj_bias"]).transpose(0, 1)
+        part.unflatten(-1, (call["num_heads"], -1)).transpose(1, 2) for part in _projected(call)
+    )  # [N, heads, T, E / heads]
+    needs_weights = call["need_weights"]
+    causal = call["is_causal"] and call["key_padding_mask"] is None and not needs_weights
+    mask = None if causal else _mask(call, q)
+    weights = None
+    if needs_weights:
+        scores = (q * math.sqrt(1.0 / q.size(-1))) @ k.transpose(-2, -1)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        heads = weights @ v
+        if call["average_attn_weights"]:
+            weights = weights.mean(1)
+    else:
+        heads = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    out = heads.transpose(1, 2).flatten(2)  # [N, T, E]
+    out = F.linear(out, call["out_proj_weight"], call["out_proj_bias"])
+    return out.transpose(0, 1), weights
 
 
-def _in_projection_packed(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
-) -> Sequence[Tensor]:
-    """Torch's, with one gradient for q, k and v: theirs are written side by side, not added up."""
-    if not (q is k and k is v):
-        packed: list[Tensor] = F._in_projection_packed(q, k, v, w, b)  # type: ignore[attr-defined]
-        return packed
-    projected: Tensor = F.linear(q, w, b).unflatten(-1, (3, q.size(-1)))
-    return projected.movedim(-2, 0).contiguous().unbind(0)
+def _projected(call: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Queries, keys and values [N, T, E]."""
+    weight, bias = call["in_proj_weight"], call["in_proj_bias"]
+    query, key, value = (call[name].transpose(0, 1) for name in ("query", "key", "value"))
+    E = query.size(-1)
+    if call["use_separate_proj_weight"]:
+        weights = tuple(call[f"{letter}_proj_weight"] for letter in "qkv")
+    elif call["query"] is call["key"] and call["key"] is call["value"]:
+        # One gradient for all three, written side by side rather than added up.
+        parts: tuple[Tensor, ...] = F.linear(query, weight, bias).split(E, dim=-1)
+        return parts
+    else:
+        weights = weight.split(E)
+    biases = (None,) * 3 if bias is None else bias.split(E)
+    inputs = zip((query, key, value), weights, biases, strict=True)
+    return tuple(F.linear(*arguments) for arguments in inputs)
 
 
-# Torch's code with its dispatch to modes switched off.
-_torch_attention = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {
-        **F.multi_head_attention_forward.__globals__,
-        "has_torch_function": lambda tensors: False,
-        "_in_projection_packed": _in_projection_packed,
-    },
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
+def _mask(call: dict[str, Any], q: Tensor) -> Tensor | None:
+    """What is added to the scores [N, heads, T, T']; -inf where nothing is to be seen."""
+    N, heads = q.shape[:2]
+    mask: Tensor | None = None
+    if call["attn_mask"] is not None:
+        mask = _floats(call["attn_mask"], q)
+        mask = mask.view(N, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
+    if call["key_padding_mask"] is not None:
+        padding = _floats(call["key_padding_mask"], q)[:, None, None]  # [N, 1, 1, T']
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+def _floats(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask in q's dtype; the entries where a boolean one is True are -inf."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+    return mask

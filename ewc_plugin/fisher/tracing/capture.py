@@ -1,8 +1,8 @@
-"""Records the calls of layer functions on trainable parameters and the gradients behind them.
+"""Traces the calls of layer functions on trainable parameters and the gradients behind them.
 
 A function mode sees `F.linear` wherever it is called from: in a module, in a functional model, in
-`nn.MultiheadAttention`, which never calls its `out_proj`. The parameters of a recorded call enter
-it detached, so the backward pass computes no weight gradient, and a tap behind the call hands the
+`nn.MultiheadAttention`, which never calls its `out_proj`. The parameters of a traced call enter it
+detached, so the backward pass computes no weight gradient, and a tap behind the call hands the
 output's gradient to the rule. A tap's output is an alias of the layer's, which a later in-place
 activation may overwrite.
 """
@@ -17,42 +17,39 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule
-from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, layer_rule
-from ewc_plugin.fisher.tracing.attention import attention
-from ewc_plugin.fisher.tracing.layer_calls import Record, Tap, Trace
+from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
+from ewc_plugin.fisher.tracing.attention import attention, plain_call
+from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, TracedCall
 
 
 class Capture(TorchFunctionMode):
     """While entered, fills a `Trace` with the calls on the parameters in `names`.
 
-    Without `receive` it records the calls and leaves them as they are.
+    Without `on_gradient` it records the calls and leaves them as they are.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        names: dict[int, str],
-        receive: Callable[[Record, Tensor], None] | None,
+        self, model: nn.Module, names: dict[int, str], on_gradient: OnGradient | None
     ) -> None:
         super().__init__()
         self._model = model
         self._names = dict(names)  # id of a parameter -> its name
-        self._receive = receive
+        self._on_gradient = on_gradient
         self._hooks: list[RemovableHandle] = []
         device = next(model.parameters()).device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
     def __enter__(self) -> "Capture":
-        """Also hooks the layers that have a rule of their own; the functions in them are theirs."""
+        """Also hooks the layers that have a registered rule, which covers the functions in them."""
         for module in self._model.modules() if LAYER_RULES else ():
-            if rule := LAYER_RULES.get(type(module)):
+            if squares := LAYER_RULES.get(type(module)):
                 names = {
                     role: self._names.pop(id(p))
                     for role, p in module.named_parameters()
                     if id(p) in self._names
                 }
                 if names:
-                    hook = self._layer_hook(layer_rule(module, rule), names)
+                    hook = self._layer_hook(RegisteredRule(module, squares), names)
                     self._hooks.append(module.register_forward_hook(hook))
         super().__enter__()
         return self
@@ -68,17 +65,19 @@ class Capture(TorchFunctionMode):
             if not (args and isinstance(args[0], Tensor) and isinstance(out, Tensor)):
                 return out  # the parameters stay in the graph, so a slower engine serves them
             params: dict[str, Tensor | None] = dict(module.named_parameters())
-            self.trace.claimed |= set(names.values())
+            self.trace.of_registered_rules |= set(names.values())
             return self._record(rule, LayerCall(args[0], params, names=names), out)
 
         return hook
 
     def _record(self, rule: LayerRule, call: LayerCall, out: Tensor) -> Tensor:
-        record = Record(rule, call, out.shape, call.a._version, self._receive)
-        self.trace.records.append(record)
-        if self._receive is None:
+        self.trace.inputs.append(call.a)
+        call.a = call.a.detach()  # shares the version counter
+        traced = TracedCall(rule, call, out.shape, call.a._version)
+        self.trace.calls.append(traced)
+        if self._on_gradient is None:
             return out
-        tapped: Tensor = Tap.apply(out, self.trace.anchor, record)
+        tapped: Tensor = Tap.apply(out, self.trace.anchor, traced, self._on_gradient)
         return tapped
 
     def __torch_function__(
@@ -88,55 +87,41 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         rule = RULES.get(func)
         if rule is None:
-            if func is F.multi_head_attention_forward:
+            if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
                 with self:
-                    return attention(*args, **kwargs)
+                    return attention(plain)
             return func(*args, **kwargs)
-        if func is F.batch_norm:
-            _refuse_batch_statistics(*args, **kwargs)
-        call = rule.bind(*args, **kwargs) if rule.bind else None
-        if call is None:
+        call = rule.bind(*args, **kwargs)
+        if call is None or not self._names_parameters(call):
             return func(*args, **kwargs)
+        if self._on_gradient is not None:
+            args, kwargs = self._without_parameters(func, call, args, kwargs)
+        return self._record(rule, call, func(*args, **kwargs))
+
+    def _names_parameters(self, call: LayerCall) -> bool:
+        """Sets the names of a call's parameters; False where it has none that a rule can serve."""
         names = {
             role: self._names[id(p)] for role, p in call.params.items() if id(p) in self._names
         }
-        if not names:
-            return func(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            self.trace.barred |= dict.fromkeys(names.values(), "called without gradients")
-            return func(*args, **kwargs)
+        if names and not torch.is_grad_enabled():
+            self.trace.untraceable |= dict.fromkeys(names.values(), "called without gradients")
+            return False
         call.names = names
-        if self._receive is not None:
-            served = {id(p) for p in call.params.values() if id(p) in self._names}
+        return bool(names)
 
-            def passed(arg: Any) -> Any:
-                if id(arg) in served:
-                    return arg.detach()
-                if func is F.linear and arg is call.a and arg.dim() > 2:
-                    # Beside a weight that needs no gradient, torch would multiply a strided
-                    # sequence step by step.
-                    return arg.contiguous()
-                return arg
+    def _without_parameters(
+        self, func: Any, call: LayerCall, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, with the parameters detached."""
+        served = {id(p) for p in call.params.values() if id(p) in self._names}
 
-            args = [passed(arg) for arg in args]
-            kwargs = {k: passed(arg) for k, arg in kwargs.items()}
-        return self._record(rule, call, func(*args, **kwargs))
+        def passed(arg: Any) -> Any:
+            if id(arg) in served:
+                return arg.detach()
+            if func is F.linear and arg is call.a and arg.dim() > 2:
+                # Beside a weight that needs no gradient, torch would multiply a strided sequence
+                # step by step.
+                return arg.contiguous()
+            return arg
 
-
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> None:
-    """Raises where batch normalisation would mix the samples of a batch."""
-    if training or running_mean is None:
-        raise ValueError(
-            "`model` runs BatchNorm on batch statistics (training=True or no running statistics), "
-            "so its samples interact and no per-sample Fisher exists. Keep the layer in eval mode "
-            "with track_running_stats=True, or use fisher_type 'batched'."
-        )
+        return [passed(arg) for arg in args], {k: passed(arg) for k, arg in kwargs.items()}

@@ -1,4 +1,4 @@
-"""A recorded call of a layer function, and the taps that bring it the gradient at its output."""
+"""A traced call of a layer function, and the tap that brings it the gradient at its output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,36 +7,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Layout, Sums
+from ewc_plugin.fisher.rules.base import (
+    LayerCall,
+    LayerRule,
+    Layout,
+    Sums,
+    TakesSeveral,
+    TakesSquares,
+)
 
 
 class OverwrittenError(Exception):
-    """The input of a recorded call was modified in place before its gradient arrived."""
+    """The input of a traced call was modified in place before its gradient arrived."""
 
 
 @dataclass
-class Record:
-    """One recorded call and who receives the gradient at its output.
+class TracedCall:
+    """One call of a layer function in a forward pass.
+
+    It refers to no autograd graph: the graph's taps refer to it, and a cycle through both would
+    never be collected.
 
     Attributes:
         rule: The rule of the function called.
-        call: Its arguments.
+        call: Its arguments; `call.a` is detached.
         out_shape: Shape of its output.
         version: Of `call.a`: an in-place change after the call would falsify the rule.
-        receive: Takes (record, gradient).
-        g2: sum_s g_s^2 [N, K, ...] where the rule pools, else None.
-        held: Gradients [N, K, ...] that wait for others, where the rule takes several at once.
-        prepared: What the rule makes of the input [N, K, ...], where more than one vector needs it.
+        squares: sum_s g_s^2 [N, K, ...] so far, where the rule takes squares.
     """
 
     rule: LayerRule
     call: LayerCall
     out_shape: torch.Size
     version: int
-    receive: Callable[["Record", Tensor], None] | None
-    g2: Tensor | None = None
-    held: list[Tensor] = field(default_factory=list)
-    prepared: Tensor | None = None
+    squares: Tensor | None = None
+    _block: list[Tensor] = field(default_factory=list)  # g [N, K, ...], where it takes several
+    _prepared: Tensor | None = None  # the rule's own form of the input, for the next vector
 
     def fits(self, layout: Layout, N: int) -> bool:
         """Whether input and output hold N samples in this layout, and the input still is there."""
@@ -55,7 +61,7 @@ class Record:
         count: int = 1,
         unscale: float = 1.0,
     ) -> None:
-        """Adds the squares of one score vector's gradients g to `into`, or keeps what they need.
+        """Adds the squares of one score vector's gradients g to `into`, or collects g for `finish`.
 
         Args:
             g: Gradient at the call's output.
@@ -65,64 +71,69 @@ class Record:
             count: How many vectors there are.
             unscale: What g is multiplied by.
         """
-        dtype = self.call.sum_dtype()
+        rule, dtype = self.rule, self.call.sum_dtype()
         g = layout.samples_first(g, N).to(dtype)
         if unscale != 1.0:
             g = g * unscale  # in the wide dtype, where nothing underflows
-        if self.rule.pool is not None and self.rule.poolable(self.call, g):
-            self.g2 = g.square() if self.g2 is None else self.g2.addcmul_(g, g)
-        elif (at_once := self.rule.at_once(self.call, g, count)) > 1:
-            self.held.append(g)
-            if len(self.held) == at_once:
-                self._add_held(layout, N, into)
+        if isinstance(rule, TakesSquares) and rule.takes_squares(self.call, g):
+            self.squares = g.square() if self.squares is None else self.squares.addcmul_(g, g)
+        elif isinstance(rule, TakesSeveral) and (size := rule.block_size(self.call, g, count)) > 1:
+            self._block.append(g)
+            if len(self._block) == size:
+                self._add_block(layout, N, into)
         else:
-            a = self.prepared
+            a = self._prepared
             if a is None:
-                a = self._input(layout, N, dtype)
-                if self.rule.prepare is not None:
-                    a = self.rule.prepare(self.call, a)
-                    self.prepared = a if count > 1 else None
-            self.rule.add(self.call, a, g, into)
+                a = rule.prepare(self.call, self._input(layout, N, dtype))
+                self._prepared = a if count > 1 else None
+            rule.add(self.call, a, g, into)
 
     def finish(self, layout: Layout, N: int, into: Sums) -> None:
-        """Adds what was kept, after the last vector."""
-        if self.g2 is not None and self.rule.pool is not None:
-            self.rule.pool(self.call, self._input(layout, N, self.g2.dtype), self.g2, into)
-            self.g2 = None
-        if self.held:
-            self._add_held(layout, N, into)
-        self.prepared = None
+        """Adds what was collected, after the last vector."""
+        if self.squares is not None:
+            assert isinstance(self.rule, TakesSquares)
+            a = self._input(layout, N, self.squares.dtype)
+            self.rule.add_squares(self.call, a, self.squares, into)
+            self.squares = None
+        if self._block:
+            self._add_block(layout, N, into)
+        self._prepared = None
 
-    def _add_held(self, layout: Layout, N: int, into: Sums) -> None:
-        assert self.rule.add_several is not None
-        a = self._input(layout, N, self.held[0].dtype)
-        self.rule.add_several(self.call, a, self.held, into)
-        self.held = []
+    def _add_block(self, layout: Layout, N: int, into: Sums) -> None:
+        assert isinstance(self.rule, TakesSeveral)
+        a = self._input(layout, N, self._block[0].dtype)
+        self.rule.add_several(self.call, a, self._block, into)
+        self._block = []
 
     def _input(self, layout: Layout, N: int, dtype: torch.dtype) -> Tensor:
         if self.call.a._version != self.version:
             raise OverwrittenError(", ".join(self.call.names.values()))
-        a = layout.samples_first(self.call.a.detach(), N)
+        a = layout.samples_first(self.call.a, N)
         return a.to(dtype) if a.is_floating_point() else a
 
 
+OnGradient = Callable[[TracedCall, Tensor], None]
+
+
 class Tap(torch.autograd.Function):
-    """Identity; its backward shows the gradient to a record."""
+    """Identity; its backward passes the gradient on to `on_gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, record: Record) -> Tensor:
-        """The output, hung on the anchor."""
-        ctx.record = record
+    def forward(
+        ctx: Any, out: Tensor, anchor: Tensor, traced: TracedCall, on_gradient: OnGradient
+    ) -> Tensor:
+        """Return the output, connected to `anchor`: differentiating the anchor reaches this tap."""
+        ctx.traced, ctx.on_gradient = traced, on_gradient
         # `.data` is neither the input nor a view of it: autograd lets both in-place operations on
         # the result pass, and the operation before never looks at its own output again.
         return out.data
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        """The gradient, once the record has seen it."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """The gradient, once it was seen."""
         (g,) = grads
-        ctx.record.receive(ctx.record, g)
-        return (g if ctx.needs_input_grad[0] else None), None, None
+        ctx.on_gradient(ctx.traced, g)
+        return (g if ctx.needs_input_grad[0] else None), None, None, None
 
 
 @dataclass
@@ -130,20 +141,22 @@ class Trace:
     """What one forward pass recorded.
 
     Attributes:
-        anchor: A scalar that every tap hangs on; differentiating it visits every tap.
-        records: The calls in order.
-        claimed: Parameters of layers with a registered rule, which stay in the graph.
-        barred: Parameters seen in a call that no rule can serve, each with the reason.
+        anchor: A scalar that every tap is connected to; differentiating it visits every tap.
+        calls: The traced calls in order.
+        inputs: The input of each of them, with its graph.
+        of_registered_rules: Parameters of layers with a registered rule; they stay in the graph.
+        untraceable: Parameters seen in a call that no rule can serve, each with the reason.
     """
 
     anchor: Tensor
-    records: list[Record] = field(default_factory=list)
-    claimed: set[str] = field(default_factory=set)
-    barred: dict[str, str] = field(default_factory=dict)
+    calls: list[TracedCall] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    of_registered_rules: set[str] = field(default_factory=set)
+    untraceable: dict[str, str] = field(default_factory=dict)
 
     def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
-        """Sends v [N, C] back from the logits; each record receives its gradient."""
-        if self.records and logits.requires_grad:
+        """Sends v [N, C] back from the logits; each traced call meets its gradient."""
+        if self.calls and logits.requires_grad:
             torch.autograd.grad(
                 logits, [self.anchor], v, retain_graph=retain_graph, allow_unused=True
             )

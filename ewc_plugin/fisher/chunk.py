@@ -1,0 +1,181 @@
+"""One chunk of samples: forward, one backward per score vector, and the squares of each engine."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher.logits import check_finite
+from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.one_hidden_layer import find_one_hidden_layer
+from ewc_plugin.fisher.per_sample import loop_squares, vmap_squares
+from ewc_plugin.fisher.plan import Served
+from ewc_plugin.fisher.rules.base import Layout, Sums
+from ewc_plugin.fisher.scores import LabelScores, Scores
+from ewc_plugin.fisher.tracing.capture import Capture
+from ewc_plugin.fisher.tracing.layer_calls import Trace, TracedCall, parameters_in_graph
+
+_VECTORS_PER_BLOCK = 32  # handed to vmap and the loop, which repeat the forward pass per block
+
+
+@dataclass
+class _Scale:
+    """What the gradients of a chunk are multiplied by, and how many vectors they come from."""
+
+    unscale: float = 1.0
+    n_vectors: int = 1
+
+
+def add_chunk(
+    call: ModelCall,
+    served: dict[str, Served],
+    label_scores: LabelScores,
+    batch: Batch,
+    first: int,
+    into: Sums,
+) -> None:
+    """Adds the squares of a chunk's samples.
+
+    Args:
+        call: The model.
+        served: Which engine serves which parameter. Parameters that turn out to be used in another
+            way than in the probe, because the model's control flow depends on the data, are moved
+            to the loop.
+        label_scores: Give the score vectors.
+        batch: N samples.
+        first: Index of the first one in the whole stream.
+        into: Parameter name -> its sum.
+    """
+    N, scale = n_samples(batch), _Scale()
+    logits, trace = _forward(call, served, batch, scale, into)
+    check_finite(logits, first)
+    if moved := _used_otherwise(call, served, logits, trace, N):
+        served |= dict.fromkeys(moved, Served("loop", "its calls depend on the data"))
+        add_chunk(call, served, label_scores, batch, first, into)
+        return
+    scores = label_scores.vectors(batch, logits)
+    per_sample = any(s.engine != "rules" for s in served.values())
+    hidden = None if per_sample else find_one_hidden_layer(trace, logits, scores)
+    if hidden is not None:
+        vectors = [scores.vector(s).to(logits.dtype) for s in range(scores.count)]
+        hidden.add(trace, torch.stack(vectors, 1))
+    else:
+        _pull_back(call, served, batch, logits, scores, trace, scale, into)
+    del logits, hidden
+    for traced in trace.calls:
+        traced.finish(_layout(served, traced), N, into)
+
+
+def _forward(
+    call: ModelCall, served: dict[str, Served], batch: Batch, scale: _Scale, into: Sums
+) -> tuple[Tensor, Trace]:
+    N = n_samples(batch)
+
+    def on_gradient(traced: TracedCall, g: Tensor) -> None:
+        layout = _layout(served, traced)
+        traced.add(g, layout, N, into, count=scale.n_vectors, unscale=scale.unscale)
+
+    names = {id(p): name for name, p in _params(call, served, "rules").items()}
+    with Capture(call.model, names, on_gradient) as capture:
+        logits = call.logits(batch)
+    return logits, capture.trace
+
+
+def _used_otherwise(
+    call: ModelCall, served: dict[str, Served], logits: Tensor, trace: Trace, N: int
+) -> set[str]:
+    """Parameters used in another way than in the probe."""
+    calls = Counter(name for t in trace.calls for name in t.call.names.values())
+    in_graph = parameters_in_graph(logits)
+    found = {
+        name
+        for name, p in _params(call, served, "rules").items()
+        if id(p) in in_graph and name not in trace.of_registered_rules
+    }
+    for traced in trace.calls:
+        for name in traced.call.names.values():
+            layout = served[name].layout
+            if calls[name] > 1 or layout is None or not traced.fits(layout, N):
+                found |= set(traced.call.names.values())
+    return found | set(trace.untraceable)
+
+
+def _pull_back(
+    call: ModelCall,
+    served: dict[str, Served],
+    batch: Batch,
+    logits: Tensor,
+    scores: Scores,
+    trace: Trace,
+    scale: _Scale,
+    into: Sums,
+) -> None:
+    """One backward pass per vector, and the per-sample engines on blocks of vectors."""
+    factor = _score_factor(call, scores, logits)
+    scale.unscale, scale.n_vectors = 1 / factor, scores.count
+    per_sample = any(s.engine != "rules" for s in served.values())
+    vectors: list[Tensor] = []
+    for s in range(scores.count):
+        v = (scores.vector(s) * factor).to(logits.dtype)
+        last = s == scores.count - 1
+        trace.pull_back(logits, v, retain_graph=not last)
+        if per_sample:
+            vectors.append(v)
+        if vectors and (last or len(vectors) == _VECTORS_PER_BLOCK):
+            _add_per_sample(call, served, batch, torch.stack(vectors, 1), scale.unscale, into)
+            vectors = []
+
+
+def _score_factor(call: ModelCall, scores: Scores, logits: Tensor) -> float:
+    """A power of two that brings half-precision score vectors to size 1, off the underflow."""
+    dtypes = {logits.dtype, *(p.dtype for p in call.params.values())}
+    wide = all(torch.finfo(dtype).bits >= 32 for dtype in dtypes)
+    if wide and not torch.is_autocast_enabled(logits.device.type):
+        return 1.0
+    largest = max(float(scores.vector(s).abs().max()) for s in range(scores.count))
+    return 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
+
+
+def _add_per_sample(
+    call: ModelCall,
+    served: dict[str, Served],
+    batch: Batch,
+    vectors: Tensor,
+    unscale: float,
+    into: Sums,
+) -> None:
+    """Adds the squares of the parameters that no rule serves."""
+    if params := _params(call, served, "vmap"):
+        try:
+            sums = vmap_squares(call.only(params), batch, vectors)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            served |= {name: Served("loop", f"vmap: {error}") for name in params}
+        else:
+            for name, total in sums.items():
+                into[name] += total * unscale**2
+    if params := _params(call, served, "loop"):
+        for name, total in loop_squares(call.only(params), batch, vectors).items():
+            into[name] += total * unscale**2
+
+
+def _params(call: ModelCall, served: dict[str, Served], engine: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in call.params.items() if served[name].engine == engine}
+
+
+def _layout(served: dict[str, Served], traced: TracedCall) -> Layout:
+    layout = served[next(iter(traced.call.names.values()))].layout
+    assert layout is not None
+    return layout
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed, on any device."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,85 @@
+"""The options of `diagonal_fisher`, checked in one place, before anything is computed."""
+
+from numbers import Integral
+from typing import Literal, get_args
+
+import torch
+
+from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
+
+EngineName = Literal["auto", "rules", "vmap", "loop"]
+
+
+def check_options(
+    fisher_type: FisherType | str | Score,
+    *,
+    forward: object = None,
+    targets: object = None,
+    criterion: object = None,
+    n_draws: object = 1,
+    max_samples: object = None,
+    generator: object = None,
+    chunk_size: object = None,
+    engine: object = "auto",
+    progress: object = False,
+) -> None:
+    """Raises where `diagonal_fisher` would refuse its options, whatever the model and the data.
+
+    Args:
+        fisher_type: As in `diagonal_fisher`; so are all others.
+        forward: None, or a function.
+        targets: None, or a function.
+        criterion: None, or a function; BATCHED alone.
+        n_draws: At least 1; SAMPLED alone.
+        max_samples: None, or at least 1; not for BATCHED.
+        generator: None, or a `torch.Generator`.
+        chunk_size: None, or at least 1; not for BATCHED.
+        engine: One of `EngineName`.
+        progress: A bool.
+
+    Raises:
+        ValueError: A value is out of its range, or does not fit `fisher_type`.
+        TypeError: A value has another type.
+
+    Example:
+        >>> check_options("predicted", chunk_size=0)
+        Traceback (most recent call last):
+        ValueError: `chunk_size` must be >= 1, got 0.
+    """
+    fisher_type = parsed_type(fisher_type)
+    if not isinstance(engine, str) or engine not in get_args(EngineName):
+        allowed = ", ".join(repr(e) for e in get_args(EngineName))
+        raise ValueError(f"`engine` must be one of {allowed}, got {engine!r}.")
+    for name, function in (("forward", forward), ("targets", targets), ("criterion", criterion)):
+        if function is not None and not callable(function):
+            raise TypeError(f"`{name}` must be a function or None, got {function!r}.")
+    _check_count("n_draws", n_draws)
+    if max_samples is not None:
+        _check_count("max_samples", max_samples)
+    if chunk_size is not None:
+        _check_count("chunk_size", chunk_size)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"`generator` must be a torch.Generator or None, got {generator!r}. Pass "
+            "torch.Generator().manual_seed(seed)."
+        )
+    if not isinstance(progress, bool):
+        raise TypeError(f"`progress` must be True or False, got {progress!r}.")
+    batched = fisher_type is FisherType.BATCHED
+    kind = repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"
+    if criterion is not None and not batched:
+        raise ValueError(f"`criterion` enters fisher_type 'batched' alone, got {kind}.")
+    if n_draws != 1 and fisher_type is not FisherType.SAMPLED:
+        raise ValueError(f"`n_draws` enters fisher_type 'sampled' alone, got {kind}.")
+    if batched and (max_samples is not None or chunk_size is not None):
+        raise ValueError(
+            "`max_samples` and `chunk_size` would change what fisher_type 'batched' computes. "
+            "Leave them out."
+        )
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be a whole number >= 1, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be >= 1, got {value}.")
