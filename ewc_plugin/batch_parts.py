@@ -1,5 +1,6 @@
 """What a batch holds, and where a model's output has its logits."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Unpacked(NamedTuple):
 
 
 def unpack(batch: Batch) -> Unpacked:
-    """Takes a batch apart.
+    """Take a batch apart.
 
     Args:
         batch: (x, y), (x, y, ..., task labels), or a mapping with "labels" (or "label"), perhaps
@@ -59,14 +60,16 @@ def unpack(batch: Batch) -> Unpacked:
 
 
 def logits_of(output: Any) -> Any:
-    """The logits in a model's output.
+    """Return the logits in a model's output.
 
     Args:
-        output: A tensor; a mapping or an object with "logits"; or a tuple whose first item they
-            are.
+        output: A tensor, or a mapping or an object with "logits".
 
     Returns:
         The logits, or `output` itself if it is none of these.
+
+    Raises:
+        ValueError: It is a tuple or a list, which does not say where its logits are.
 
     Example:
         >>> logits_of({"logits": "here", "hidden_states": "there"})
@@ -78,9 +81,26 @@ def logits_of(output: Any) -> Any:
         return output["logits"]
     if hasattr(output, "logits"):
         return output.logits
-    if isinstance(output, (tuple, list)) and output:
-        return output[0]
+    if isinstance(output, (tuple, list)):
+        raise ValueError(
+            f"The model returns a {type(output).__name__} of {len(output)} items, which does not "
+            "say where its logits are. Give a `forward` that returns them: override the plugin's, "
+            "or pass it to `diagonal_fisher` or in `fisher_options`."
+        )
     return output
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """Return a copy of a model's output with other logits in the place of its own."""
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed["logits"] = logits
+    elif isinstance(output, Tensor):
+        return logits
+    else:
+        changed = copy.copy(output)
+        changed.logits = logits
+    return changed
 
 
 def on_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import warnings
@@ -15,24 +14,21 @@ from avalanche.models import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from ewc_plugin.avalanche import checked
 from ewc_plugin.avalanche.active_classes import active_classes
+from ewc_plugin.avalanche.checked import Checked
 from ewc_plugin.avalanche.fisher_data import FisherData, SharedFisherExperiences, dataset_batches
+from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood, known_likelihood
 from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
-from ewc_plugin.avalanche.ranks import fisher_over_ranks, unwrapped, world_size
-from ewc_plugin.avalanche.template import (
-    check_calls_the_hooks,
-    overrides,
-    showing,
-)
+from ewc_plugin.avalanche.ranks import unwrapped
+from ewc_plugin.avalanche.strategy_fisher import StrategyFisher, needs_likelihood
+from ewc_plugin.avalanche.template import check_calls_the_hooks
 from ewc_plugin.batch_parts import Unpacked, logits_of, unpack
 from ewc_plugin.batches import Batch
-from ewc_plugin.contexts import untouched_randomness
-from ewc_plugin.fisher.diagonal import diagonal_fisher
-from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
+from ewc_plugin.fisher.scores import FisherType, Score
 from ewc_plugin.penalty.options import (
     Mode,
     Normalization,
-    checked_non_negative,
     checked_positive,
     parsed,
 )
@@ -90,6 +86,13 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     Source: Kirkpatrick et al. 2017.
     """
 
+    ewc_lambda = Checked(checked.ewc_lambda)
+    decay_factor = Checked(checked.decay_factor)
+    fisher_type = Checked(checked.fisher_type)
+    fisher_batches = Checked(checked.function_or_none)
+    fisher_options = Checked(checked.fisher_options)
+    implicit = Checked(checked.boolean)
+
     def __init__(
         self,
         ewc_lambda: float,
@@ -108,18 +111,19 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         storage_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.ewc_lambda = checked_non_negative("ewc_lambda", ewc_lambda)
+        self.ewc_lambda = ewc_lambda
         self.penalty = QuadraticPenalty(
             mode,
             decay_factor,
             normalize=normalize,
-            keep_history=keep_importance_data,
+            keep_history=checked.boolean(self, "keep_importance_data", keep_importance_data),
             storage_dtype=storage_dtype,
             storage_device=storage_device,
         )
-        self.fisher_type = parsed_type(fisher_type)
+        self.decay_factor = decay_factor
+        self.fisher_type = fisher_type
         self.fisher_batches = fisher_batches
-        self.fisher_options = _checked_options(fisher_options or {})
+        self.fisher_options = fisher_options
         self.implicit = implicit
         self.fisher: dict[str, Tensor] = {}
         self.fisher_seconds = 0.0
@@ -127,6 +131,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.penalty_loss: Tensor | None = None
         self._strategy: weakref.ref[Any] | None = None
         self._placement: Placement = InLoss(self.penalty)
+        self._likelihood: Likelihood | None = None
         self._hooks_called = False
         self._warned = False
         self._num_workers = 0
@@ -143,7 +148,13 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             raise ValueError(
                 "This `DiagonalEWCPlugin` already belongs to another strategy; give each its own."
             )
+        if sum(plugin is self for plugin in strategy.plugins) > 1:
+            raise ValueError(
+                "This `DiagonalEWCPlugin` is more than once among the strategy's `plugins`: it "
+                "would count every experience as often. Leave it there once."
+            )
         self._strategy = weakref.ref(strategy)
+        self._known_likelihood(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Refuses an experience without samples."""
@@ -157,6 +168,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def before_training_exp(self, strategy: Any, *, num_workers: int = 0, **kwargs: Any) -> None:
         """Choose where the penalty acts."""
         self._num_workers = num_workers
+        self._likelihood = None  # the criterion may have changed
         self._shared.begin(strategy.experience)
         self._placement = placement_of(self, strategy, self.penalty, implicit=self.implicit)
 
@@ -178,6 +190,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Let the penalty act on the loss."""
         self._hooks_called = True
+        self._check_likelihood(strategy)
         self.task_loss = strategy.loss.detach().clone()
         self.penalty_loss = None
         if self._is_active:
@@ -222,31 +235,18 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.fisher_seconds += time.perf_counter() - start
 
     def compute_fisher(self, strategy: Any) -> dict[str, Tensor]:
-        """The diagonal Fisher of the current experience, by parameter name."""
-        model = unwrapped(strategy.model)
+        """Return the diagonal Fisher of the current experience, by parameter name."""
+        likelihood = self._likelihood or self._known_likelihood(strategy)
+        fisher = StrategyFisher(
+            self,
+            strategy,
+            self.fisher_type,
+            likelihood,
+            own_forward=self._is_overridden("forward"),
+            own_unpack=self._is_overridden("unpack"),
+        )
         batches = self.fisher_batches or self._own_batches
-        with untouched_randomness():
-            if world_size() == 1:
-                return self._fisher_of(strategy, model, batches(strategy))
-            return fisher_over_ranks(
-                lambda share, **more: self._fisher_of(strategy, model, share, **more),
-                lambda: batches(strategy),
-                {name: p for name, p in model.named_parameters() if p.requires_grad},
-                max_samples=self.fisher_options.get("max_samples"),
-                weigh_batches=self.fisher_type is FisherType.BATCHED,
-            )
-
-    def _fisher_of(
-        self, strategy: Any, model: nn.Module, batches: Iterable[Batch], **more: Any
-    ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {
-            "forward": lambda model, batch: self._logits(strategy, model, batch),
-            "targets": lambda batch: self._targets(strategy, model, batch),
-        }
-        if self.fisher_type is FisherType.BATCHED:
-            options["criterion"] = strategy._criterion
-        options |= self.fisher_options | more
-        return diagonal_fisher(model, batches, self.fisher_type, **options)
+        return fisher.compute(lambda: batches(strategy), self.fisher_options)
 
     def unpack(self, batch: Batch) -> Unpacked:
         """(inputs, targets, task labels or None) of a batch; override it for other batches."""
@@ -283,33 +283,28 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             strategy._criterion, model, lambda: self.unpack(batch).task_labels, logits.size(1)
         )
 
-    def _logits(self, strategy: Any, model: nn.Module, batch: Batch) -> Tensor:
-        """The strategy's own forward pass where a user wrote one and left ours alone."""
-        ours = type(self)
-        untouched = (
-            ours.forward is DiagonalEWCPlugin.forward and ours.unpack is DiagonalEWCPlugin.unpack
-        )
-        if untouched and overrides(strategy, "forward", "_unpack_minibatch"):
-            with showing(strategy, model, batch):
-                logits: Tensor = logits_of(strategy.forward())
-        else:
-            logits = self.forward(model, batch)
-        if not isinstance(self.fisher_type, FisherType) or self.fisher_type is FisherType.BATCHED:
-            return logits
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            return logits  # refused further on
-        active = self.active_classes(strategy, batch, logits)
-        return logits if active is None else logits.masked_fill(~active, -torch.inf)
+    def _known_likelihood(self, strategy: Any) -> Likelihood | None:
+        """Return what the criterion's type, or the user's own `forward`, says of the outputs."""
+        if not needs_likelihood(self.fisher_type):
+            return None
+        if self._is_overridden("forward") or "forward" in self.fisher_options:
+            return Likelihood(ignore_index=getattr(strategy._criterion, "ignore_index", None))
+        likelihood = known_likelihood(strategy)
+        return None if likelihood is None else likelihood.of_type(self.fisher_type)
 
-    def _targets(self, strategy: Any, model: nn.Module, batch: Batch) -> Tensor:
-        if type(self).unpack is DiagonalEWCPlugin.unpack and overrides(
-            strategy, "mb_y", "_unpack_minibatch"
-        ):
-            with showing(strategy, model, batch):
-                targets: Tensor = strategy.mb_y
-                return targets
-        targets = self.unpack(batch).targets
-        return targets
+    def _check_likelihood(self, strategy: Any) -> None:
+        """Refuse outputs of which it is not certain what they mean, before they train anything."""
+        if self._likelihood is not None or not needs_likelihood(self.fisher_type):
+            return
+        self._likelihood = self._known_likelihood(strategy)
+        if self._is_overridden("forward") or "forward" in self.fisher_options:
+            return
+        if strategy.mb_output is not None:
+            likelihood = checked_likelihood(strategy, strategy.mb_output, strategy.mb_y)
+            self._likelihood = likelihood.of_type(self.fisher_type)
+
+    def _is_overridden(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(DiagonalEWCPlugin, method)
 
     def _own_batches(self, strategy: Any) -> Iterator[Batch]:
         for dataset in self._shared.datasets(strategy.experience):
@@ -360,10 +355,3 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
 
 _REMEDY = "Use a smaller `ewc_lambda` or learning rate, or `implicit=True`."
-
-
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    allowed = [p.name for p in inspect.signature(diagonal_fisher).parameters.values()][3:]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"`fisher_options` may have {allowed}, got {unknown}.")
-    return dict(options)

@@ -1,4 +1,4 @@
-"""The members of a user's template that decide what the model is fed."""
+"""The members of a user's template that decide what the model is fed and what the loss is."""
 
 from __future__ import annotations
 
@@ -38,15 +38,51 @@ def overrides(strategy: Any, *names: str) -> bool:
     )
 
 
+def feeds_its_own_way(strategy: Any) -> bool:
+    """Return whether a user's template decides how a mini-batch becomes the model's output."""
+    return overrides(strategy, "forward", "mb_x", "mb_task_id", "_unpack_minibatch") or hasattr(
+        type(strategy), "mb_output"
+    )
+
+
 @contextmanager
-def showing(strategy: Any, model: nn.Module, batch: Batch) -> Iterator[None]:
-    """The strategy with this as its model and mini-batch, for its own `forward` and `mb_y`."""
-    saved = strategy.model, strategy.mbatch
-    strategy.model = model
-    strategy.mbatch = dict(batch) if isinstance(batch, Mapping) else list(batch)
+def left_as_it_was(strategy: Any) -> Iterator[None]:
+    """Put the attributes of the strategy back, whatever its own members set meanwhile."""
+    attributes = dict(vars(strategy))
     try:
-        if overrides(strategy, "_unpack_minibatch"):
-            strategy._unpack_minibatch()
         yield
     finally:
-        strategy.model, strategy.mbatch = saved
+        vars(strategy).clear()
+        vars(strategy).update(attributes)
+
+
+def unpacked(strategy: Any, batch: Batch) -> Batch:
+    """Return a loader's batch as the template's own `_unpack_minibatch` leaves it."""
+    if not overrides(strategy, "_unpack_minibatch"):
+        return batch
+    with left_as_it_was(strategy):
+        strategy.mbatch = _container(batch)
+        strategy._unpack_minibatch()
+        return strategy.mbatch
+
+
+def template_output(strategy: Any, model: nn.Module, batch: Batch) -> Any:
+    """Return what the template's criterion is given for an unpacked batch."""
+    with left_as_it_was(strategy):
+        strategy.model, strategy.mbatch = model, _container(batch)
+        strategy.mb_output = strategy.forward()
+        return strategy.mb_output
+
+
+def template_targets(strategy: Any, batch: Batch) -> Any:
+    """Return the template's own `mb_y` of an unpacked batch."""
+    with left_as_it_was(strategy):
+        strategy.mbatch = _container(batch)
+        return strategy.mb_y
+
+
+def _container(batch: Batch) -> Batch:
+    """Return a container of the template's own, which it may change, for the same tensors."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return list(batch) if isinstance(batch, (tuple, list)) else batch

@@ -1,0 +1,282 @@
+"""The likelihood p(y | outputs) that a strategy's criterion trains, whose Fisher is wanted.
+
+A criterion that is known by its type says it; of any other, the gradient at the outputs is compared
+with that of a softmax classifier; what is certain in neither way is refused before the training.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from avalanche.training.losses import MaskedCrossEntropy
+from torch import Tensor, nn
+
+from ewc_plugin.avalanche.template import left_as_it_was, overrides
+from ewc_plugin.batch_parts import logits_of, with_logits
+from ewc_plugin.contexts import untouched_randomness
+from ewc_plugin.fisher.scores import FisherType, Score, bernoulli_score, gaussian_score
+
+_IGNORED = -100  # torch's default `ignore_index`
+_REMEDY = (
+    "Pass `fisher_type=gaussian_score`, `bernoulli_score` or a score of your own; or, if they are "
+    "in truth logits [N, C] of a softmax classifier, say so: override the plugin's `forward`, or "
+    "pass `fisher_options={'forward': f}`, to return them."
+)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the outputs parametrise.
+
+    Class weights, label smoothing, `pos_weight` and the reduction of a criterion weigh samples and
+    classes in the training; they leave log p as it is, and so the Fisher.
+
+    Attributes:
+        score: Of the exact Fisher; None for a softmax classifier, whose labels `fisher_type` names.
+        ignore_index: The label of samples that the criterion leaves out, and the Fisher too.
+        normalized: Whether the outputs must be log-probabilities.
+    """
+
+    score: Score | None = None
+    ignore_index: int | None = None
+    normalized: bool = False
+
+    def of_type(self, fisher_type: FisherType) -> Likelihood:
+        """Return the same, if it has a Fisher of this type.
+
+        Args:
+            fisher_type: PREDICTED, the default, and EXACT are the exact one where `score` is set.
+
+        Returns:
+            The same.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if self.score is not None and fisher_type in (FisherType.EMPIRICAL, FisherType.SAMPLED):
+            raise ValueError(
+                f"`fisher_type` {fisher_type.value!r} is of softmax classifiers, and the criterion "
+                "trains another likelihood. Use 'exact', or a score of your own."
+            )
+        return self
+
+
+def mean_square_score(outputs: Tensor, batch: Any) -> Tensor:
+    """Score of `nn.MSELoss`: a constant less than -log p of a normal y of variance D / 2."""
+    return gaussian_score(outputs, batch, variance=outputs.size(1) / 2)
+
+
+def _of_squares(criterion: Any) -> Likelihood:
+    if getattr(criterion, "reduction", "mean") == "sum":
+        return Likelihood(partial(gaussian_score, variance=0.5))
+    return Likelihood(mean_square_score)
+
+
+def _of_classes(criterion: Any) -> Likelihood:
+    return Likelihood(ignore_index=getattr(criterion, "ignore_index", _IGNORED))
+
+
+def _of_log_probabilities(criterion: Any) -> Likelihood:
+    return Likelihood(ignore_index=_of_classes(criterion).ignore_index, normalized=True)
+
+
+_KNOWN: dict[Any, Callable[[Any], Likelihood]] = {
+    nn.CrossEntropyLoss: _of_classes,
+    F.cross_entropy: _of_classes,
+    MaskedCrossEntropy: lambda criterion: Likelihood(),
+    nn.NLLLoss: _of_log_probabilities,
+    F.nll_loss: _of_log_probabilities,
+    nn.BCEWithLogitsLoss: lambda criterion: Likelihood(bernoulli_score),
+    F.binary_cross_entropy_with_logits: lambda criterion: Likelihood(bernoulli_score),
+    nn.MSELoss: _of_squares,
+    F.mse_loss: _of_squares,
+}
+
+
+def known_likelihood(strategy: Any) -> Likelihood | None:
+    """Return the likelihood that the type of the criterion says.
+
+    Args:
+        strategy: With the criterion.
+
+    Returns:
+        None where the type says nothing: for a user's own, and a template's own `criterion()`.
+
+    Raises:
+        ValueError: It is one of torch's losses that belongs to no likelihood of ours.
+    """
+    return None if overrides(strategy, "criterion") else _by_type(strategy._criterion)
+
+
+def _by_type(criterion: Any) -> Likelihood | None:
+    for known, likelihood in _KNOWN.items():
+        if criterion is known or (inspect.isclass(known) and _is_a(criterion, known)):
+            return likelihood(criterion)
+    owner = criterion if inspect.isroutine(criterion) else type(criterion)
+    if owner.__module__ in ("torch.nn.modules.loss", "torch.nn.functional"):
+        refuse(criterion)
+    return None
+
+
+def checked_likelihood(strategy: Any, outputs: Any, targets: Any) -> Likelihood:
+    """Return the likelihood, checked against a mini-batch.
+
+    Args:
+        strategy: With the criterion.
+        outputs: Of the model, as the criterion takes them.
+        targets: Of the same samples.
+
+    Returns:
+        The likelihood.
+
+    Raises:
+        ValueError: It is not certain, or the outputs do not fit it.
+    """
+    logits = logits_of(outputs)
+    likelihood = known_likelihood(strategy)
+    if likelihood is None and _hands_outputs_on(strategy, outputs, targets):
+        likelihood = _by_type(strategy._criterion)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"The model must return a tensor, or a mapping or object with `logits`, got "
+            f"{type(logits).__name__}. Override the plugin's `forward` to return logits [N, C]."
+        )
+    if likelihood is not None and likelihood.score is not None:
+        return likelihood
+    if logits.dim() != 2 or logits.size(1) < 2:
+        raise ValueError(
+            f"A softmax classifier has outputs [N, C] with at least 2 classes, got "
+            f"{tuple(logits.shape)}. Override the plugin's `forward` to return logits [N, C]; or "
+            "pass `fisher_type=bernoulli_score` for yes/no labels, gaussian_score for regression."
+        )
+    if likelihood is None:
+        if not _is_softmax(strategy, outputs, logits.detach(), targets):
+            refuse(strategy._criterion)
+        likelihood = Likelihood(ignore_index=_IGNORED)
+    if likelihood.normalized and bool((logits.detach().logsumexp(1).abs() > 1e-2).any()):
+        raise ValueError(
+            f"{_name(strategy._criterion)} takes log-probabilities, and the model's outputs are "
+            "none: their exponentials do not sum to 1. End the model in `nn.LogSoftmax(1)`, or "
+            "use `nn.CrossEntropyLoss`."
+        )
+    return likelihood
+
+
+def refuse(criterion: Any) -> NoReturn:
+    """Raise: no likelihood is certain.
+
+    Args:
+        criterion: The strategy's.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"The criterion {_name(criterion)} does not say what the model's outputs mean, so the "
+        f"Fisher of them is not known. {_REMEDY}"
+    )
+
+
+def _hands_outputs_on(strategy: Any, outputs: Any, y: Any) -> bool:
+    """Return whether a template's `criterion()` calls the criterion on the outputs and targets.
+
+    The criterion then says what the outputs mean, whatever else the template adds to the loss.
+    """
+    if not overrides(strategy, "criterion"):
+        return False
+    criterion, seen = strategy._criterion, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return criterion(*arguments)
+
+    with left_as_it_was(strategy), untouched_randomness(), torch.no_grad():
+        strategy.mb_output, strategy._criterion = outputs, watched
+        strategy.criterion()
+    return any(len(a) == 2 and a[0] is outputs and _same(a[1], y) for a in seen)
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.equal(left, right)
+    return left is right
+
+
+def _is_softmax(strategy: Any, outputs: Any, logits: Tensor, y: Any) -> bool:
+    """Return whether the criterion's gradient is c_n (softmax(o_n) - onehot(y_n)) with c_n > 0.
+
+    Then it depends on the outputs through log softmax(o_n)[y_n] alone. A callable is tried with
+    every class, a template's `criterion()` with the labels of the mini-batch.
+    """
+    N, C = logits.shape
+    by_template = overrides(strategy, "criterion")
+    criterion = strategy._criterion
+    if not inspect.isroutine(criterion):
+        criterion = copy.deepcopy(criterion)  # it may count its calls
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(2 if by_template else max(2, -(-C // N))):
+        trial = torch.randn(N, C, generator=generator).to(logits.device, dtype).requires_grad_()
+        labels = y if by_template else _labels_like(y, (torch.arange(N) + i * N) % C, C)
+        if (target := _one_hot(labels, C)) is None:
+            return False
+        with left_as_it_was(strategy), untouched_randomness(), torch.enable_grad():
+            try:
+                strategy.mb_output = with_logits(outputs, trial)
+                loss = (
+                    strategy.criterion() if by_template else criterion(strategy.mb_output, labels)
+                )
+                (gradient,) = torch.autograd.grad(loss.sum(), trial)
+            except Exception:  # whatever a user's code raises on outputs of this shape
+                return False
+        labelled = target.sum(1) > 0
+        direction = torch.where(labelled[:, None], trial.detach().softmax(1) - target, 0)
+        c = (gradient * direction).sum(1) / direction.square().sum(1).clamp(min=1e-30)
+        error = (gradient - c[:, None] * direction).abs()
+        if not bool((c[labelled] > 0).all()) or float(error.max()) > 1e-4 * float(c.max()):
+            return False
+    return True
+
+
+def _labels_like(y: Any, labels: Tensor, C: int) -> Any:
+    """Class indices in the form of y: indices [N], or one row of probabilities each."""
+    if isinstance(y, Tensor) and y.dim() == 2:
+        return F.one_hot(labels, C).to(y)
+    return labels.to(y) if isinstance(y, Tensor) else labels
+
+
+def _one_hot(labels: Any, C: int) -> Tensor | None:
+    """Rows of probabilities [N, C], of zeros for a label that is ignored; None if they are none."""
+    if not isinstance(labels, Tensor) or labels.dim() not in (1, 2):
+        return None
+    if labels.dim() == 2:
+        return labels.float() if labels.size(1) == C else None
+    known = (labels >= 0) & (labels < C)
+    if labels.is_floating_point() or bool((~known & (labels != _IGNORED)).any()):
+        return None
+    return F.one_hot(labels.long().where(known, 0), C).float() * known[:, None]
+
+
+def _is_a(criterion: Any, known: type) -> bool:
+    """Return whether it is one, and computes what that class computes."""
+    call = "forward" if issubclass(known, nn.Module) else "__call__"
+    return isinstance(criterion, known) and getattr(type(criterion), call) is getattr(known, call)
+
+
+def _name(criterion: Any) -> str:
+    return f"`{getattr(criterion, '__name__', type(criterion).__name__)}`"
+
+
+def labelled(y: Any, ignore_index: int) -> Tensor | None:
+    """Return which samples have a label that the criterion does not ignore; None: all."""
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+        return None
+    keep = y != ignore_index
+    return None if bool(keep.all()) else keep
