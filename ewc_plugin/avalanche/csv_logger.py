@@ -21,6 +21,11 @@ COLUMNS = (
     *("train_exp", "eval_exp", "accuracy", "loss", "n_samples", "stream", "task"),
 )
 UNTRAINED = -1
+# Texts that pandas reads as a missing value, and so can't be a name.
+MISSING = {
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+}
 _KEY = ("run_id", "stream", "train_exp", "eval_exp")  # no two rows of a file agree in all of them
 
 Row = dict[str, str]
@@ -30,9 +35,9 @@ class TidyCSVLogger(BaseLogger):
     """Appends a row per evaluated experience to a CSV file: the accuracy matrix R[i, j], long.
 
     The columns are those of `accuracy.csv` in our experiments, then `stream` ("test") and `task`
-    (empty where an experience has no task label, or several). `method` is the strategy's class;
-    `fisher_type` and `ewc_lambda` are those of its EWC plugin, ours or Avalanche's, or empty.
-    Numbers have full precision. The experience trained through, `train_exp`, is -1 before any
+    (empty where an experience has no task label, or several). `fisher_type` and `ewc_lambda` are
+    those of the strategy's EWC plugin, ours or Avalanche's; empty without one. Numbers have full
+    precision. The experience trained through, `train_exp`, is -1 before any
     training. What is evaluated in the middle of an experience's training is not written, since it
     belongs to no row of R: call `eval` after `train`.
 
@@ -47,13 +52,17 @@ class TidyCSVLogger(BaseLogger):
         benchmark: Names the stream's kind, such as "permuted".
         dataset: Names the data, such as "mnist".
         scenario: Whether task labels are given: "task", "domain" or "class".
+        method: Names the method, such as "naive" and "ewc" for two arms of a comparison. Default:
+            the strategy's class, which is the same with and without a plugin.
         train_exp: The experience that a resumed run had trained through, where the logger itself
             does not come out of a checkpoint.
 
     Raises:
-        ValueError: A name is empty, `seed` is no integer, or the file has other columns; or, when
-            it evaluates, the `EvaluationPlugin` has no `accuracy_metrics(experience=True)`. Without
-            `loss_metrics(experience=True)` the loss stays empty.
+        ValueError: A name is no text of one line, or reads as a missing value; `seed` or
+            `train_exp` is no integer; or the file has other columns or a row that is not theirs;
+            or, when it evaluates, the `EvaluationPlugin` has no
+            `accuracy_metrics(experience=True)`. Without `loss_metrics(experience=True)` the loss
+            stays empty.
 
     Example:
         >>> from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
@@ -74,33 +83,36 @@ class TidyCSVLogger(BaseLogger):
         benchmark: str = "unnamed",
         dataset: str = "unnamed",
         scenario: str = "unnamed",
+        method: str | None = None,
         train_exp: int = UNTRAINED,
     ) -> None:
         super().__init__()
         self.path = Path(path)
-        self.train_exp = train_exp
-        texts = {"benchmark": benchmark, "dataset": dataset, "scenario": scenario}
-        self._names = {"run_id": run_id, **texts, "seed": _checked_seed(seed)}
-        if empty := [name for name, value in self._names.items() if value == ""]:
-            raise ValueError(f"`{empty[0]}` must not be empty: it would be read as missing.")
+        self.train_exp = _checked_integer("train_exp", train_exp)
+        names = {"run_id": run_id, "benchmark": benchmark, "dataset": dataset, "scenario": scenario}
+        if method is not None:
+            names["method"] = method
+        self._names: dict[str, Any] = {n: _checked_name(n, text) for n, text in names.items()}
+        self._names["seed"] = _checked_integer("seed", seed)
         self._in_training = False
-        self._written: dict[tuple[str, ...], Row] | None = None  # of this run; None: look
+        # Rows of this run by key; None until the file has been read.
+        self._written: dict[tuple[str, ...], Row] | None = None
         if self.path.exists():
             _read(self.path)  # a wrong file is refused before hours of training
 
     def before_training_exp(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
-        """From here on an evaluation belongs to no row of R."""
+        """Ignore evaluations until the experience has been trained: they belong to no row of R."""
         self._in_training = True
 
     def after_training_exp(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
-        """Until here; the rows to come are those of this experience."""
+        """Write the evaluations to come as those after this experience."""
         self._in_training = False
         self.train_exp = strategy.experience.current_experience
 
     def after_eval_exp(
         self, strategy: Any, metric_values: Iterable[MetricValue], **kwargs: Any
     ) -> None:
-        """Writes the experience's row."""
+        """Write the experience's row."""
         if self._in_training:
             return
         found = {metric.name.split("/")[0]: metric.value for metric in metric_values}
@@ -111,8 +123,8 @@ class TidyCSVLogger(BaseLogger):
             )
         experience = strategy.experience
         values = {
-            **self._names,
             **_method_of(strategy),
+            **self._names,
             "train_exp": self.train_exp,
             "eval_exp": experience.current_experience,
             "accuracy": float(found["Top1_Acc_Exp"]),
@@ -156,10 +168,19 @@ def _name(score: Any) -> str | None:
     return None if score is None else getattr(score, "__name__", type(score).__name__)
 
 
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, Integral):
-        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
-    return int(seed)
+def _checked_name(argument: str, name: Any) -> str:
+    if not isinstance(name, str) or not name.isprintable() or name.strip() in MISSING:
+        raise ValueError(
+            f"`{argument}` must be a text of one line that no reader of CSV files takes for a "
+            f"missing value, got {name!r}."
+        )
+    return name
+
+
+def _checked_integer(argument: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"`{argument}` must be an integer, got {value!r}.")
+    return int(value)
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -171,7 +192,7 @@ def _writer(file: Any) -> csv.DictWriter[str]:
 
 
 def _read(path: Path) -> list[Row]:
-    """The complete rows of a file."""
+    """Return the complete rows of a file."""
     with path.open(encoding="utf-8", newline="") as file:
         text = file.read()
     lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
@@ -180,11 +201,18 @@ def _read(path: Path) -> list[Row]:
             f"`path` must be a new file or one of `TidyCSVLogger`, got {path}, which has other "
             "columns. Choose another name."
         )
-    return list(lines)
+    rows = list(lines)
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"`path` must be a file of `TidyCSVLogger`, got {path}, whose row {number} does "
+                f"not have {len(COLUMNS)} cells. Mend the row, or choose another name."
+            )
+    return rows
 
 
 def _replace(path: Path, rows: list[Row]) -> None:
-    """By rename, so that a kill leaves the old file or the new one."""
+    """Write the file anew by rename, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:

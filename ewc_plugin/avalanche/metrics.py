@@ -15,7 +15,7 @@ from ewc_plugin.avalanche.plugin import DiagonalEWCPlugin
 
 
 class _EpochMean(PluginMetric[float]):
-    """The mean over an epoch's training samples of a number that the plugin has."""
+    """Mean over an epoch's training samples of one of the plugin's numbers."""
 
     def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], Tensor | None]) -> None:
         super().__init__()
@@ -32,20 +32,21 @@ class _EpochMean(PluginMetric[float]):
         self.reset()
 
     def after_training_iteration(self, strategy: Any) -> None:
-        value = self._read(ewc_plugin_of(strategy))
-        n = len(strategy.mb_y)
-        self._total += n * (0.0 if value is None else float(value))
-        self._n += n
+        plugin = ewc_plugin_of(strategy)
+        if plugin is not None:
+            value, n = self._read(plugin), len(strategy.mb_y)
+            self._total += n * (0.0 if value is None else float(value))
+            self._n += n
 
     def after_training_epoch(self, strategy: Any) -> list[MetricValue]:
-        return [_value(self, strategy, self.result(), add_experience=False)]
+        return _values(self, strategy, self.result(), add_experience=False)
 
     def __str__(self) -> str:
         return self._name
 
 
 class _AfterExperience(PluginMetric[float]):
-    """A number that the plugin has once an experience's Fisher is known."""
+    """One of the plugin's numbers after an experience's Fisher has been computed."""
 
     def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], float]) -> None:
         super().__init__()
@@ -59,19 +60,21 @@ class _AfterExperience(PluginMetric[float]):
         return self._last
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
-        self._last = self._read(ewc_plugin_of(strategy))
-        return [_value(self, strategy, self._last, add_experience=True)]
+        plugin = ewc_plugin_of(strategy)
+        if plugin is not None:
+            self._last = self._read(plugin)
+        return _values(self, strategy, self._last, add_experience=True)
 
     def __str__(self) -> str:
         return self._name
 
 
 def ewc_metrics(*, epoch: bool = True, experience: bool = True) -> list[PluginMetric[float]]:
-    """Metrics of a strategy that has a `DiagonalEWCPlugin`.
+    """Return metrics of a strategy's `DiagonalEWCPlugin`; without one they have no values.
 
-    Pass them to `EvaluationPlugin`. The TensorBoard and W&B loggers show them, and the interactive
-    and text loggers, which print with the next epoch or evaluation; Avalanche's `CSVLogger` writes
-    fixed columns and has no place for them.
+    Pass them to `EvaluationPlugin`, the same in every arm of a comparison. The TensorBoard and W&B
+    loggers show them, and the interactive and text loggers, which print with the next epoch or
+    evaluation; Avalanche's `CSVLogger` writes fixed columns and has no place for them.
 
     Args:
         epoch: EWC_Penalty (ewc_lambda times the penalty) and EWC_TaskLoss (without it), means over
@@ -126,26 +129,16 @@ def share_holding(fisher: dict[str, Tensor], fraction: float) -> float:
     return float((largest_first < needed).sum() + 1) / len(flat)
 
 
-def ewc_plugin_of(strategy: Any) -> DiagonalEWCPlugin:
-    """The strategy's EWC plugin.
-
-    Args:
-        strategy: Any Avalanche strategy.
-
-    Returns:
-        The first of its plugins that is one.
-
-    Raises:
-        ValueError: It has none.
-    """
-    for plugin in strategy.plugins:
-        if isinstance(plugin, DiagonalEWCPlugin):
-            return plugin
-    raise ValueError("`ewc_metrics` need a strategy with a `DiagonalEWCPlugin` among its plugins.")
+def ewc_plugin_of(strategy: Any) -> DiagonalEWCPlugin | None:
+    """Return the first `DiagonalEWCPlugin` among the strategy's plugins, or None."""
+    return next((p for p in strategy.plugins if isinstance(p, DiagonalEWCPlugin)), None)
 
 
-def _value(
+def _values(
     metric: PluginMetric[float], strategy: Any, value: float, *, add_experience: bool
-) -> MetricValue:
+) -> list[MetricValue]:
+    """Return the value as Avalanche's loggers take it; nothing without a plugin."""
+    if ewc_plugin_of(strategy) is None:
+        return []
     name = get_metric_name(metric, strategy, add_experience=add_experience, add_task=False)
-    return MetricValue(metric, name, value, strategy.clock.train_iterations)
+    return [MetricValue(metric, name, value, strategy.clock.train_iterations)]

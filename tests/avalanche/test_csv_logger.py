@@ -1,6 +1,7 @@
 """The logger that any Avalanche user can have: what its file holds, also after a kill."""
 
 import csv
+import io
 import pickle
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
 
-from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, TidyCSVLogger, gaussian_score
+from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, TidyCSVLogger, ewc_metrics, gaussian_score
 from experiments.results import schemas, tables
 from experiments.results.store import Store
 from support.paths import ROOT
@@ -204,10 +206,66 @@ def test_files_and_names_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`path` must be a new file or .*accuracy.csv, which has"):
         TidyCSVLogger(path, "a", seed=0)
     assert path.read_text() == "run_id,accuracy\na,1\n"
-    with pytest.raises(ValueError, match="`run_id` must not be empty"):
-        TidyCSVLogger(tmp_path / "new.csv", "", seed=0)
-    with pytest.raises(ValueError, match="`seed` must be an integer, got None"):
-        TidyCSVLogger(tmp_path / "new.csv", "a", seed=None)
+
+
+BAD_NAMES = ["", " ", "NA", "nan", "None", "a\rb", "a\nb", "a\tb", "\ud800", None, 7, b"a", True]
+
+
+@pytest.mark.parametrize("name", ["run_id", "benchmark", "dataset", "scenario", "method"])
+@pytest.mark.parametrize("value", BAD_NAMES, ids=repr)
+def test_a_name_that_would_not_come_back_is_refused(tmp_path, name, value):
+    if name == "method" and value is None:
+        return  # the default
+    arguments = {"run_id": "a", "seed": 0, name: value}
+    with pytest.raises(ValueError, match=f"`{name}` must be a text of one line"):
+        TidyCSVLogger(tmp_path / "new.csv", **arguments)
+
+
+@pytest.mark.parametrize("name", ["seed", "train_exp"])
+@pytest.mark.parametrize("value", [None, "x", 1.5, True], ids=repr)
+def test_a_number_that_is_no_integer_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer, got "):
+        TidyCSVLogger(tmp_path / "new.csv", "a", **{"seed": 0, name: value})
+
+
+@pytest.mark.parametrize("name", ["a,b", 'a"b', "a'b", "ä λ", "=1+1", "a;b"])
+def test_every_name_of_one_line_comes_back(tmp_path, name):
+    logger = TidyCSVLogger(tmp_path / "accuracy.csv", name, seed=0, method=name)
+    strategy(mlp(), evaluator=evaluator(logger)).eval(benchmark().test_stream)
+    table = pd.read_csv(tmp_path / "accuracy.csv")
+    assert set(table["run_id"]) == set(table["method"]) == {name}
+
+
+@pytest.mark.parametrize("change", [lambda row: row + ",more", lambda row: row[: row.rindex(",")]])
+def test_a_row_of_other_cells_is_refused_and_left_alone(tmp_path, change):
+    path = tmp_path / "accuracy.csv"
+    logged(path).eval(benchmark().test_stream)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], change(lines[2])]) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="whose row 2 does not have 15 cells"):
+        logged(path)
+    assert path.read_bytes() == before
+
+
+def test_every_arm_of_a_comparison_has_its_own_method(tmp_path):
+    path, bench = tmp_path / "accuracy.csv", benchmark()
+    for method, plugins in (("naive", []), ("ewc", [DiagonalEWCPlugin(2)])):
+        logger = TidyCSVLogger(path, method, seed=0, method=method)
+        metrics = EvaluationPlugin(
+            accuracy_metrics(experience=True),
+            *ewc_metrics(),
+            loggers=[logger, TextLogger(io.StringIO())],
+        )
+        learner = strategy(mlp(), *plugins, evaluator=metrics)
+        train(learner, bench.train_stream)
+        learner.eval(bench.test_stream)
+        ours = [name for name in metrics.get_last_metrics() if name.startswith("EWC_")]
+        assert bool(ours) is bool(plugins)
+    table = tables.load(tmp_path)["accuracy"]
+    arms = table.groupby("method")[["fisher_type", "ewc_lambda"]].first()
+    assert arms.loc["ewc"].tolist() == ["predicted", 2.0]
+    assert arms.loc["naive"].isna().all()
 
 
 def test_without_the_accuracy_there_is_nothing_to_write(tmp_path):
