@@ -1,207 +1,216 @@
-"""Value and gradient of the folded penalty: through autograd, or straight into `.grad`."""
+"""Value and gradient of the penalty: through autograd, or straight into `.grad`.
+
+Without the constants, the value is sum S e^2 and its gradient 2 S e, with e = theta - anchor +
+offset. Large parameters on a CPU go in blocks that fit its cache, because memory traffic is what
+limits this arithmetic; the others go together, operation by operation.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from ewc_plugin.penalty.quadratic import Quadratic, compute_dtype
+from ewc_plugin.penalty.quadratic import Quadratic, as_real, compute_dtype
 
-Pair = tuple[nn.Parameter, Quadratic]
+Pair = tuple[Tensor, Quadratic]
+"""A parameter and its part of the penalty, in the same shape."""
 
-BLOCK = 1 << 19  # elements at a time on a CPU: intermediate results stay in its cache
+BLOCK = 1 << 17  # entries that go through the cache together
+_LARGE = 1 << 14  # entries; below, calls cost more than memory traffic
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """Computes value and gradient in one go; autograd's own graph would take several times as long.
+    """Maps quadratics, and then their parameters, to the value without the constants.
 
-    `forward` takes the quadratics and then their parameters; it leaves the constants out.
+    The backward pass is differentiable too, so that second derivatives include 2 S.
     """
 
     @staticmethod
-    def forward(ctx: Any, quadratics: list[Quadratic], *thetas: Tensor) -> Tensor:
-        """The value sum d (S d + 2 B)."""
-        value, ctx.half_gradients = value_and_half_gradients(list(thetas), quadratics)
-        ctx.dtypes = [t.dtype for t in thetas]
-        return value
+    def forward(ctx: Any, quadratics: Sequence[Quadratic], *thetas: Tensor) -> Tensor:
+        """Sum of S e^2."""
+        ctx.quadratics = quadratics
+        ctx.save_for_backward(*thetas)
+        return value(list(zip(thetas, quadratics, strict=True)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """2 (S d + B) for each parameter."""
-        gradients = torch._foreach_mul(ctx.half_gradients, 2 * grad_output)
-        return (None, *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)))
+        """2 S e for each parameter; None for one at rest, unless a graph is made."""
+        pairs = list(enumerate(zip(ctx.saved_tensors, ctx.quadratics, strict=True)))
+        if not torch.is_grad_enabled():
+            pairs = [(i, (theta, q)) for i, (theta, q) in pairs if not q.is_at_rest(theta)]
+        gradients: list[Tensor | None] = [None] * len(ctx.quadratics)
+        halves = _products(*_distances([pair for _, pair in pairs]))
+        for (i, (theta, _)), half in zip(pairs, halves, strict=True):
+            gradients[i] = _rounded(2 * grad_output.to(half.device) * half, theta)
+        return None, *gradients
 
 
-def value_and_half_gradients(
-    thetas: list[Tensor], quadratics: list[Quadratic]
-) -> tuple[Tensor, list[Tensor]]:
-    """The value sum d (S d + 2 B), without the constants, and S d + B for each parameter."""
-    loaded = [q.loaded(t) for t, q in zip(thetas, quadratics, strict=True)]
-    d = torch._foreach_sub([t.detach() for t in thetas], [a for _, _, a in loaded])
-    halves = torch._foreach_mul(d, [S for S, _, _ in loaded])
-    offsets = [(i, B) for i, (_, B, _) in enumerate(loaded) if B is not None]
+def traceable_value(pairs: Sequence[Pair]) -> Tensor:
+    """The value in plain operations, which `torch.compile` and `torch.func` can trace."""
     values = []
-    if offsets:
-        torch._foreach_add_([halves[i] for i, _ in offsets], [B for _, B in offsets])
-        values = [torch.dot(d[i].flatten(), B.flatten()) for i, B in offsets]
-    values += [torch.dot(x.flatten(), y.flatten()) for x, y in zip(d, halves, strict=True)]
-    return torch.stack(values).sum(), list(halves)
+    for theta, q in pairs:
+        S, offset, anchor = q.loaded(theta)
+        e = as_real(theta) - anchor
+        e = e if offset is None else e + offset
+        values.append((S * e * e).sum())
+    return _total(values)
 
 
-class GradientAdder:
-    """Adds scale * gradient to `.grad` and sums the value up.
+@torch.no_grad()
+def value(pairs: Sequence[Pair]) -> Tensor:
+    """The value, without the constants and without a graph."""
+    values = []
+    together = []
+    for theta, q in pairs:
+        if goes_in_blocks(theta, q):
+            values += [torch.dot(S, e.square_()) for e, S in blocks(theta, q)]
+        else:
+            together.append((theta, q))
+    distances, weights = _distances(together)
+    return _total(values + _dots(distances, _products(distances, weights)))
 
-    What limits it is memory traffic and, for small parameters, the calls. So large parameters go in
-    blocks that fit a CPU's cache, small ones side by side in memory of their own, both through
-    scratch memory that is kept: a new one in every step costs page faults.
+
+@torch.no_grad()
+def add_gradients_(pairs: Sequence[Pair], scale: float) -> Tensor:
+    """Add scale * gradient to each parameter's `.grad`.
+
+    Args:
+        pairs: Parameters and their quadratics. One that needs no gradient counts in the value.
+        scale: The lambda.
+
+    Returns:
+        The value sum S e^2, without the constants.
     """
-
-    def __init__(self) -> None:
-        self._pairs: list[Pair] = []
-        self._sides: list[SideBySide] = []
-        self._large: list[Pair] = []
-        self._others: list[Pair] = []
-        self._scratch = torch.empty(0)  # [2, BLOCK]
-
-    def __call__(self, pairs: list[Pair], scale: float) -> Tensor:
-        """Adds to the gradients; returns sum d (S d + 2 B), without the constants."""
-        if pairs is not self._pairs or not all(side.is_current for side in self._sides):
-            self._arrange(pairs)
-        values: list[Tensor] = []
-        for side in self._sides:
-            value, halves = side()
-            _add(side.pairs, halves, scale)
-            values.append(value)
-        others = list(self._others)
-        for parameter, q in self._large:
-            if _goes_in_blocks(parameter, q):
-                values += self._add_blocks(parameter, q, scale)
-            else:
-                others.append((parameter, q))
-        if others:
-            value, halves = value_and_half_gradients([p for p, _ in others], [q for _, q in others])
-            _add(others, halves, scale)
-            values.append(value)
-        return torch.stack(values).sum() if len(values) > 1 else values[0]
-
-    def _arrange(self, pairs: list[Pair]) -> None:
-        self._pairs, self._large, self._others = pairs, [], []
-        groups: dict[torch.dtype, list[list[Pair]]] = {}
-        for pair in pairs:
-            parameter = pair[0]
-            if not _is_plain(*pair):
-                self._others.append(pair)
-            elif parameter.numel() > BLOCK // 2:
-                self._large.append(pair)
-            else:
-                rooms = groups.setdefault(parameter.dtype, [[]])
-                if sum(p.numel() for p, _ in rooms[-1]) + parameter.numel() > BLOCK:
-                    rooms.append([])
-                rooms[-1].append(pair)
-        self._sides = [SideBySide(room) for rooms in groups.values() for room in rooms]
-
-    def _add_blocks(self, parameter: nn.Parameter, q: Quadratic, scale: float) -> list[Tensor]:
-        if self._scratch.dtype != parameter.dtype or not len(self._scratch):
-            self._scratch = torch.empty(2, BLOCK, dtype=parameter.dtype)
-        assert parameter.grad is not None
-        columns = [parameter.detach(), parameter.grad, q.fisher, q.anchor]
-        if q.offset is not None:
-            columns.append(q.offset)
-        values = []
-        for theta, grad, S, anchor, *rest in zip(
-            *(c.view(-1).split(BLOCK) for c in columns), strict=True
-        ):
-            d, half = self._scratch[:, : len(theta)].unbind()
-            torch.sub(theta, anchor, out=d)
-            if rest:
-                torch.addcmul(rest[0], S, d, out=half)
-                grad.add_(half, alpha=2 * scale)
-                values += [torch.dot(d, half), torch.dot(d, rest[0])]
-            else:
-                grad.addcmul_(S, d, value=2 * scale)
-                values.append(torch.dot(S, d.square_()))
-        return values
+    values = []
+    together = []
+    for theta, q in pairs:
+        if not theta.requires_grad or not _make_dense_gradient(theta, q):
+            values.append(value([(theta, q)]))
+        elif goes_in_blocks(theta, q, theta.grad):
+            for e, S, grad in blocks(theta, q, theta.grad):
+                grad.addcmul_(S, e, value=2 * scale)
+                values.append(torch.dot(S, e.square_()))
+        else:
+            together.append((theta, q))
+    distances, weights = _distances(together)
+    halves = _products(distances, weights)
+    values += _dots(distances, halves)
+    _add([theta for theta, _ in together], halves, 2 * scale)
+    return _total(values)
 
 
-class SideBySide:
-    """Parameters whose S, B and anchors lie side by side, so that an operation is called once.
+def _make_dense_gradient(theta: Tensor, q: Quadratic) -> bool:
+    """Make `.grad` a dense tensor, unless the parameter is at rest and has none.
 
-    The quadratics' own tensors become views of that memory.
+    A gradient of zeros would not be the same as none: Adam would move the parameter by its old
+    momentum, and weight decay would shrink it.
+
+    Args:
+        theta: The parameter.
+        q: Its quadratic.
+
+    Returns:
+        Whether there is a `.grad` to add to.
     """
-
-    def __init__(self, pairs: list[Pair]) -> None:
-        self.pairs = pairs
-        quadratics = [q for _, q in pairs]
-        self._fisher = torch.cat([q.fisher.view(-1) for q in quadratics])
-        self._anchor = torch.cat([q.anchor.view(-1) for q in quadratics])
-        self._offset: Tensor | None = None
-        if any(q.offset is not None for q in quadratics):
-            offsets = [
-                torch.zeros_like(q.fisher) if q.offset is None else q.offset for q in quadratics
-            ]
-            self._offset = torch.cat([B.view(-1) for B in offsets])
-        for i, q in enumerate(quadratics):
-            q.fisher, q.anchor = self._views(self._fisher)[i], self._views(self._anchor)[i]
-            if self._offset is not None and q.offset is not None:
-                q.offset = self._views(self._offset)[i]
-        self._d, self._half = torch.empty(2, len(self._fisher), dtype=self._fisher.dtype)
-        self._d_views, self._half_views = self._views(self._d), self._views(self._half)
-        self._state = self._tensors()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the quadratics are what they were when they were put here."""
-        return all(a is b for a, b in zip(self._state, self._tensors(), strict=True))
-
-    def __call__(self) -> tuple[Tensor, list[Tensor]]:
-        """The value sum d (S d + 2 B), and S d + B for each parameter until the next call."""
-        torch._foreach_copy_(self._d_views, [p for p, _ in self.pairs])
-        d, half, offset = self._d.sub_(self._anchor), self._half, self._offset
-        if offset is None:
-            torch.mul(self._fisher, d, out=half)
-            return torch.dot(d, half), self._half_views
-        torch.addcmul(offset, self._fisher, d, out=half)
-        return torch.dot(d, half) + torch.dot(d, offset), self._half_views
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([p.numel() for p, _ in self.pairs])
-        return [part.view(p.shape) for part, (p, _) in zip(parts, self.pairs, strict=True)]
-
-    def _tensors(self) -> list[Tensor | None]:
-        return [t for _, q in self.pairs for t in (q.fisher, q.offset, q.anchor)]
+    if theta.grad is None:
+        if q.is_at_rest(theta):
+            return False
+        theta.grad = torch.zeros_like(theta)
+    elif theta.grad.layout is not torch.strided:
+        theta.grad = theta.grad.to_dense()  # the penalty moves all rows of an embedding
+    return True
 
 
-def _is_plain(parameter: nn.Parameter, q: Quadratic) -> bool:
-    """Whether it can be computed with in place, on a CPU."""
-    return parameter.device.type == "cpu" and all(
-        t.is_contiguous() and t.device == parameter.device and t.dtype == compute_dtype(parameter)
-        for t in (parameter, *q.tensors)
+def goes_in_blocks(theta: Tensor, q: Quadratic, *more: Tensor | None) -> bool:
+    """Whether it is large, on a CPU, and all tensors are contiguous and of one type."""
+    return theta.numel() > _LARGE and all(
+        t is not None
+        and t.device.type == "cpu"
+        and t.dtype == compute_dtype(theta)
+        and t.is_contiguous()
+        for t in (theta, *q.tensors, *more)
     )
 
 
-def _goes_in_blocks(parameter: nn.Parameter, q: Quadratic) -> bool:
-    grad = parameter.grad
-    if not parameter.requires_grad or grad is None or grad.layout is not torch.strided:
-        return False
-    return grad.is_contiguous() and grad.dtype == parameter.dtype and _is_plain(parameter, q)
+def blocks(theta: Tensor, q: Quadratic, *more: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield e, S and the same piece of `more`, block by block. The memory of e is used again."""
+    scratch = torch.empty(min(BLOCK, theta.numel()), dtype=theta.dtype)
+    operands = [theta.detach(), q.anchor, q.fisher, *more]
+    if q.offset is not None:
+        operands.append(q.offset)
+    pieces = zip(*(t.view(-1).split(BLOCK) for t in operands if t is not None), strict=True)
+    for x, anchor, S, *rest in pieces:
+        e = torch.sub(x, anchor, out=scratch if len(x) == len(scratch) else scratch[: len(x)])
+        if q.offset is not None:
+            e.add_(rest.pop())
+        yield e, S, *rest
 
 
-def _add(pairs: list[Pair], halves: list[Tensor], scale: float) -> None:
-    """Adds 2 scale (S d + B) to the gradients."""
-    grads, added = [], []
-    for (parameter, q), half in zip(pairs, halves, strict=True):
-        grad = parameter.grad
-        if not parameter.requires_grad or (grad is None and q.is_at_rest(parameter)):
-            continue
-        if grad is not None and grad.layout is torch.strided:
-            grads.append(grad)
-            added.append(half)
-            continue
-        gradient = (2 * scale * half).to(parameter.dtype)
-        parameter.grad = gradient if grad is None else grad + gradient
-    if grads:
-        torch._foreach_add_(grads, added, alpha=2 * scale)
+def _distances(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return e and S of each parameter; e is differentiable in the parameter."""
+    if not pairs:
+        return [], []
+    loaded = [q.loaded(theta) for theta, q in pairs]
+    thetas = [
+        as_real(theta).to(S.dtype) for (theta, _), (S, _, _) in zip(pairs, loaded, strict=True)
+    ]
+    e = list(torch._foreach_sub(thetas, [anchor for _, _, anchor in loaded]))
+    moved = [(i, offset) for i, (_, offset, _) in enumerate(loaded) if offset is not None]
+    if moved:
+        sums = torch._foreach_add([e[i] for i, _ in moved], [offset for _, offset in moved])
+        for (i, _), total in zip(moved, sums, strict=True):
+            e[i] = total
+    return e, [S for S, _, _ in loaded]
+
+
+def _products(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_mul(first, second)) if first else []
+
+
+def _dots(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.dot(x.flatten(), y.flatten()) for x, y in zip(first, second, strict=True)]
+
+
+def _total(values: list[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.stack([v.to(values[0].device) for v in values]).sum()
+
+
+def _add(thetas: Sequence[Tensor], halves: Sequence[Tensor], factor: float) -> None:
+    """Add factor * half to `.grad`, rounded once."""
+    grads = [as_real(theta.grad) for theta in thetas if theta.grad is not None]
+    if not grads:
+        return
+    if any(grad.dtype == torch.float16 for grad in grads):
+        for grad, half in zip(grads, halves, strict=True):
+            grad.copy_(_rounded(grad + factor * half, grad))
+    else:
+        torch._foreach_add_(grads, list(halves), alpha=factor)
+
+
+def _rounded(gradient: Tensor, theta: Tensor) -> Tensor:
+    """Convert a gradient to the parameter's type.
+
+    Args:
+        gradient: In the type in which it was computed; real parts [..., 2] of a complex one.
+        theta: The parameter, or its `.grad`.
+
+    Returns:
+        The gradient in the type of `theta`.
+
+    Raises:
+        OverflowError: A number is finite, but not in float16.
+    """
+    if theta.is_complex() and not gradient.is_complex():
+        gradient = torch.view_as_complex(gradient.contiguous())
+    result = gradient.to(theta.dtype)
+    if result.dtype == torch.float16 and bool((result.isinf() & gradient.isfinite()).any()):
+        raise OverflowError(
+            f"The penalty's gradient reaches {float(gradient.detach().abs().max()):.3g}, more than "
+            "float16 can hold (65504): use a smaller `ewc_lambda`, or bfloat16 or float32 weights."
+        )
+    return result

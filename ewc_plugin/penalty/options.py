@@ -1,4 +1,4 @@
-"""What the penalty can be told, checked at the edge."""
+"""The penalty's options, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ class Normalization(str, Enum):
 
 
 def normalizer(normalization: Normalization, fisher: Iterable[Tensor]) -> float:
-    """The number that `normalization` divides F by; 1 where F is zero everywhere."""
+    """The number that `normalization` divides F by, in float64; 1 where F is zero everywhere."""
     tensors = [f for f in fisher if f.numel()]
     statistic = _STATISTIC[normalization](tensors) if tensors else 0.0
+    if not math.isfinite(statistic):
+        raise ValueError(
+            f"`normalize={normalization.value!r}` cannot be applied: the sum of `fisher` overflows "
+            "float64. Scale F down first."
+        )
     return statistic or 1.0
 
 
@@ -55,7 +60,7 @@ E_ = TypeVar("E_", bound=Enum)
 
 
 def parsed(kind: type[E_], argument: str, value: E_ | str) -> E_:
-    """Looks an option up by its value.
+    """Look an option up by its value.
 
     Args:
         kind: The enum of the allowed values.
@@ -79,14 +84,14 @@ def checked_decay(mode: Mode, decay_factor: float | None) -> float | None:
     """The decay factor, which `online` needs and `separate` does not take.
 
     Args:
-        mode: The penalty's.
-        decay_factor: What the caller gave.
+        mode: Of the penalty.
+        decay_factor: The argument.
 
     Returns:
-        The same.
+        The argument.
 
     Raises:
-        ValueError: It does not fit the mode, or is negative or not finite.
+        ValueError: It does not fit the mode, or is not between 0 and 1.
     """
     if mode is Mode.SEPARATE:
         if decay_factor is not None:
@@ -97,40 +102,96 @@ def checked_decay(mode: Mode, decay_factor: float | None) -> float | None:
         return None
     if decay_factor is None:
         raise ValueError("`decay_factor` must be set with mode='online'; 1.0 forgets nothing.")
-    return checked_non_negative("decay_factor", decay_factor)
+    if checked_non_negative("decay_factor", decay_factor) > 1:
+        raise ValueError(
+            f"`decay_factor` must be at most 1, got {decay_factor}: above, the weight of the past "
+            "would grow without bound."
+        )
+    return float(decay_factor)
+
+
+LARGEST_SCALE = 1e38  # twice that is the largest number of float32 that gradients are scaled by
 
 
 def checked_non_negative(argument: str, value: float) -> float:
-    """`value`, if it is a finite number >= 0.
+    """A finite number from 0 to 1e38, so that twice the number fits float32.
 
     Args:
         argument: Its name, for the message.
-        value: What the caller gave.
+        value: The argument.
 
     Returns:
-        The same.
+        The argument as a float.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is no such number.
     """
-    if not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
+        raise ValueError(f"`{argument}` must be a number >= 0, got {value!r}.")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"`{argument}` must be finite and >= 0, got {value}.")
-    return float(value)
+    if number > LARGEST_SCALE:
+        raise ValueError(
+            f"`{argument}` must be at most {LARGEST_SCALE:g}, got {value}: more overflows float32."
+        )
+    return number
 
 
 def checked_positive(argument: str, value: int) -> int:
-    """`value`, if it is an integer >= 1.
+    """An integer >= 1.
 
     Args:
         argument: Its name, for the message.
-        value: What the caller gave.
+        value: The argument.
 
     Returns:
-        The same.
+        The argument.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is no such integer.
     """
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{argument}` must be an integer >= 1, got {value!r}.")
     return value
+
+
+STORAGE_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # with float32's range, signed
+
+
+def checked_storage(
+    dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """Type and device that the penalty can keep its tensors in.
+
+    Args:
+        dtype: `storage_dtype`. A type of smaller range would turn small F into 0 and large into
+            infinity.
+        device: `storage_device`.
+
+    Returns:
+        Both; the device as a `torch.device`.
+
+    Raises:
+        ValueError: The type is not one of `STORAGE_TYPES`, or the device cannot hold a tensor.
+    """
+    if dtype is not None and dtype not in STORAGE_TYPES:
+        allowed = ", ".join(map(str, STORAGE_TYPES))
+        raise ValueError(
+            f"`storage_dtype` must be None or one of {allowed}, got {dtype!r}: other types do not "
+            "have the range of float32, so that a Fisher would become 0 or infinite."
+        )
+    if device is None:
+        return dtype, None
+    try:
+        checked_device = torch.device(device)
+        works = float(torch.ones(1, device=checked_device)) == 1
+        reason = "it does not keep numbers"
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        works, reason = False, str(error).strip().splitlines()[0]
+    if not works:
+        raise ValueError(
+            f"`storage_device` is {device!r}, which cannot hold a tensor here ({reason}). Use "
+            "'cpu', a device that is there, or None for that of each parameter."
+        )
+    return dtype, checked_device

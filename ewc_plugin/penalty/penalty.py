@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ewc_plugin.penalty.gradient import GradientAdder, Pair, PenaltyFunction
-from ewc_plugin.penalty.options import Mode, Normalization, checked_decay, normalizer, parsed
-from ewc_plugin.penalty.parameters import Structure, canonical_names, canonical_parameters
-from ewc_plugin.penalty.quadratic import Quadratic, Storage
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """One experience, with `keep_history`.
-
-    Attributes:
-        fisher: F as it was folded in (normalised, if so asked), by canonical parameter name.
-        anchor: theta*, likewise.
-    """
-
-    fisher: dict[str, Tensor]
-    anchor: dict[str, Tensor]
+from ewc_plugin.penalty.gradient import (
+    Pair,
+    PenaltyFunction,
+    add_gradients_,
+    traceable_value,
+    value,
+)
+from ewc_plugin.penalty.options import (
+    Mode,
+    Normalization,
+    checked_decay,
+    checked_non_negative,
+    checked_storage,
+    normalizer,
+    parsed,
+)
+from ewc_plugin.penalty.parameters import ModelFingerprint, canonical_names, canonical_parameters
+from ewc_plugin.penalty.quadratic import Quadratic, Storage, as_real
+from ewc_plugin.penalty.state import Remembered, loaded_state
 
 
 class QuadraticPenalty:
@@ -48,16 +49,16 @@ class QuadraticPenalty:
         normalize: "mean", "trace" or "max" of each experience's F, over all its parameters, to
             divide it by: a lambda then means the same across models, data and Fisher types.
         keep_history: Also keep every experience's F and theta*; memory then grows by 2 P each.
-        storage_dtype: Of the folded F and its offset, for example torch.bfloat16 (then off by up
-            to 0.4 % per experience). The anchor keeps the parameters' precision.
-        storage_device: Where the state is kept, for example "cpu"; it is copied in every step.
+        storage_dtype: Type of the folded F and of the offset: torch.bfloat16 (then off by up to
+            0.4 % per experience), float32 or float64. The anchor keeps the parameters' precision.
+        storage_device: Device of the state, for example "cpu"; it is copied in every step.
 
     Raises:
-        ValueError: An argument is not one of these.
+        ValueError: An argument is out of its range, or the device cannot be used.
 
     Attributes:
-        n_experiences: How many were folded in.
-        history: One `Remembered` each, with `keep_history`.
+        n_experiences: Number of experiences that were folded in.
+        history: With `keep_history`, a `Remembered` for each experience.
 
     Source: Kirkpatrick et al. 2017 (the penalty); Huszar 2017 (one quadratic); Schwarz et al. 2018
     (online).
@@ -87,17 +88,20 @@ class QuadraticPenalty:
         self.normalize = (
             None if normalize is None else parsed(Normalization, "normalize", normalize)
         )
+        if not isinstance(keep_history, bool):
+            raise ValueError(f"`keep_history` must be True or False, got {keep_history!r}.")
         self.keep_history = keep_history
-        self.storage = Storage(storage_dtype, storage_device)
+        self.storage = Storage(*checked_storage(storage_dtype, storage_device))
         self.n_experiences = 0
         self.history: list[Remembered] = []
         self._quadratics: dict[str, Quadratic] = {}
-        self._add_gradient = GradientAdder()
-        self._seen: Structure | None = None
-        self._pairs: list[Pair] = []
+        self._fingerprint: ModelFingerprint | None = None
+        self._pairs: list[Pair] = []  # of the model that the fingerprint is of
 
     def consolidate(self, model: nn.Module, fisher: Mapping[str, Tensor]) -> None:
-        """Remembers the model's parameters as theta*, with `fisher` as their weights.
+        """Remember the model's parameters as theta*, with `fisher` as their weights.
+
+        Everything is copied. If an error is raised, the penalty is as it was.
 
         Args:
             model: As it is at the end of an experience.
@@ -105,69 +109,89 @@ class QuadraticPenalty:
                 (a frozen one) is given no new weight.
 
         Raises:
-            ValueError: An entry's name or shape is not the model's, or it is negative or not
-                finite; or a parameter that is remembered is gone or has shrunk.
+            ValueError: An entry's name, shape or type is not the model's, or it is negative or not
+                finite; a weight is not finite; F overflows in the type in which it is kept; or a
+                parameter that is remembered is gone or has shrunk.
         """
         parameters = canonical_parameters(model)
         new = _checked_fisher(model, fisher)
-        self.pairs(model)
         if not any(bool(f.any()) for f in new.values()):
             warnings.warn(
                 "The Fisher is zero everywhere: nothing of this experience is protected. A model "
                 "that is certain of every label has no PREDICTED Fisher; try fisher_type='exact'.",
                 stacklevel=2,
             )
-        if self.normalize is not None:
-            divisor = normalizer(self.normalize, new.values())
-            new = {name: f / divisor for name, f in new.items()}
+        divisor = 1.0 if self.normalize is None else normalizer(self.normalize, new.values())
+        quadratics, kept = {}, {}
+        past = self._matched(parameters)
         for name, parameter in parameters.items():
-            self._fold(name, parameter, new.get(name))
+            F = new.get(name)
+            if F is not None:
+                scaled = F if divisor == 1 else F.double() / divisor
+                F = self.storage.put(scaled, parameter).clone()
+                kept[name] = F
+            quadratic = self._folded(past.get(name), parameter, F)
+            if quadratic is None:
+                continue
+            if not quadratic.is_finite:
+                raise ValueError(_overflow(name, parameter, quadratic))
+            quadratics[name] = quadratic
         if self.keep_history:
             anchor = {name: p.detach().clone() for name, p in parameters.items()}
-            self.history.append(Remembered(new, anchor))
+            self.history.append(Remembered({n: f.clone() for n, f in kept.items()}, anchor))
+        self._quadratics = quadratics
         self.n_experiences += 1
-        self._seen = None
+        self._fingerprint, self._pairs = None, []
 
-    def _fold(self, name: str, parameter: nn.Parameter, fisher: Tensor | None) -> None:
-        theta = self.storage.put(parameter.detach().clone(), parameter, exact=True)
-        quadratic = self._quadratics.get(name)
-        if quadratic is not None:
-            if self.decay_factor is None:
-                quadratic.move_anchor(theta)
-            else:
-                quadratic.restart(theta, self.decay_factor)
-        if fisher is None or not bool(fisher.any()):
-            return
-        fisher = self.storage.put(fisher.detach(), parameter)
-        if quadratic is None:
-            self._quadratics[name] = Quadratic(fisher, None, theta)
-        else:
-            quadratic.add(fisher)
+    def _folded(
+        self, past: Quadratic | None, parameter: Tensor, fisher: Tensor | None
+    ) -> Quadratic | None:
+        """`past` with its anchor moved to the parameter, and the new F added."""
+        has_new = fisher is not None and bool(fisher.any())
+        if past is None and not has_new:
+            return None
+        theta = as_real(parameter.detach())
+        theta = self.storage.put(theta, parameter, exact=True).clone()
+        if past is not None:
+            decay = self.decay_factor
+            past = past.moved_to(theta) if decay is None else past.restarted(theta, decay)
+        if not has_new:
+            return past
+        assert fisher is not None
+        if parameter.is_complex():
+            fisher = torch.stack([fisher, fisher], -1)  # |z|^2 = x^2 + y^2
+        return Quadratic(fisher, None, theta) if past is None else past.plus(fisher)
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        """The penalty now, a scalar whose gradient is analytic: 2 (S d + B).
+    def __call__(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
+        """Compute the penalty; it is twice differentiable in the parameters.
 
-        A parameter that still is where every experience left it gets no gradient, rather than one
-        of zeros: Adam would move it by its old momentum.
+        A parameter that is still where every experience left it gets no gradient from
+        `backward()`, rather than one of zeros: Adam would move it by its old momentum.
 
         Args:
             model: The one that was consolidated, or the same under a wrapper; heads may have grown.
+                Under `torch.func.grad`: the parameters by name, as they are differentiated.
 
         Returns:
             A scalar. Unit: nats.
 
         Raises:
-            ValueError: A parameter that is remembered is gone or has shrunk.
+            ValueError: A parameter that is remembered is gone or has shrunk; or the derivative that
+                `torch.func` takes would miss the penalty.
         """
-        moved = [(p, q) for p, q in self.pairs(model) if not q.is_at_rest(p)]
-        if not moved:
-            return next(model.parameters()).new_zeros(()) + self._constant
-        value: Tensor = PenaltyFunction.apply([q for _, q in moved], *(p for p, _ in moved))
-        return value + self._constant
+        pairs = self.pairs(model)
+        if not pairs:
+            return _zero(model)
+        if torch.compiler.is_compiling() or _is_transformed(pairs):
+            return traceable_value(pairs) + self._constant
+        if not torch.is_grad_enabled():
+            return value(pairs) + self._constant
+        result: Tensor = PenaltyFunction.apply([q for _, q in pairs], *(p for p, _ in pairs))
+        return result + self._constant
 
     @torch.no_grad()
     def add_gradient_(self, model: nn.Module, scale: float) -> Tensor:
-        """Adds scale * d penalty / d theta to `.grad`, for less than autograd takes.
+        """Add scale * d penalty / d theta to `.grad`, for less than autograd takes.
 
         Args:
             model: As in a call.
@@ -177,15 +201,17 @@ class QuadraticPenalty:
             The penalty, a scalar without gradient. Unit: nats.
 
         Raises:
-            ValueError: A parameter that is remembered is gone or has shrunk.
+            ValueError: `scale` is negative, not finite or above 1e38; or a parameter that is
+                remembered is gone or has shrunk.
         """
+        scale = checked_non_negative("scale", scale)
         pairs = self.pairs(model)
         if not pairs:
-            return next(model.parameters()).new_zeros(())
-        return self._add_gradient(pairs, scale) + self._constant
+            return _zero(model)
+        return add_gradients_(pairs, scale) + self._constant
 
-    def pairs(self, model: nn.Module) -> list[Pair]:
-        """Every parameter that is remembered, beside what is remembered of it, in its shape.
+    def pairs(self, model: nn.Module | Mapping[str, Tensor]) -> list[Pair]:
+        """Each parameter that is remembered, and its quadratic in the parameter's shape.
 
         Args:
             model: As in a call.
@@ -196,21 +222,32 @@ class QuadraticPenalty:
         Raises:
             ValueError: A parameter that is remembered is gone or has shrunk.
         """
+        if not isinstance(model, nn.Module | Mapping):
+            raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if not self._quadratics:
             return []
-        if self._seen is not None and self._seen.is_of(model):
-            return self._pairs
-        parameters = canonical_parameters(model)
+        if not isinstance(model, nn.Module) or torch.compiler.is_compiling():
+            return self._pairs_of(model)
+        if self._fingerprint is None or not self._fingerprint.matches(model):
+            self._pairs = self._pairs_of(model)
+            self._fingerprint = ModelFingerprint(model)
+        return self._pairs
+
+    def _pairs_of(self, model: nn.Module | Mapping[str, Tensor]) -> list[Pair]:
+        named = canonical_parameters(model) if isinstance(model, nn.Module) else model
+        return [(named[name], q) for name, q in self._matched(named).items()]
+
+    def _matched(self, parameters: Mapping[str, Tensor]) -> dict[str, Quadratic]:
+        """The quadratics in the shapes, types and devices of `parameters`."""
         if missing := self._quadratics.keys() - parameters.keys():
             raise ValueError(
                 f"`model` has no parameter {sorted(missing)}, which the penalty remembers; it has "
                 f"{sorted(parameters)}. Use the model that was consolidated, or a new penalty."
             )
-        for name, quadratic in self._quadratics.items():
-            quadratic.fit(name, parameters[name], self.storage)
-        self._seen = Structure(model)
-        self._pairs = [(parameters[name], q) for name, q in self._quadratics.items()]
-        return self._pairs
+        return {
+            name: q.matched(name, parameters[name], self.storage)
+            for name, q in self._quadratics.items()
+        }
 
     @property
     def _constant(self) -> float:
@@ -236,38 +273,68 @@ class QuadraticPenalty:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what another penalty of the same settings remembered.
+        """Replace this penalty's state by a copy of another's, whose settings are the same.
+
+        If an error is raised, the penalty is as it was.
 
         Args:
             state: Of `state_dict()`.
 
         Raises:
-            ValueError: It comes from another mode, decay factor or normalisation.
+            ValueError: It comes from another mode, decay factor or normalisation; or it is
+                incomplete, not finite or has a negative F.
         """
-        mine = self.state_dict()
-        for setting in ("mode", "decay_factor", "normalize"):
-            if state[setting] != mine[setting]:
-                raise ValueError(
-                    f"`{setting}` of the state is {state[setting]!r}, of this penalty "
-                    f"{mine[setting]!r}; make it with {setting}={state[setting]!r}."
-                )
+        quadratics, history = loaded_state(state, self.state_dict(), self.storage)
         self.n_experiences = state["n_experiences"]
-        self._quadratics = {name: Quadratic(**q) for name, q in state["quadratics"].items()}
-        self.history = [Remembered(**past) for past in state["history"]]
-        self._seen = None
+        self._quadratics, self.history = quadratics, history
+        self._fingerprint, self._pairs = None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without scratch memory, and without the model.
-        return {**vars(self), "_add_gradient": GradientAdder(), "_seen": None, "_pairs": []}
+        return {**vars(self), "_fingerprint": None, "_pairs": []}  # without the model
+
+
+def _zero(model: nn.Module | Mapping[str, Tensor]) -> Tensor:
+    tensors = model.parameters() if isinstance(model, nn.Module) else iter(model.values())
+    first = next(tensors, None)
+    return torch.zeros((), device=None if first is None else first.device)
+
+
+def _is_transformed(pairs: list[Pair]) -> bool:
+    """Whether `torch.func` differentiates or maps over one of the parameters."""
+    functorch = torch._C._functorch
+    if any(functorch.is_functorch_wrapped_tensor(theta) for theta, _ in pairs):
+        return True
+    if functorch.maybe_current_level() is not None:
+        kind = functorch.peek_interpreter_stack().key()
+        if kind in (functorch.TransformType.Grad, functorch.TransformType.Jvp):
+            raise ValueError(
+                "Inside torch.func.grad the model's own parameters are constants, so the penalty "
+                "would have no gradient: call `penalty(parameters)` with the dictionary that is "
+                "differentiated, or `penalty(model)` inside `functional_call`."
+            )
+    return False
+
+
+def _overflow(name: str, parameter: Tensor, quadratic: Quadratic) -> str:
+    if not bool(torch.isfinite(parameter).all()):
+        return f"The model's `{name}` is not finite: did the training diverge?"
+    return (
+        f"The sum of all F of `{name}` overflows {quadratic.fisher.dtype}, the type in which it is "
+        "kept: use normalize='mean', or divide F by a constant and multiply `ewc_lambda` by it."
+    )
 
 
 def _checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     canonical = canonical_names(model)
     parameters = canonical_parameters(model)
-    checked = {canonical.get(name, name): tensor.detach() for name, tensor in fisher.items()}
-    for name, tensor in checked.items():
+    checked = {}
+    for given, tensor in fisher.items():
+        name = canonical.get(given, given)
         if name not in parameters:
             raise ValueError(f"`fisher` has {name!r}; the model has {sorted(parameters)}.")
+        if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else tensor
+            raise ValueError(f"`fisher[{name!r}]` must be a dense tensor of real numbers: {kind}.")
         if tensor.shape != parameters[name].shape:
             raise ValueError(
                 f"`fisher[{name!r}]` is {tuple(tensor.shape)}, the parameter "
@@ -278,4 +345,5 @@ def _checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str,
                 f"`fisher[{name!r}]` must be finite and >= 0, got {float(tensor.min())} to "
                 f"{float(tensor.max())}: did the training diverge?"
             )
+        checked[name] = tensor.detach()
     return checked

@@ -1,11 +1,13 @@
-"""Which lambda the optimizer's step can bear, and what to raise when it could not."""
+"""The largest stable lambda of an optimizer, and the error of a training that diverged."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch  # noqa: F401  (the doctest)
+import torch
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ewc_plugin.penalty.gradient import Pair
@@ -15,7 +17,7 @@ class DivergedError(ArithmeticError, RuntimeError):
     """The loss or a weight is no longer finite; caught under either name."""
 
 
-def largest_stable_lambda(optimizer: Optimizer, pairs: list[Pair]) -> float:
+def largest_stable_lambda(optimizer: Optimizer, pairs: Sequence[Pair]) -> float:
     """The lambda above which the penalty alone makes gradient descent diverge.
 
     Descent on lambda S d^2 multiplies d by 1 - 2 lr lambda S in every step, so that it must have
@@ -46,6 +48,38 @@ def largest_stable_lambda(optimizer: Optimizer, pairs: list[Pair]) -> float:
         curvature = max((largest.get(p, 0.0) for p in group["params"]), default=0.0)
         bounds.append(_largest_in_group(group, curvature))
     return max(0.0, min(bounds))
+
+
+def check_optimizer_state(optimizer: Optimizer, remedy: str = "") -> None:
+    """Raise if a number that the optimizer keeps is not finite.
+
+    The second moments of Adam and RMSprop overflow for gradients above 1e19. Each later step is
+    then divided by infinity, so that the weights stay where they are and the loss looks normal.
+
+    Args:
+        optimizer: After any of its steps; reads all its state, so that once per epoch is enough.
+        remedy: A sentence to end the message with.
+
+    Raises:
+        DivergedError: A tensor of its state has a number that is infinite or NaN.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.RMSprop([weight])
+        >>> weight.grad = torch.tensor([1e30])
+        >>> optimizer.step()
+        >>> check_optimizer_state(optimizer)
+        Traceback (most recent call last):
+        ewc_plugin.penalty.stability.DivergedError: The training diverged: `square_avg` of RMSprop \
+is not finite, so that its weights cannot move any more.
+    """
+    for state in optimizer.state.values():
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+                raise DivergedError(
+                    f"The training diverged: `{name}` of {type(optimizer).__name__} is not finite, "
+                    f"so that its weights cannot move any more. {remedy}".rstrip()
+                )
 
 
 def _largest_in_group(group: dict[str, Any], curvature: float) -> float:
