@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from avalanche.core import BaseSGDPlugin
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.plugins.clock import Clock
@@ -74,7 +75,8 @@ class ImplicitStep(Placement):
         """Add the value to the loss, without a gradient; start to record optimizer steps."""
         self._stop()  # an iteration may have been interrupted
         self._handle = register_optimizer_step_post_hook(_weakly(self._record))
-        penalty = (ewc_lambda * self.penalty(strategy.model)).detach()
+        with torch.no_grad():
+            penalty = ewc_lambda * self.penalty(strategy.model)
         strategy.loss = strategy.loss + penalty
         return penalty
 

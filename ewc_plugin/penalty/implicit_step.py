@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ewc_plugin.penalty.gradient import Pair, blocks, goes_in_blocks
 from ewc_plugin.penalty.options import checked_non_negative
@@ -28,7 +26,8 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
     what is new. With Adam it wants a lambda about 1,000 times as large and then is as good; a
     lambda that is too large by a factor of 100 costs it much less.
 
-    Call it where the optimizer has stepped and nowhere else: see `after_each_step`.
+    Call it once for each step that the optimizer took, and for no other: a gradient scaler that
+    found infinities leaves steps out, and gradient accumulation takes one for several batches.
 
     Args:
         optimizer: Its parameter groups give lr.
@@ -78,35 +77,3 @@ def _step(parameter: Tensor, q: Quadratic, stiffness: float) -> None:
     if offset is not None:
         e += offset
     theta.copy_(theta.to(S.dtype) - e * (S / (S + stiffness)))
-
-
-def after_each_step(optimizer: Optimizer, action: Callable[[], object]) -> RemovableHandle:
-    """Call `action` after each `optimizer.step()` that changed the weights, and only then.
-
-    Steps that a gradient scaler leaves out and batches whose gradients are only accumulated do not
-    count, however often the training loop comes by.
-
-    Args:
-        optimizer: The one to follow.
-        action: For example `lambda: implicit_step_(optimizer, penalty.pairs(model), 10.0)`.
-
-    Returns:
-        A handle; its `remove()` ends this.
-
-    Example:
-        >>> model = torch.nn.Linear(1, 1)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> handle = after_each_step(optimizer, lambda: print("stepped"))
-        >>> optimizer.step()
-        stepped
-        >>> handle.remove()
-        >>> optimizer.step()
-    """
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer is called by the scaler even where it then leaves the weights alone.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            action()
-
-    return optimizer.register_step_post_hook(hook)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -22,15 +22,14 @@ import pandas as pd
 import torch
 from avalanche.logging import BaseLogger
 from avalanche.models import SimpleCNN, SimpleMLP
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
 from avalanche.training.utils import ParamData
 from rich.console import Console
 from torch import Tensor, nn
 
-from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty
 from ewc_plugin.avalanche.placement import InLoss
-from ewc_plugin.penalty.gradient import Pair
 from experiments.reporting.figures.style import DPI
 from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
@@ -60,7 +59,7 @@ class PenaltySpeed:
     """Networks: 784-512-10, 784-256-256-10, 784-2000-2000-10, Avalanche's SimpleCNN."""
     optimizers: tuple[str, ...] = ("sgd", "adam")
     """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
-    batch_sizes: tuple[int, ...] = (128, 512)
+    batch_sizes: tuple[int, ...] = (64, 128)
     """Samples per step: the penalty costs the same whatever they are, the plain step does not."""
     rounds: int = 20
     """Rounds, in each of which every method has its turn."""
@@ -81,49 +80,48 @@ class _InTheLoss(DiagonalEWCPlugin):
         self._placement = InLoss(self.penalty)
 
 
-class _OneKernel(DiagonalEWCPlugin):
-    """The arithmetic alone, as a compiler fuses it: something to hold our way against."""
+class _OneKernel(SupervisedPlugin):
+    """The gradient alone, as a compiler fuses it, without a value: the least that can be done.
 
-    def __init__(self, ewc_lambda: float) -> None:
-        super().__init__(ewc_lambda)
-        kernel = torch.compile(_add_gradients, dynamic=False)
+    Tensors are prepared once, so that a step pays for one compiled call and nothing else.
+    """
 
-        def add(pairs: list[Pair], scale: float) -> Tensor:
-            value: Tensor = kernel(
-                [p.detach() for p, _ in pairs],
-                [p.grad for p, _ in pairs],
-                [q.fisher for _, q in pairs],
-                [q.offset for _, q in pairs],
-                [q.anchor for _, q in pairs],
-                scale,
-            )
-            return value
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalty = QuadraticPenalty()
+        self._kernel = torch.compile(_add_gradients, dynamic=False)
+        self._prepared: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
-        self.penalty._add_gradient = add  # type: ignore[assignment]
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add 2 lambda (S (theta - a) + B) to each gradient."""
+        if not self._prepared:
+            self._prepared = [
+                (p, q.fisher, None if q.offset is None else q.fisher * q.offset, q.anchor)
+                for p, q in self.penalty.pairs(strategy.model)
+            ]
+        thetas, fishers, offsets, anchors = zip(*self._prepared, strict=True)
+        with torch.no_grad():
+            self._kernel(thetas, [p.grad for p in thetas], fishers, offsets, anchors, LAMBDA)
 
 
 def _add_gradients(
-    thetas: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    offsets: list[Tensor | None],
-    anchors: list[Tensor],
+    thetas: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    anchors: Sequence[Tensor],
     scale: float,
-) -> Tensor:
-    values = []
+) -> None:
     for theta, grad, S, B, anchor in zip(thetas, grads, fishers, offsets, anchors, strict=True):
-        d = theta - anchor
-        half = S * d if B is None else S * d + B
-        grad.add_(half, alpha=2 * scale)
-        values.append((d * (half if B is None else half + B)).sum())
-    return torch.stack(values).sum()
+        half = S * (theta - anchor)
+        grad.add_(half if B is None else half + B, alpha=2 * scale)
 
 
 METHODS: dict[str, Callable[[], Any]] = {
     "in the gradient": lambda: DiagonalEWCPlugin(LAMBDA),
     "in the loss": lambda: _InTheLoss(LAMBDA),
     "implicit step": lambda: DiagonalEWCPlugin(LAMBDA, implicit=True),
-    ONE_KERNEL: lambda: _OneKernel(LAMBDA),
+    ONE_KERNEL: _OneKernel,
     "Avalanche": lambda: EWCPlugin(LAMBDA),
 }
 
@@ -135,7 +133,7 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
         settings: What to measure.
 
     Returns:
-        A row per model, optimizer, method and number of past experiences.
+        A row per model, optimizer, batch size, method and number of past experiences.
     """
     console = Console()
     torch.set_num_threads(settings.threads)
@@ -162,7 +160,19 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
 def measure(
     settings: PenaltySpeed, name: str, optimizer: str, batch_size: int, T: int
 ) -> list[dict[str, Any]]:
-    """Steps of every method in turn; the ratio is that of neighbours in time, round by round."""
+    """Measure steps of every method in turn.
+
+    Args:
+        settings: Rounds, steps and limits.
+        name: Of the network.
+        optimizer: "sgd" or "adam".
+        batch_size: Samples per step.
+        T: Number of past experiences.
+
+    Returns:
+        A row per method. `ratio` is its step beside a plain step, `of_kernel` beside a step whose
+        gradients one compiled kernel changes, both of neighbours in time.
+    """
     model, x = make_model(name, batch_size)
     batch = [x, torch.randint(0, 10, (len(x),))]
     parameters = sum(p.numel() for p in model.parameters())
@@ -175,18 +185,22 @@ def measure(
         if (method != "Avalanche" or parameters * 8 * T / MIB <= settings.avalanche_limit_mib)
         and (method != ONE_KERNEL or any(map(shutil.which, COMPILERS)))
     }
+    kernel = strategies.get(ONE_KERNEL)
     times: dict[str, list[float]] = {method: [] for method in strategies}
-    ratios: dict[str, list[float]] = {method: [] for method in strategies}
-    for _ in range(settings.rounds + 1):
+    plain_times, kernel_times = deepcopy(times), deepcopy(times)
+    for turn in range(settings.rounds + 1):
         for method, strategy in strategies.items():
-            before = step_seconds(plain, batch, settings.steps)
-            times[method].append(step_seconds(strategy, batch, settings.steps))
-            after = step_seconds(plain, batch, settings.steps)
-            ratios[method].append(2 * times[method][-1] / (before + after))
-    rows = []
-    for method, strategy in strategies.items():
-        low, middle, high = np.quantile(ratios[method][1:], (0.25, 0.5, 0.75))  # the first warms up
-        rows.append({
+            plain_before = step_seconds(plain, batch, settings.steps)
+            kernel_before = step_seconds(kernel, batch, settings.steps) if kernel else np.nan
+            seconds = step_seconds(strategy, batch, settings.steps)
+            kernel_after = step_seconds(kernel, batch, settings.steps) if kernel else np.nan
+            plain_after = step_seconds(plain, batch, settings.steps)
+            if turn:  # the first warms up
+                times[method].append(seconds)
+                plain_times[method].append((plain_before + plain_after) / 2)
+                kernel_times[method].append((kernel_before + kernel_after) / 2)
+    return [
+        {
             "model": name,
             "parameters": parameters,
             "optimizer": optimizer,
@@ -194,14 +208,24 @@ def measure(
             "threads": settings.threads,
             "method": method,
             "past_experiences": T,
-            "step_ms": 1e3 * float(np.median(times[method][1:])),
-            "ratio": middle,
-            "ratio_q25": low,
-            "ratio_q75": high,
-            "state_mib": state_bytes(strategy.plugins[0]) / MIB,
+            "step_ms": 1e3 * float(np.median(times[method])),
+            **_quartiles("ratio", times[method], plain_times[method]),
+            **_quartiles("of_kernel", times[method], kernel_times[method]),
+            "state_mib": _state_bytes(strategy.plugins[0]) / MIB,
             "rounds": settings.rounds,
-        })
-    return rows
+        }
+        for method, strategy in strategies.items()
+    ]
+
+
+def _quartiles(column: str, times: list[float], others: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratio of neighbours in time."""
+    low, middle, high = np.quantile(np.divide(times, others), (0.25, 0.5, 0.75))
+    return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
+
+
+def _state_bytes(plugin: Any) -> int:
+    return plugin.penalty.nbytes if isinstance(plugin, _OneKernel) else state_bytes(plugin)
 
 
 def make_model(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
@@ -240,7 +264,7 @@ def remember(plugin: Any, model: nn.Module, T: int) -> Any:
         with torch.no_grad():
             for p in moved.parameters():
                 p.add_(1e-3 * torch.randn(p.shape, generator=generator))
-        if isinstance(plugin, DiagonalEWCPlugin):
+        if hasattr(plugin, "penalty"):
             plugin.penalty.consolidate(moved, fisher)
             continue
         plugin.importances[t] = {n: _data(n, f) for n, f in fisher.items()}
@@ -249,8 +273,8 @@ def remember(plugin: Any, model: nn.Module, T: int) -> Any:
 
 
 def with_past(plugin: Any, past: dict[str, Any], model: nn.Module, T: int) -> Any:
-    """`remember`, which for a penalty of ours takes it over from `past`."""
-    if not isinstance(plugin, DiagonalEWCPlugin):
+    """Like `remember`, but loads our plugin's penalty from the saved state `past`."""
+    if not hasattr(plugin, "penalty"):
         return remember(plugin, model, T)
     plugin.penalty.load_state_dict(past)
     return plugin

@@ -99,9 +99,8 @@ class InTheLoss(DiagonalEWCPlugin):
         if not self._is_active:
             return
         for parameter, q in self.penalty.pairs(strategy.model):
-            d = parameter - q.anchor
-            term = q.fisher * d.square() + (0 if q.offset is None else 2 * q.offset * d)
-            strategy.loss = strategy.loss + self.ewc_lambda * term.sum()
+            e = parameter - q.anchor + (0 if q.offset is None else q.offset)
+            strategy.loss = strategy.loss + self.ewc_lambda * (q.fisher * e.square()).sum()
 
 
 class Tokens(nn.Module):
