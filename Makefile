@@ -1,6 +1,6 @@
 # `make help` lists the tasks. Each is one command, to be run in an environment that has the extra `dev`.
 .DEFAULT_GOAL := help
-.PHONY: help install format check test slow docs notebook job ci clean
+.PHONY: help install format check test slow docs tables notebook job ci clean
 
 help:  ## List the tasks
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ slow:  ## Run the slow tests
 
 docs:  ## Build the site into docs/site
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict -f docs/mkdocs.yml
+
+tables:  ## Put the committed results into README.md
+	python docs/quoted.py
 
 notebook:  ## Execute docs/notebook.py into docs/notebook.ipynb
 	jupytext --to ipynb --execute docs/notebook.py

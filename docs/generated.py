@@ -24,7 +24,7 @@ def command_line() -> str:
 
 def _help(*command: str) -> str:
     shown = io.StringIO()
-    plain = {"COLUMNS": "90", "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": ""}
+    plain = {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": ""}
     with (
         mock.patch.dict(os.environ, plain),
         contextlib.redirect_stdout(shown),

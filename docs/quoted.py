@@ -1,7 +1,11 @@
-"""The numbers and tables that the pages quote, read from the committed results."""
+"""The numbers and tables that the pages quote, read from the committed results.
+
+`python docs/quoted.py` puts the tables into README.md, which is not built.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +19,9 @@ from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
 from experiments.timing.fisher_engines import OURS, UNIT
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+README_TABLE = re.compile(r"(<!-- table:(\S+) columns: (.+) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
 TYPES = ["predicted", "empirical", "sampled", "exact"]
 NETWORKS = {
     "mlp-512": "MLP 784-512-10",
@@ -29,6 +35,24 @@ NETWORKS = {
 def of_page(name: str) -> dict[str, Any]:
     """What the page of this name may quote, by the names that it uses."""
     return PAGES[name]() if name in PAGES else {}
+
+
+def with_tables(text: str) -> str:
+    """Put the committed results' tables into a document.
+
+    Args:
+        text: Has comments `<!-- table:FOLDER columns: A, B -->` and `<!-- end -->`.
+
+    Returns:
+        The same with the folder's table between each two comments.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        table, columns = table_of(ROOT / match[2], "summary"), match[3].split(", ")
+        shown = SummaryTable(table.text[columns], table.best[columns])
+        return f"{match[1]}{render(shown, 'markdown').strip()}\n{match[4]}"
+
+    return README_TABLE.sub(filled, text)
 
 
 def _results() -> dict[str, Any]:
@@ -279,3 +303,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "tables": _tables,
     "command-line": _command_line,
 }
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -34,6 +34,7 @@ class Page:
         generated_by, name = None, "laplace"
 
 
+@pytest.mark.results
 def test_numbers_come_from_the_tables():
     shown = hooks.on_page_markdown("{{ small }} samples, {{ n_draws }} draws", page=Page)
     assert shown == "30 samples, 10 draws"
@@ -41,6 +42,7 @@ def test_numbers_come_from_the_tables():
         hooks.on_page_markdown("{{ no_such_number }}", page=Page)
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda p: p.stem)
 def test_every_number_that_is_read_is_quoted(page):
     text = page.read_text(encoding="utf-8")
@@ -72,6 +74,7 @@ def test_the_api_page_has_every_public_name():
     assert set(ewc_plugin.__all__) | {"EWC", "normal_train", "ewc_train", "test"} <= shown
 
 
+@pytest.mark.results
 def test_tables_say_what_the_pages_say_in_words():
     table = quoted._csv("normalized_lambda/normalized_lambda")
     for _, rows in table[table["normalize"] == "mean"].groupby(["benchmark", "fisher_type"]):
