@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ewc_plugin.avalanche import checked
 from ewc_plugin.avalanche.active_classes import active_classes
+from ewc_plugin.avalanche.builtin_trace import builtin_trace
 from ewc_plugin.avalanche.checked import Checked
 from ewc_plugin.avalanche.fisher_data import FisherData, SharedFisherExperiences, dataset_batches
 from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood, known_likelihood
@@ -62,7 +63,9 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             `unpack` takes them, on the model's device; in a distributed run, the rank's share.
             Default: `fisher_data`, not shuffled, with its eval transforms.
         fisher_options: Keyword arguments for `diagonal_fisher`: max_samples, n_draws, engine, ...
-        normalize: "mean", "trace" or "max" of each F, to divide it by. Recommended start:
+        normalize: "mean", "trace" or "max" of each F, to divide it by; or "avalanche", to scale it
+            to the trace that Avalanche's own F has at the strategy's `train_mb_size`, so that a
+            lambda found for Avalanche's EWC carries over: see `builtin_trace`. Recommended start:
             normalize="mean" with ewc_lambda=0.01, which was among the best on split and on permuted
             MNIST, for "predicted" and "exact" alike (results/normalized_lambda), where F as it is
             wants lambdas that lie orders of magnitude apart.
@@ -115,11 +118,12 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.penalty = QuadraticPenalty(
             mode,
             decay_factor,
-            normalize=normalize,
+            normalize=None if normalize == AVALANCHE else normalize,
             keep_history=checked.boolean(self, "keep_importance_data", keep_importance_data),
             storage_dtype=storage_dtype,
             storage_device=storage_device,
         )
+        self.normalize = normalize
         self.decay_factor = decay_factor
         self.fisher_type = fisher_type
         self.fisher_batches = fisher_batches
@@ -230,23 +234,34 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
-        self.penalty.consolidate(strategy.model, self.fisher)
+        self.penalty.consolidate(strategy.model, self._scaled(strategy, self.fisher))
         self._shared.clear()
         self.fisher_seconds += time.perf_counter() - start
 
     def compute_fisher(self, strategy: Any) -> dict[str, Tensor]:
         """Return the diagonal Fisher of the current experience, by parameter name."""
-        likelihood = self._likelihood or self._known_likelihood(strategy)
-        fisher = StrategyFisher(
+        batches = self.fisher_batches or self._own_batches
+        fisher = self._strategy_fisher(strategy)
+        return fisher.compute(lambda: batches(strategy), self.fisher_options)
+
+    def _strategy_fisher(self, strategy: Any) -> StrategyFisher:
+        return StrategyFisher(
             self,
             strategy,
             self.fisher_type,
-            likelihood,
+            self._likelihood or self._known_likelihood(strategy),
             own_forward=self._is_overridden("forward"),
             own_unpack=self._is_overridden("unpack"),
         )
-        batches = self.fisher_batches or self._own_batches
-        return fisher.compute(lambda: batches(strategy), self.fisher_options)
+
+    def _scaled(self, strategy: Any, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scale F to the trace of Avalanche's own, with `normalize="avalanche"`."""
+        trace = sum(float(f.sum(dtype=torch.float64)) for f in fisher.values())
+        if self.normalize != AVALANCHE or not trace:
+            return fisher
+        datasets = self._shared.datasets(strategy.experience)
+        target = builtin_trace(self._strategy_fisher(strategy), strategy, datasets)
+        return {name: f * (target / trace) for name, f in fisher.items()}
 
     def unpack(self, batch: Batch) -> Unpacked:
         """(inputs, targets, task labels or None) of a batch; override it for other batches."""
@@ -330,6 +345,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             "fisher": self.fisher,
             "fisher_seconds": self.fisher_seconds,
             "n_parts": self._shared.n_done,
+            "scaled_as": AVALANCHE if self.normalize == AVALANCHE else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -341,6 +357,12 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         Raises:
             ValueError: The penalty's settings differ.
         """
+        scaled_as = AVALANCHE if self.normalize == AVALANCHE else None
+        if state.get("scaled_as") != scaled_as:
+            raise ValueError(
+                f"`normalize` of this plugin is {self.normalize!r}, and the state comes from one "
+                f"with {state.get('scaled_as')!r}; make it with the same."
+            )
         self.penalty.load_state_dict(state["penalty"])
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
@@ -354,4 +376,5 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return {**vars(self), "_strategy": None}  # a weak reference cannot be pickled
 
 
+AVALANCHE = "avalanche"  # of `normalize`
 _REMEDY = "Use a smaller `ewc_lambda` or learning rate, or `implicit=True`."

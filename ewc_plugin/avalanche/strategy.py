@@ -9,7 +9,7 @@ from typing import Any
 from avalanche.training.supervised import EWC
 from avalanche.training.templates import SupervisedTemplate
 
-from ewc_plugin.avalanche.plugin import DiagonalEWCPlugin
+from ewc_plugin.avalanche.plugin import AVALANCHE, DiagonalEWCPlugin
 
 _AVALANCHES = dict(inspect.signature(EWC.__init__).parameters)
 _PLUGINS = dict(inspect.signature(DiagonalEWCPlugin).parameters)
@@ -18,7 +18,11 @@ _PLUGINS = dict(inspect.signature(DiagonalEWCPlugin).parameters)
 def _with_both_signatures(init: Callable[..., None]) -> Callable[..., None]:
     """Show what the arguments of `init` may be: Avalanche's, then the plugin's."""
     *avalanches, rest = _AVALANCHES.values()
-    plugins = [p for name, p in _PLUGINS.items() if name not in _AVALANCHES]
+    plugins = [
+        p.replace(default=AVALANCHE) if name == "normalize" else p
+        for name, p in _PLUGINS.items()
+        if name not in _AVALANCHES
+    ]
     init.__signature__ = inspect.Signature([*avalanches, *plugins, rest])  # type: ignore[attr-defined]
     return init
 
@@ -29,6 +33,9 @@ class DiagonalEWC(SupervisedTemplate):
     Arguments up to `eval_every` are those of `avalanche.training.supervised.EWC`, in its order and
     with its defaults; then come the keyword arguments of `DiagonalEWCPlugin`, and those of
     Avalanche's `SupervisedTemplate`. `plugins` is not changed.
+
+    `normalize` alone has another default than the plugin's: "avalanche", so that the ewc_lambda of
+    a script that used Avalanche's EWC keeps its meaning.
     """
 
     @_with_both_signatures

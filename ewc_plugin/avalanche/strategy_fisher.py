@@ -39,6 +39,9 @@ class StrategyFisher:
         likelihood: Of the outputs; None where `fisher_type` needs none, or it is not known yet.
         own_forward: Whether the plugin's `forward` is the user's.
         own_unpack: Whether its `unpack` is.
+
+    Attributes:
+        by_template: Whether batches are unpacked, and outputs made, by the template.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class StrategyFisher:
         self._fisher_type, self.likelihood = fisher_type, likelihood
         self._labels = fisher_type if needs_likelihood(fisher_type) else None
         self.model = unwrapped(strategy.model)
-        self._by_template = not (own_forward or own_unpack) and feeds_its_own_way(strategy)
+        self.by_template = not (own_forward or own_unpack) and feeds_its_own_way(strategy)
         self._targets_by_template = not own_unpack and overrides(
             strategy, "mb_y", "_unpack_minibatch"
         )
@@ -96,7 +99,7 @@ class StrategyFisher:
 
     def output(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's output as the criterion is given it."""
-        if self._by_template:
+        if self.by_template:
             return template_output(self._strategy, model, batch)
         return self._plugin.forward(model, batch)
 
@@ -115,7 +118,7 @@ class StrategyFisher:
     def targets(self, batch: Batch) -> Tensor:
         """Return the targets of a batch."""
         if self._targets_by_template:
-            batch = batch if self._by_template else unpacked(self._strategy, batch)
+            batch = batch if self.by_template else unpacked(self._strategy, batch)
             own: Tensor = template_targets(self._strategy, batch)
             return own
         targets: Tensor = self._plugin.unpack(batch).targets
@@ -124,7 +127,7 @@ class StrategyFisher:
     def _prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches as the template unpacks them, without samples that are ignored."""
         for batch in batches:
-            if self._by_template:
+            if self.by_template:
                 batch = unpacked(self._strategy, batch)
             if self._labels is None:
                 yield batch

@@ -123,7 +123,7 @@ class Grid(Job):
     """One quadratic per experience, or a single one that decays."""
     decay_factor: tuple[float, ...] = ()
     """Decay of the old Fisher, online mode only; 1 is Huszar's corrected Laplace."""
-    normalize: tuple[Literal["none", "mean", "trace", "max"], ...] = ("none",)
+    normalize: tuple[Literal["none", "mean", "trace", "max", "avalanche"], ...] = ("none",)
     """What each Fisher of ours is divided by; needs its own ewc_lambda, such as 0.01 for mean."""
     penalty_step: tuple[Literal["gradient", "implicit"], ...] = ("gradient",)
     """Where our penalty acts: in the gradient, or as an implicit step after the optimizer's."""

