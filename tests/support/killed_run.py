@@ -1,10 +1,13 @@
-"""A user's script that goes on from its last checkpoint; killed as often as it is told.
+"""A user's script that goes on from its last checkpoint, and is killed and started again.
 
 python killed_run.py FOLDER [PLACE ...]: the n-th start is killed at the n-th place, "training" or
-"evaluation", and one that is not ends.
+"evaluation", and the one after the last place ends. Each start is a fork, which has the imports of
+this process but nothing of an earlier start. Prints the exit code of each, the
+negative signal where it was killed, and keeps the table of the n-th as accuracy-n.csv.
 """
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -54,12 +57,8 @@ class Kill(SupervisedPlugin):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, places):
-    starts = folder / "starts"
-    n = len(starts.read_text()) if starts.exists() else 0
-    starts.write_text("x" * (n + 1))
-    Kill.place = places[n] if n < len(places) else None
-
+def main(folder, place):
+    Kill.place = place
     dill.settings["byref"] = True
     RNGManager.set_random_seeds(1)
     stream = benchmark(n_experiences=4)
@@ -81,5 +80,17 @@ def main(folder, places):
     torch.save(learner.model.state_dict(), folder / "weights.pt")
 
 
+def exit_code_of_a_fork(folder, place):
+    child = os.fork()
+    if not child:
+        main(folder, place)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    folder = Path(sys.argv[1])
+    for n, place in enumerate([*sys.argv[2:], None]):
+        print(exit_code_of_a_fork(folder, place), flush=True)
+        shutil.copy(folder / "accuracy.csv", folder / f"accuracy-{n}.csv")
