@@ -89,13 +89,6 @@ def command(*arguments, folder):
     return [sys.executable, "-m", "experiments", *arguments, "--out", str(folder)]
 
 
-def run_cli(*arguments, folder):
-    done = subprocess.run(
-        command(*arguments, folder=folder), cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
 def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     def run_main(*arguments):
         assert main([*arguments, "--out", str(tmp_path)]) == 0
@@ -132,18 +125,18 @@ def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path, capsys):
     arguments = ["permuted-mnist", *QUICK[:-2], "--seeds", "0", "1"]
     for jobs in ("1", "2"):
-        run_cli(*arguments, "--jobs", jobs, folder=tmp_path / jobs)
+        assert main([*arguments, "--jobs", jobs, "--out", str(tmp_path / jobs)]) == 0
     one, two = (tables.load(tmp_path / jobs)["accuracy"] for jobs in ("1", "2"))
     pd.testing.assert_frame_equal(one, two)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_job_goes_on_where_it_was(tmp_path, stop):
-    arguments = ["permuted-mnist", *QUICK[:2], "--experiences", "3", "--epochs", "15"]
+def test_a_stopped_job_goes_on_where_it_was(tmp_path, stop, capsys):
+    arguments = ["permuted-mnist", *QUICK[:2], "--experiences", "3", "--epochs", "6"]
     process = subprocess.Popen(
         command(*arguments, folder=tmp_path),
         cwd=ROOT,
@@ -162,7 +155,8 @@ def test_a_stopped_job_goes_on_where_it_was(tmp_path, stop):
         assert b"Traceback" not in errors
     stored = len(list(parts.glob("*.json")))
     assert 2 <= stored < 12
-    printed = run_cli(*arguments, folder=tmp_path)
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
     assert f"{stored} of 12 runs are done already" in printed
     assert len(tables.load(tmp_path)["runs"]) == 12
     assert not list(tmp_path.glob("**/*.tmp"))
