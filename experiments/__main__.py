@@ -1,29 +1,21 @@
-"""The command line: `python -m experiments` runs the main job, `--help` lists the others."""
+"""The command line: `python -m experiments` runs the main job, `--help` lists all commands."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
-from typing import Annotated, get_type_hints
+from typing import Any, get_type_hints
 
-import tyro
 from rich.console import Console
 
-from experiments.command_line import checked_arguments, parse, unknown
-from experiments.settings.grids import Job, Main, PermutedMnist, SplitMnist, Sweep, Tune
+from experiments.command_line import parse, unknown
+from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
-
-Command = (
-    Annotated[Main, tyro.conf.subcommand("main")]
-    | Annotated[SplitMnist, tyro.conf.subcommand("split-mnist")]
-    | Annotated[PermutedMnist, tyro.conf.subcommand("permuted-mnist")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
-)
 JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
@@ -61,16 +53,15 @@ MODULES = {
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs the command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    console, errors = Console(), Console(stderr=True)
+    errors = Console(stderr=True)
     for message in AVALANCHE_NOTES:
         warnings.filterwarnings("ignore", message=message)
     # The same in the worker processes.
     os.environ["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in AVALANCHE_NOTES)
     try:
-        if arguments and arguments[0] in STUDIES:
-            _run_study(arguments[0], arguments[1:])
-        else:
-            _run_job(arguments, console)
+        _run(arguments)
+    except SystemExit as stop:  # after --help, or a dry run
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished runs are stored; the same command goes on from there.")
         return 130
@@ -85,39 +76,41 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run_job(arguments: list[str], console: Console) -> None:
-    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
-        arguments = ["main", *arguments]  # options without a command are the main job's
-    if arguments and not arguments[0].startswith("-"):
-        name, *rest = arguments
-        if name not in JOBS:
-            raise unknown(name, "a command", [*JOBS, *STUDIES])
-        arguments = [name, *checked_arguments(name, JOBS[name], rest)]
-    studies = "".join(f"\n    {name}: {what}" for name, what in STUDIES.items())
-    job: Job = parse(
-        Command,
-        arguments,
-        prog="python -m experiments",
-        description=f"{__doc__}\n\nFurther commands (each with its own --help):{studies}",
-        default=Main(),
-    )
-    from experiments.main_job import run_job  # after --help and errors, which need not wait for it
+def _run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    # Options without a command are the main job's.
+    given = bool(arguments) and not arguments[0].startswith("-")
+    name, *rest = arguments if given else ["main", *arguments]
+    if name in JOBS:
+        job: Any = parse(name, JOBS[name], rest, JOBS[name].__doc__)
+        from experiments.main_job import run_job  # after --help and errors, which it would delay
 
-    console.quiet = job.quiet
-    run_job(job, console)
+        run_job(job, Console(quiet=job.quiet))
+    elif name in STUDIES:
+        path = MODULES.get(name, f"studies.{name}".replace("-", "_"))
+        module = import_module(f"experiments.{path}")
+        settings = get_type_hints(module.run)["settings"]
+        module.run(parse(name, settings, rest, module.__doc__))
+    else:
+        raise unknown(name, "a command", [*JOBS, *STUDIES])
 
 
-def _run_study(name: str, arguments: list[str]) -> None:
-    module = import_module(f"experiments.{MODULES.get(name, f'studies.{name}'.replace('-', '_'))}")
-    kind = get_type_hints(module.run)["settings"]
-    settings = parse(
-        kind,
-        checked_arguments(name, kind, arguments),
-        prog=f"python -m experiments {name}",
-        description=module.__doc__,
-    )
-    module.run(settings)
+def _help() -> str:
+    jobs = {name: str(kind.__doc__).splitlines()[0] for name, kind in JOBS.items()}
+    lines = [f"  {name:18}  {what}" for name, what in {**jobs, **STUDIES}.items()]
+    usage = "usage: python -m experiments [COMMAND] [OPTIONS]; each command has its own --help"
+    return "\n".join([usage, "", str(__doc__), "", *lines])
+
+
+def _interrupt_once(*_: Any) -> None:
+    """Ends the command at the first Ctrl-C; further ones don't disturb its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     sys.exit(main())

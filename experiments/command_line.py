@@ -1,158 +1,130 @@
-"""A command's arguments, and those of the TOML file that they may name, checked and in one list.
-
-What is misspelt is said in one line with the nearest valid name, before the parser sees it.
-"""
+"""A command's settings from its options and from the TOML file that `--config` names."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import io
+import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Iterable
 from enum import Enum
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import tyro
+
+from experiments.settings.values import check_value, check_values, hints_of, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-OPTION = re.compile(r"--[A-Za-z]")  # which a negative number is not
+OPTION = re.compile(r"--(?:no-)?([A-Za-z][^=]*)")  # which a negative number is not
+RENAMED = {"jobs": "processes"}  # options of the release before: their new names
 
 
-def checked_arguments(command: str, settings: type, arguments: list[str]) -> list[str]:
-    """The arguments, after those of the `--config` file, which count less.
+def parse(command: str, kind: type, arguments: list[str], description: str | None) -> Any:
+    """The settings of a command.
 
     Args:
-        command: Its name, for messages.
-        settings: The dataclass that the arguments are parsed into.
+        command: Its name.
+        kind: The dataclass of its settings.
         arguments: Of the command line, without the command.
+        description: Of the command, for --help.
 
     Returns:
-        Arguments for the parser; options and choices are valid ones.
+        An instance of `kind`, checked.
 
     Raises:
-        ValueError: An option or a choice is not valid, or the file can't be read.
+        ValueError: An option is not known or comes twice, a value is not allowed, or the file can't
+            be read.
+        SystemExit: After --help.
     """
-    hints = get_type_hints(settings)
-    valid = {field.name.replace("_", "-"): hints[field.name] for field in fields(settings)}
-    _check(command, valid, arguments)
-    given = [values for option, values in _options(arguments) if option == "config" and values]
-    if not given:
-        return arguments
-    (file, *_) = given[-1]
-    from_file = list(_from_file(file, command, valid))
-    _check(command, valid, from_file)
-    return [*from_file, *arguments]
-
-
-def parse(kind: Any, arguments: list[str], **options: Any) -> Any:
-    """What the parser makes of arguments, whose errors become one line.
-
-    Args:
-        kind: Dataclass, or union of such.
-        arguments: To parse.
-        options: Of `tyro.cli`.
-
-    Returns:
-        An instance of `kind`.
-
-    Raises:
-        ValueError: An argument is not valid.
-    """
+    given = [match[1].replace("_", "-") for a in arguments if (match := OPTION.match(a))]
+    for option in given:
+        if option in RENAMED and option not in hints_of(kind):
+            raise ValueError(f"`--{option}` is now called `--{RENAMED[option]}`.")
+        if given.count(option) > 1:
+            raise ValueError(f"`--{option}` must be given once, got {given.count(option)} times.")
+    file = _value_of("--config", arguments)
+    default = {"default": kind(**_read(Path(file), command, kind))} if file else {}
     printed = io.StringIO()
-    config = (tyro.conf.EnumChoicesFromValues,)
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=arguments, config=config, **options)
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        raise ValueError(_out_of_its_box(printed.getvalue())) from None
+            settings = tyro.cli(
+                kind,
+                prog=f"python -m experiments {command}",
+                description=description,
+                args=arguments,
+                config=(tyro.conf.EnumChoicesFromValues,),
+                **default,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(printed.getvalue())) from None
+        raise
+    check_values(settings)
+    return settings
 
 
-def _out_of_its_box(text: str) -> str:
-    """The first paragraph of a framed message with a title."""
-    _, *lines = [line.strip(" │╭╮╰╯") for line in text.strip().splitlines()]
-    paragraphs = groupby(lines, key=lambda line: bool(line.strip("─-")))  # else it is a rule
-    first = next((list(some) for is_text, some in paragraphs if is_text), [text])
-    return re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(first))
+def _one_line(box: str) -> str:
+    """The parser's message without its frame, and the options that it takes for meant."""
+    _, *lines = [line.strip(" │╭╮╰╯|+") for line in box.strip().splitlines()]
+    body = itertools.dropwhile(_is_rule, lines)
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
+    near = [match[0] for line in lines if (match := re.match(r"--\w[\w-]*", line))]
+    hint = f"; did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else ""
+    return re.sub(r"^Error parsing [A-Z]\w*: ", "", message) + hint
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-")
 
 
 def unknown(name: str, what: str, valid: Iterable[str]) -> ValueError:
     """The error for a name that is not valid, with the nearest one that is."""
-    valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, valid := list(valid), n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}."
-    return ValueError(f"`{name}` is not {what}; {remedy}")
+    return ValueError(f"`{shown(name)}` is not {what}; {remedy}")
 
 
-def _options(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each option's name, without dashes in front, with the values after it."""
-    option, values = "", []
-    for argument in arguments:
-        if OPTION.match(argument):
-            yield option, values
-            option, equals, value = argument[2:].partition("=")
-            option, values = option.replace("_", "-"), [value] if equals else []
-        else:
-            values.append(argument)
-    yield option, values
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.partition("=")[0] == option:
+            return argument.partition("=")[2] or following
+    return None
 
 
-def _check(command: str, valid: dict[str, Any], arguments: list[str]) -> None:
-    for option, values in _options(arguments):
-        if not option or option == "help" or option.startswith("tyro-"):
-            continue
-        name = option if option in valid else option.removeprefix("no-")
-        if name not in valid:
-            options = [f"--{name}" for name in valid]
-            raise unknown(f"--{option}", f"an option of {command}", options)
-        several, choices = _choices(valid[name])
-        for value in values if several else values[:1]:
-            if choices and value not in choices:
-                raise unknown(value, f"a value of --{option}", choices)
-
-
-def _choices(hint: Any) -> tuple[bool, list[str]]:
-    """Whether a field takes several values, and the only ones that it takes; none: any."""
-    several = get_origin(hint) is tuple
-    hint = get_args(hint)[0] if several else hint
-    choices = []
-    for kind in [hint, *get_args(hint)]:  # a literal, or one beside None
-        if get_origin(kind) is Literal:
-            choices += [str(value) for value in get_args(kind)]
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            choices += [str(member.value) for member in kind]
-    return several, choices
-
-
-def _from_file(file: str, command: str, valid: dict[str, Any]) -> Iterator[str]:
-    """The settings in a TOML file as arguments."""
+def _read(file: Path, command: str, kind: type) -> dict[str, Any]:
+    """The settings in a TOML file, each of the type that the dataclass declares."""
     try:
-        settings = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"`config` must be a readable TOML file, got {file} ({reason}).") from None
-    names = [name.replace("-", "_") for name in valid if name != "config"]
-    for key, value in settings.items():
+        raise ValueError(
+            f"`config` must be a readable TOML file, got {shown(str(file))} ({reason})."
+        ) from None
+    hints = {name: hint for name, hint in hints_of(kind).items() if name != "config"}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
         name = key.replace("-", "_")
-        if name not in names:
-            raise unknown(key, f"a setting of {command} (in {file})", names)
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            yield option if value else option.replace("--", "--no-", 1)
-            continue
+        if name not in hints:
+            raise unknown(key, f"a setting of {command} (in {file})", hints)
+        if name in values:
+            raise ValueError(f"`{name}` must be given once in {file}, got both spellings.")
+        values[name] = _typed(value, hints[name])
+        check_value(f"`{key}` in {file}", values[name], hints[name])
+    return values
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A TOML value as the annotation has it: a list, or one value, for a tuple; enums by value."""
+    if get_origin(hint) is tuple:
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, (str, int, float)) for v in values):
-            rule = "a string, a number, true, false or a list of such"
-            raise ValueError(f"`{key}` in {file} must be {rule}, got {value}.")
-        yield option
-        yield from map(str, values)
+        return tuple(_typed(v, get_args(hint)[0]) for v in values)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return next((member for member in hint if member.value == value), value)
+    return float(value) if hint is float and type(value) is int else value

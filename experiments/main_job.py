@@ -16,15 +16,15 @@ from experiments.results.environment import write_environment
 from experiments.results.store import Store
 from experiments.settings.grids import Job, Tune
 from experiments.settings.run import PENALISED, STREAM, RunSettings
-from experiments.sweeps.jobs import make_runs, prepared
+from experiments.sweeps.jobs import make_runs, prepare
 from experiments.sweeps.queue import Task
 
 
 def run_job(job: Job, console: Console) -> None:
     """Makes the runs of a job that are not there yet, then its tables, plots and summary."""
-    store, cells, source = prepared(job, console)
+    store, cells, source = prepare(job, console)
     checks = [Task(cell, _numerical_checks) for cell in checked_cells(job, cells)]
-    numerical = make_runs(job, store, cells, source, checks, console)
+    numerical = make_runs(job, store, cells, source, console, checks)
     write_report(job, store, cells, source, numerical, console)
 
 
@@ -61,7 +61,7 @@ def write_report(
         console: Where to print.
     """
     with store.lock:  # another sweep may be writing to the folder as well
-        accuracy, runs = store.rebuild()
+        accuracy, runs = store.write_tables()
         summary = statistics.summarise(runs)
         tables.write(summary, store.folder, schemas.SUMMARY)
         write_environment(store.folder, source)

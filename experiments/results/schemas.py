@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 import pandas as pd
@@ -12,7 +13,6 @@ from experiments.settings.run import RunSettings
 
 Schema = pa.DataFrameSchema
 _FRACTION = pa.Check.in_range(0, 1)
-_SETTING_TYPES = {int: int, float: float, bool: bool, str: str}
 _INT_OR_NONE = pd.Int64Dtype()
 
 
@@ -20,18 +20,26 @@ def _setting_columns() -> dict[str, pa.Column]:
     """One column per field of `RunSettings`, typed as it is; nullable where it may be None."""
     columns = {}
     for name, hint in get_type_hints(RunSettings).items():
-        arguments = get_args(hint)
-        nullable = type(None) in arguments
-        kinds = [a if isinstance(a, type) else type(a) for a in arguments] or [hint]
-        kind = next(k for k in kinds if k is not type(None))
+        kinds = {type(kind) if isinstance(kind, str) else kind for kind in _plain_types(hint)}
+        nullable = type(None) in kinds
+        (kind,) = kinds - {type(None)}
         # Not required where it may be None: a setting can be added and old tables still be read.
         columns[name] = pa.Column(
-            _INT_OR_NONE if kind is int and nullable else _SETTING_TYPES[kind],
+            _INT_OR_NONE if kind is int and nullable else kind,
             nullable=nullable,
             coerce=True,
             required=not nullable,
         )
     return columns
+
+
+def _plain_types(hint: Any) -> Iterator[Any]:
+    """The types in a union, and the values in a literal."""
+    arguments = get_args(hint)
+    for argument in arguments:
+        yield from _plain_types(argument)
+    if not arguments:
+        yield hint
 
 
 def _text(**options: Any) -> pa.Column:

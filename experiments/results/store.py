@@ -1,14 +1,15 @@
 """A folder of results: one file per finished run, and the tables built from them.
 
 A run's file appears by rename when the run is done, so a kill loses at most what was still
-running. Tables are rebuilt from the rows already in them and the runs' files; where both have a
+running. Tables are made from the rows already in them and the runs' files; where both have a
 run, its file counts. Several processes may use one folder at a time: whoever writes holds its lock.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pandas as pd
 from filelock import FileLock
 
 from experiments.results import schemas, tables
-from experiments.results.files import folder_lock, replace_file
+from experiments.results.files import folder_lock, replace_file, sweep_leftovers
 from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult
 
-PARTS = "parts"
+PARTS = "parts"  # the folder of the finished runs' files
+DAMAGED = ".damaged"  # put behind the name of a file that is no run's result
 
 
 class Store:
@@ -28,31 +30,35 @@ class Store:
 
     Args:
         folder: Made if it isn't there.
+        say: Called with a line about each run's file that is set aside because it is damaged.
 
     Raises:
         ValueError: The folder can't be made or written to.
-        TableError: It holds a table that does not fit its schema, or a run that is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.folder = folder
+        self._say = say
+        self._read = Read()
         try:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
             self.lock: FileLock = folder_lock(folder / PARTS)
             with self.lock:  # so that what is half-written was left by a kill
-                for leftover in [*folder.glob("*.csv*.tmp"), *(folder / PARTS).glob("*.tmp")]:
-                    leftover.unlink()
+                sweep_leftovers(folder, folder / PARTS)
                 replace_file(folder / PARTS / "writable", "")
                 (folder / PARTS / "writable").unlink()
         except OSError as error:
             raise ValueError(
                 f"`out` must be a folder that can be written to, got {folder} ({error.strerror})."
             ) from None
-        self.rebuild()
 
     def finished(self) -> set[str]:
-        """Ids of the runs that ended well or diverged; failed ones may be tried again."""
-        runs = tables.read(self.folder, schemas.RUNS)
+        """Ids of the runs that ended well or diverged; failed ones may be tried again.
+
+        Raises:
+            TableError: A table does not fit its schema, or a run in it is not whole.
+        """
+        runs = self.results()[1]
         return set(runs.loc[runs["status"] != "failed", "run_id"])
 
     def add(self, result: RunResult) -> None:
@@ -66,18 +72,62 @@ class Store:
         """Where a run may keep its state while it is not finished."""
         return self.folder.resolve() / PARTS / f"{run_id}.checkpoint"
 
-    def rebuild(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Folds the runs' files into `accuracy.csv` and `runs.csv`.
+    def results(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """All rows of the folder; only files that are new since the last call are read.
 
         Returns:
-            Both tables, in the order of the run ids.
+            Rows of `accuracy.csv` and of `runs.csv`, in the order of the run ids.
+
+        Raises:
+            TableError: A table does not fit its schema, or a run in it is not whole.
         """
         with self.lock:
-            accuracy, runs = read_results(self.folder)
+            self._read = read_folder(self.folder, self._read)
+            for path, reason in self._read.damaged.items():
+                aside = path.with_name(path.name + DAMAGED)
+                path.replace(aside)
+                self._say(
+                    f"`{path}` is not a run's result ({reason}); it is now {aside.name}, and "
+                    "that run is repeated."
+                )
+        return self._read.accuracy, self._read.runs
+
+    def write_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Writes all rows of the folder to `accuracy.csv` and `runs.csv`; returns both.
+
+        Raises:
+            TableError: A table does not fit its schema, or a run in it is not whole.
+        """
+        with self.lock:
+            accuracy, runs = self.results()
             if len(runs):
-                tables.write(accuracy, self.folder, schemas.ACCURACY)
-                tables.write(runs, self.folder, schemas.RUNS)
+                written = [
+                    tables.write(accuracy, self.folder, schemas.ACCURACY),
+                    tables.write(runs, self.folder, schemas.RUNS),
+                ]
+                stamps = {**self._read.stamps, **{path: _stamp(path) for path in written}}
+                self._read = replace(self._read, stamps=stamps)
         return accuracy, runs
+
+
+Stamp = tuple[int, int]  # of a file: the time of its last change, and its size
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read from a folder.
+
+    Attributes:
+        accuracy: Rows of `accuracy.csv`.
+        runs: Rows of `runs.csv`.
+        stamps: The files that were read.
+        damaged: Files in the place of a run's result that are none, and why not.
+    """
+
+    accuracy: pd.DataFrame = field(default_factory=lambda: tables.empty(schemas.ACCURACY))
+    runs: pd.DataFrame = field(default_factory=lambda: tables.empty(schemas.RUNS))
+    stamps: dict[Path, Stamp] = field(default_factory=dict)
+    damaged: dict[Path, str] = field(default_factory=dict)
 
 
 def read_results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -90,14 +140,57 @@ def read_results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         Rows of `accuracy.csv` and of `runs.csv`, in the order of the run ids.
 
     Raises:
-        TableError: A file is not what it should be.
+        TableError: A table does not fit its schema, or a run in it is not whole.
     """
-    parts = _read_parts(folder / PARTS)
-    records = [part["record"] for part in parts]
-    rows = [row for part in parts for row in part["rows"]]
-    ids = [record["run_id"] for record in records]
-    accuracy = _merge(tables.read(folder, schemas.ACCURACY), rows, ids, schemas.ACCURACY)
-    runs = _merge(tables.read(folder, schemas.RUNS), records, ids, schemas.RUNS)
+    read = read_folder(folder, Read())
+    return read.accuracy, read.runs
+
+
+def read_folder(folder: Path, before: Read) -> Read:
+    """The rows in a folder's tables and runs' files, checked.
+
+    Args:
+        folder: May be missing.
+        before: An earlier result; files that have not changed since are not read again.
+
+    Returns:
+        The rows, and the runs' files that could not be read.
+
+    Raises:
+        TableError: A table does not fit its schema, or a run in it is not whole.
+    """
+    names = [folder / str(schema.name) for schema in (schemas.ACCURACY, schemas.RUNS)]
+    paths = [*names, *sorted((folder / PARTS).glob("*.json"))]
+    stamps = {path: _stamp(path) for path in paths if path.exists()}
+    known = before.stamps
+    unchanged = known and all(stamps.get(path) == known.get(path) for path in names)
+    if not unchanged or known.keys() - stamps.keys():
+        known = {}
+        accuracy, runs = (tables.read(folder, s) for s in (schemas.ACCURACY, schemas.RUNS))
+    else:
+        accuracy, runs = before.accuracy, before.runs
+    files = [p for p, stamp in stamps.items() if p not in names and known.get(p) != stamp]
+    new, damaged = _read_parts(files)
+    ids = {part["record"]["run_id"] for part in new}
+    accuracy, runs = (table[~table["run_id"].isin(ids)] for table in (accuracy, runs))
+    if not known:
+        _check_tables(folder, runs, accuracy)
+    rows = tables.frame([row for part in new for row in part["rows"]], schemas.ACCURACY)
+    records = tables.frame([part["record"] for part in new], schemas.RUNS)
+    return Read(
+        _sorted(accuracy, rows, ["run_id", "train_exp", "eval_exp"]),
+        _sorted(runs, records, ["run_id"]),
+        {path: stamp for path, stamp in stamps.items() if path not in damaged},
+        damaged,
+    )
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _check_tables(folder: Path, runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
     try:
         check_runs(runs, accuracy)
     except tables.TableError as error:
@@ -105,31 +198,39 @@ def read_results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             f"The tables in `{folder}` don't agree: {error}. Restore them, or delete the run's "
             "rows from both and it is repeated."
         ) from None
-    return accuracy, runs
 
 
-def _read_parts(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("*.json"))
-    parts = [_parsed(path) for path in paths]
+def _read_parts(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """The results in the runs' files; and the files that hold none, with the reason."""
+    parts, damaged = {}, {}
+    for path in paths:
+        try:
+            parts[path] = _parsed(path)
+        except _NOT_A_RESULT as error:
+            damaged[path] = _reason(error)
     try:
-        _check_parts(parts)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        for path, part in zip(paths, parts, strict=True):  # one by one is slow, but says which
+        _check_parts(list(parts.values()))
+    except _NOT_A_RESULT:
+        for path, part in list(parts.items()):  # one by one is slow, but says which
             try:
                 _check_parts([part])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise _damaged(path, error) from None
-        raise
-    return parts
+            except _NOT_A_RESULT as error:
+                damaged[path] = _reason(error)
+                del parts[path]
+    return list(parts.values()), damaged
+
+
+_NOT_A_RESULT = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        part = dict(json.loads(path.read_text(encoding="utf-8")))
-        if part["record"]["run_id"] != path.stem:
-            raise ValueError(f"it is of {part['record']['run_id']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
+    part = dict(json.loads(path.read_text(encoding="utf-8")))
+    if part["record"]["run_id"] != path.stem:
+        raise ValueError(f"it is of {part['record']['run_id']}")
     return part
 
 
@@ -142,20 +243,7 @@ def _check_parts(parts: list[dict[str, Any]]) -> None:
     check_runs(tables.frame(records, schemas.RUNS), tables.frame(rows, schemas.ACCURACY))
 
 
-def _damaged(path: Path, error: Exception) -> tables.TableError:
-    reason = f"no {error}" if isinstance(error, KeyError) else error
-    return tables.TableError(
-        f"`{path}` is not a run's result ({reason}); delete it and that run is repeated."
-    )
-
-
-def _merge(
-    table: pd.DataFrame, rows: list[dict[str, Any]], replaced: list[str], schema: schemas.Schema
-) -> pd.DataFrame:
-    """The table with `rows` put in place of its own of the runs `replaced`."""
-    new = tables.frame(rows, schema)
-    kept = table[~table["run_id"].isin(replaced)]
-    parts = [part for part in (kept, new) if len(part)]
+def _sorted(old: pd.DataFrame, new: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    parts = [part for part in (old, new) if len(part)]
     merged = pd.concat(parts, ignore_index=True) if parts else new
-    keys = [k for k in ("run_id", "train_exp", "eval_exp") if k in merged]
     return merged.sort_values(keys, ignore_index=True)

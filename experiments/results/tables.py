@@ -47,9 +47,11 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
 
 
 def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:
-    """Checks the table and replaces `folder/<schema.name>` by it, floats at full precision."""
+    """Checks the table and puts it in `folder/<schema.name>`, floats at full precision."""
     path = folder / str(schema.name)
-    replace_file(path, check(table, schema).to_csv(index=False, lineterminator="\n"))
+    content = check(table, schema).to_csv(index=False, lineterminator="\n").encode()
+    if not path.exists() or path.read_bytes() != content:
+        replace_file(path, content)
     return path
 
 

@@ -7,8 +7,8 @@ A command is a frozen dataclass that tyro turns into a command line, so each fie
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,18 +21,25 @@ from experiments.settings.run import (
     Benchmark,
     DataPath,
     Dataset,
+    Decay,
+    Dropout,
+    Epochs,
+    Experiences,
+    HiddenLayers,
+    HiddenSize,
     Method,
+    Mode,
     Model,
+    Normalize,
     Optimizer,
     RunSettings,
     Scenario,
-    _require,
+    require,
 )
 from experiments.settings.tuned import TUNING_GRIDS, TUNING_SEEDS, chosen_lambda
+from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
 
 OWN_SCENARIO: dict[Benchmark, Scenario] = {"split": "task", "permuted": "domain"}
-
-
 # Enough passes for Naive to forget what it has learned.
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("split", "mnist"): 4,
@@ -40,15 +47,13 @@ DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("permuted", "mnist"): 1,
     ("permuted", "digits"): 20,
 }
-
-
 DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 512, "digits": 128}
 DEFAULT_LEARNING_RATE: dict[str, float] = {"mnist": 2e-3, "digits": 1e-3}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every command that runs experiments can be told."""
+    """Settings that every command that runs experiments has."""
 
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
@@ -56,8 +61,8 @@ class Job:
     """Folder that holds, or gets, MNIST/raw. Unset: $EWC_DATA_ROOT, else the cache folder."""
     out: str | None = None
     """Folder of the tables and plots; runs found in it are not repeated. Unset: runs/COMMAND."""
-    jobs: int = os.cpu_count() or 1
-    """Runs at the same time, each a process with one torch thread."""
+    processes: Processes = os.cpu_count() or 1
+    """Runs at the same time, each in a process with one torch thread."""
     force: bool = False
     """Repeat the runs that the output folder holds already."""
     device: str = "cpu"
@@ -65,14 +70,14 @@ class Job:
     data_path: DataPath = "fast"
     """Tensors made once and fed in batches, or Avalanche's per-sample transforms: same bits."""
     config: str | None = None
-    """TOML file of settings by these names, lists where several span a grid; what the command line
-    says counts more."""
+    """TOML file of settings by these names, lists where several span a grid; options on the command
+    line count more."""
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers make the runs, instead of processes here."""
     checkpoint: bool = False
     """Store each run's state after every experience, so that a killed run goes on from there."""
     dry_run: bool = False
-    """Say what would run, what exists already, and about how long it takes; run nothing."""
+    """Print what would run, what exists already, and about how long it takes; run nothing."""
     quiet: bool = False
     """Print nothing but errors and runs that did not end well."""
     tensorboard: bool = False
@@ -81,17 +86,11 @@ class Job:
     """Log the runs for Weights & Biases, offline, each in OUT/logs/RUN; `wandb sync` uploads."""
 
     def __post_init__(self) -> None:
-        _require(self.jobs >= 1, "jobs", ">= 1", self.jobs)
-        try:
-            torch.zeros(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"`device` must be one that torch can use here, got {self.device!r} "
-                f"({str(error).splitlines()[0]}); use cpu."
-            ) from None
+        check_values(self)
+        check_device(self.device)
 
-    compares = True  # whether the report holds ours against the built-in
-    left_out = ""  # what the grid's product has that is no run, and why
+    compares = True  # whether the report compares ours with the built-in
+    left_out = ""  # which combinations of the grid are no runs, and why
 
     @property
     def name(self) -> str:
@@ -100,7 +99,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """The folder of all results."""
         return Path(self.out or f"runs/{self.name}")
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
@@ -108,66 +107,98 @@ class Job:
         raise NotImplementedError
 
 
+def check_device(device: str) -> None:
+    """Raise a `ValueError` unless torch computes on the device here, by that name."""
+    try:
+        found = torch.ones(1, device=device)
+        found.add(1).cpu()  # which the device `meta` can't do
+        if torch.device(device) not in (found.device, torch.device(found.device.type)):
+            raise ValueError(f"it is {found.device} here")
+    except Exception as error:  # each backend raises its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"`device` must be one that torch can use here, got {device!r} ({reason}); use cpu."
+        ) from None
+
+
+def axis(*default: Any, setting: str = "", none: str | None = None) -> Any:
+    """A field with a list of values that span a grid.
+
+    Args:
+        default: Its values where none are given. Without any, an empty list is allowed.
+        setting: The field of `RunSettings` that each value goes to; "": the grid places it itself.
+        none: The value that is None there.
+    """
+    return field(default=default, metadata={"axis": True, "setting": setting, "none": none})
+
+
 @dataclass(frozen=True)
 class Grid(Job):
-    """One run for each combination of the values below; what says the same twice is one run."""
+    """One run for each combination of the values below; equal combinations are one run."""
 
-    methods: tuple[Method, ...] = get_args(Method)
+    methods: tuple[Method, ...] = axis(*get_args(Method))
     """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound)."""
-    fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED,)
+    fisher_type: tuple[FisherType, ...] = axis(FisherType.PREDICTED)
     """Labels that our Fisher averages over."""
-    ewc_lambda: tuple[float, ...] = ()
+    ewc_lambda: tuple[Lambda, ...] = axis()
     """Penalty strengths, each tried with both EWC methods. Empty: each method's own, chosen on
     validation data."""
-    mode: tuple[Literal["separate", "online"], ...] = ("separate",)
+    mode: tuple[Mode, ...] = axis("separate")
     """One quadratic per experience, or a single one that decays."""
-    decay_factor: tuple[float, ...] = ()
+    decay_factor: tuple[Decay, ...] = axis()
     """Decay of the old Fisher, online mode only; 1 is Huszar's corrected Laplace."""
-    normalize: tuple[Literal["none", "mean", "trace", "max", "avalanche"], ...] = ("none",)
+    normalize: tuple[Literal["none", Normalize], ...] = axis("none", none="none")
     """What each Fisher of ours is divided by; needs its own ewc_lambda, such as 0.01 for mean."""
-    penalty_step: tuple[Literal["gradient", "implicit"], ...] = ("gradient",)
+    penalty_step: tuple[Literal["gradient", "implicit"], ...] = axis("gradient", none="gradient")
     """Where our penalty acts: in the gradient, or as an implicit step after the optimizer's."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = axis(0, 1, 2)
     """Each seeds the stream, the initial weights and the order of the samples."""
-    experiences: tuple[int, ...] = (5,)
+    experiences: tuple[Experiences, ...] = axis(5, setting="n_experiences")
     """Number of experiences (tasks) in the stream."""
-    epochs: tuple[int, ...] = ()
+    epochs: tuple[Epochs, ...] = axis(setting="epochs")
     """Passes over the data of each experience. Empty: 4 on split MNIST (at one, Naive has not
     forgotten yet), 1 on permuted MNIST, 40 and 20 on the digits."""
-    batch_size: tuple[int, ...] = ()
+    batch_size: tuple[Count, ...] = axis(setting="batch_size")
     """Samples per training mini-batch. Empty: 512 on MNIST, 128 on the digits."""
-    optimizer: tuple[Optimizer, ...] = ("adam",)
+    optimizer: tuple[Optimizer, ...] = axis("adam", setting="optimizer")
     """Optimizer; no weight decay, no momentum for sgd."""
-    learning_rate: tuple[float, ...] = ()
+    learning_rate: tuple[Positive, ...] = axis(setting="learning_rate")
     """Step size of the optimizer. Empty: 2e-3 on MNIST, 1e-3 on the digits."""
-    optimizer_state: tuple[Literal["kept", "reset"], ...] = ("kept",)
+    optimizer_state: tuple[Literal["kept", "reset"], ...] = axis(
+        "kept", setting="optimizer_state", none="kept"
+    )
     """Whether the optimizer's moments outlive an experience, as Avalanche has it."""
-    model: tuple[Model, ...] = ("mlp",)
+    model: tuple[Model, ...] = axis("mlp", setting="model")
     """Fully connected or small convolutional network; task-incremental gets a head per task."""
-    hidden_size: tuple[int, ...] = (256,)
+    hidden_size: tuple[HiddenSize, ...] = axis(256, setting="hidden_size")
     """Units per hidden layer of the MLP."""
-    hidden_layers: tuple[int, ...] = (1,)
+    hidden_layers: tuple[HiddenLayers, ...] = axis(1, setting="hidden_layers")
     """Hidden layers of the MLP."""
-    dropout: tuple[float, ...] = (0.0,)
+    dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
     """Dropout rate while training; the Fisher is always taken without."""
-    pixels: tuple[Literal["normalized", "unit"], ...] = ("normalized",)
+    pixels: tuple[Literal["normalized", "unit"], ...] = axis(
+        "normalized", setting="pixels", none="normalized"
+    )
     """By MNIST's mean and deviation, as Avalanche has it, or in [0, 1], as other papers do."""
     validation: bool = False
     """Evaluate on the last sixth of the training images, which then is not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _listed(type(self)):  # a single value is a list of one
-            object.__setattr__(self, name, _as_list(getattr(self, name)))
-            _require(name in _MAY_BE_EMPTY or getattr(self, name), name, "a non-empty list", ())
-        _require(self.streams, "scenario", "one that the benchmark has", self.scenario)
+        for one in _axes(self):
+            require(getattr(self, one.name) or not one.default, one.name, "a non-empty list", ())
+        require(self.streams, "scenario", "one that the benchmark has", self.scenario)
         useless = self.decay_factor and "online" not in self.mode
-        _require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
-        chosen = not self.ewc_lambda and "ewc" in self.methods
+        require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
+        if "ewc" in self.methods and not self.ewc_lambda:
+            self._check_chosen_lambda()
+
+    def _check_chosen_lambda(self) -> None:
+        """The lambdas of `settings.tuned` were chosen for the plain Fisher and gradient."""
         for name, plain in (("normalize", "none"), ("penalty_step", "gradient")):
-            others = [value for value in getattr(self, name) if value != plain]
-            rule = f"given with `{name}` {', '.join(others)}: the chosen ones are for {plain}"
-            _require(not (chosen and others), "ewc_lambda", rule, "none")
+            others = ", ".join(value for value in getattr(self, name) if value != plain)
+            rule = f"given with `{name}` {others}: the chosen ones are for {plain}"
+            require(not others, "ewc_lambda", rule, "none")
 
     @property
     def streams(self) -> list[tuple[Benchmark, Scenario]]:
@@ -180,88 +211,75 @@ class Grid(Job):
 
     def _combinations(self, dataset: Dataset) -> Iterator[RunSettings]:
         for seed, (benchmark, scenario) in product(self.seeds, self.streams):
-            varied: dict[str, Any] = {
-                "n_experiences": self.experiences,
-                "epochs": self.epochs or (DEFAULT_EPOCHS[benchmark, dataset],),
-                "batch_size": self.batch_size or (DEFAULT_BATCH_SIZE[dataset],),
-                "learning_rate": self.learning_rate or (DEFAULT_LEARNING_RATE[dataset],),
-                "optimizer_state": _unset(self.optimizer_state, "kept"),
-                "pixels": _unset(self.pixels, "normalized"),
-                **{name: getattr(self, name) for name in _SHARED_LISTS},
+            where_empty = {
+                "epochs": DEFAULT_EPOCHS[benchmark, dataset],
+                "batch_size": DEFAULT_BATCH_SIZE[dataset],
+                "learning_rate": DEFAULT_LEARNING_RATE[dataset],
             }
-            for values in product(*varied.values()):
-                settings = dict(zip(varied, values, strict=True))
+            names = [one.name for one in _axes(self) if one.metadata["setting"]]
+            for settings in self._spanned(names, where_empty):
                 if settings["model"] != "mlp":
                     settings |= _MLP_ONLY
+                base = RunSettings(
+                    benchmark,
+                    dataset,
+                    scenario,
+                    "naive",
+                    seed,
+                    validation=self.validation,
+                    data_path=self.data_path,
+                    device=self.device,
+                    **settings,
+                )
                 for method in self.methods:
-                    base = RunSettings(
-                        benchmark,
-                        dataset,
-                        scenario,
-                        method,
-                        seed,
-                        **settings,
-                        **{name: getattr(self, name) for name in _SHARED},
-                    )
-                    yield from self._penalties(base) if method in PENALISED else (base,)
+                    if method in PENALISED:
+                        yield from self._penalties(base, method)
+                    else:
+                        yield replace(base, method=method)
 
-    def _penalties(self, base: RunSettings) -> Iterator[RunSettings]:
-        ours = base.method == "ewc"
-        own = {
-            "fisher_type": [FisherType(t).value for t in self.fisher_type],
-            "normalize": _unset(self.normalize, "none"),
-            "penalty_step": _unset(self.penalty_step, "gradient"),
-        }
-        varied: dict[str, Any] = {
-            **(own if ours else {}),
-            "ewc_lambda": self.ewc_lambda or (chosen_lambda(base),),
-            "mode": self.mode,
-        }
-        for values in product(*varied.values()):
-            settings = dict(zip(varied, values, strict=True))
-            online = settings["mode"] == "online"
-            for decay_factor in (self.decay_factor if online else ()) or (None,):
-                yield replace(base, **settings, decay_factor=decay_factor)
+    def _penalties(self, base: RunSettings, method: Method) -> Iterator[RunSettings]:
+        """The runs of an EWC method, which has a penalty; `base` has none."""
+        names = [*(_OURS if method == "ewc" else ()), "ewc_lambda", "mode"]
+        where_empty = {} if self.ewc_lambda else {"ewc_lambda": chosen_lambda(base, method)}
+        for settings in self._spanned(names, where_empty):
+            decays = self.decay_factor if settings["mode"] == "online" else ()
+            for decay_factor in decays or (None,):
+                yield replace(base, method=method, **settings, decay_factor=decay_factor)
 
-
-# Fields of `Grid` and of `RunSettings` alike.
-_SHARED = ("validation", "data_path", "device")
-_SHARED_LISTS = (
-    *("optimizer", "model"),
-    *("hidden_size", "hidden_layers", "dropout"),
-)
+    def _spanned(
+        self, names: Iterable[str], where_empty: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Every combination of the axes' values, by the names that they have in `RunSettings`."""
+        axes = {one.name: one for one in _axes(self)}
+        spanned = {}
+        for name in names:
+            values = getattr(self, name) or (where_empty[name],)
+            none = axes[name].metadata["none"]
+            plain = [None if v == none else v for v in map(_plain, values)]
+            spanned[axes[name].metadata["setting"] or name] = plain
+        for values in product(*spanned.values()):
+            yield dict(zip(spanned, values, strict=True))
 
 
-_MAY_BE_EMPTY = (
-    *("ewc_lambda", "decay_factor", "epochs", "batch_size", "learning_rate"),
-    "scenario",
-)
-
-
-_MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
-
-
-def _listed(kind: type[Grid]) -> list[str]:
+def _axes(grid: Grid) -> list[Any]:
     """The fields of a grid that span it."""
-    return [field.name for field in fields(kind) if str(field.type).startswith("tuple[")]
+    return [one for one in fields(grid) if one.metadata.get("axis")]
 
 
-def _as_list(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def _plain(value: Any) -> Any:
+    """The string of an enum's member; any other value as it is."""
+    return value.value if isinstance(value, FisherType) else value
 
 
-def _unset(values: tuple[str, ...], default: str) -> list[str | None]:
-    """The values as `RunSettings` has them, where the default is None."""
-    return [None if value == default else value for value in values]
+_OURS = ("fisher_type", "normalize", "penalty_step")  # axes of our own EWC alone
+_MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
 
 
 @dataclass(frozen=True)
 class SplitMnist(Grid):
     """Split MNIST: the ten digits in experiences of equally many classes."""
 
-    scenario: tuple[Scenario, ...] = ("task",)
+    scenario: tuple[Scenario, ...] = axis("task")
     """Task labels and a head each (task), one head shared by all (domain), ten outputs (class)."""
 
     name = "split-mnist"
@@ -276,7 +294,7 @@ class SplitMnist(Grid):
 class PermutedMnist(Grid):
     """Permuted MNIST: all ten digits in every experience, the pixels permuted anew in each."""
 
-    scenario: tuple[Literal["task", "domain"], ...] = ("domain",)
+    scenario: tuple[Literal["task", "domain"], ...] = axis("domain")
     """Task labels and a head each (task), or one head shared by all (domain)."""
 
     name = "permuted-mnist"
@@ -291,9 +309,9 @@ class PermutedMnist(Grid):
 class Sweep(Grid):
     """A grid over any settings, on one benchmark or both."""
 
-    benchmark: tuple[Benchmark, ...] = ("permuted",)
+    benchmark: tuple[Benchmark, ...] = axis("permuted")
     """Split MNIST has some of the digits in each experience, permuted MNIST all."""
-    scenario: tuple[Scenario, ...] = ()
+    scenario: tuple[Scenario, ...] = axis()
     """As the benchmarks' own commands have it; permuted MNIST has no class-incremental one. Empty:
     task-incremental split MNIST, domain-incremental permuted MNIST."""
 
@@ -321,7 +339,7 @@ class Sweep(Grid):
 class Main(Job):
     """The main job: split MNIST (task-incremental) and permuted MNIST, all methods."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = axis(0, 1, 2)
     """Each seeds the stream, the initial weights and the order of the samples."""
 
     name = "main"
@@ -348,7 +366,7 @@ class Tune(Job):
             grid = SplitMnist if benchmark == "split" else PermutedMnist
             settings = grid(
                 methods=(method,),  # type: ignore[arg-type]
-                scenario=scenario,  # type: ignore[arg-type]
+                scenario=(scenario,),  # type: ignore[arg-type]
                 ewc_lambda=lambdas,
                 seeds=TUNING_SEEDS,
                 validation=True,

@@ -34,16 +34,16 @@ TUNING_GRIDS: dict[tuple[str, str, str, str], tuple[float, ...]] = {
 TUNING_SEEDS = (100, 101, 102)  # never reported
 
 
-def chosen_lambda(run: RunSettings) -> float:
+def chosen_lambda(run: RunSettings, method: str) -> float:
     """The lambda chosen on validation data for this benchmark, scenario and method.
 
     Raises:
         ValueError: None was chosen for the scenario.
     """
     try:
-        return CHOSEN_LAMBDA[run.benchmark, run.dataset, run.scenario, run.method]
+        return CHOSEN_LAMBDA[run.benchmark, run.dataset, run.scenario, method]
     except KeyError:
         raise ValueError(
-            f"`ewc_lambda` must be given for {run.method} on {run.benchmark} {run.dataset}, "
+            f"`ewc_lambda` must be given for {method} on {run.benchmark} {run.dataset}, "
             f"scenario {run.scenario}: none was chosen on validation data; try --ewc-lambda 100."
         ) from None

@@ -20,14 +20,14 @@ ALIKE = (
 
 
 def print_plan(
-    cells: Sequence[RunSettings], folder: Path, jobs: int, force: bool, console: Console
+    cells: Sequence[RunSettings], folder: Path, processes: int, force: bool, console: Console
 ) -> None:
     """Lists the cells with what would become of each.
 
     Args:
         cells: Of the command.
         folder: Where its results are, or would be; it is only read.
-        jobs: Runs at the same time.
+        processes: Runs at the same time.
         force: Whether what exists is repeated.
         console: Where to print.
     """
@@ -49,8 +49,8 @@ def print_plan(
     known = [s for s in seconds if s is not None]
     duration = "an unknown time: no such run is in the folder yet"
     if known:
-        total = sum(known) / len(known) * len(seconds) / min(jobs, len(seconds))
-        duration = f"about {total:.0f} s of training with {jobs} at a time, start-up not counted"
+        total = sum(known) / len(known) * len(seconds) / min(processes, len(seconds))
+        duration = f"about {total:.0f} s of training, {processes} at a time, start-up not counted"
     if not seconds:
         duration = "no time"
     console.print(

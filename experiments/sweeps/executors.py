@@ -1,9 +1,9 @@
-"""Where runs are made: in this process, in others of this machine, or by the workers of a cluster.
+"""Where tasks run: in this process, in others of this machine, or on the workers of a Dask cluster.
 
-Each lane wraps a standard executor. It has `capacity`, the number of tasks that it takes at a time;
-`tell`, which a task calls to say how far it is; and `submit`, `drain`, `renew` and `close`. A
-process has a lane of its own, so that one which dies takes nothing along, and so that its next run
-can be one on the stream which it holds already.
+An executor has `capacity`, the number of tasks that it takes at a time; `report`, which a task
+calls with its progress; `submit`, which returns a future; `events`, the progress since the last
+call; and `close`. Each worker process has its own executor: if it dies, only its current run is
+lost, and runs on the stream that it has already built can be given to it.
 """
 
 from __future__ import annotations
@@ -12,91 +12,122 @@ import math
 import multiprocessing
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
 
 from experiments.sweeps import worker
-from experiments.sweeps.worker import Event, Tell
+from experiments.sweeps.worker import Event, Report
 
 CONNECT_TIMEOUT_S = 5.0
+TERMINATE_TIMEOUT_S = 5.0  # then it is killed
 
 
-class Here:
-    """This process: a task is done when it has been submitted."""
+class InProcess:
+    """This process: a task is done when it has been submitted.
+
+    Args:
+        report: Called with the progress of the tasks.
+    """
 
     capacity = 1.0
 
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
+    def __init__(self, report: Report) -> None:
+        self.report = report
 
-    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Does the task; Ctrl-C is not one of its results."""
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Calls the function; Ctrl-C is not one of its results."""
         future: Future[Any] = Future()
         try:
-            future.set_result(task(*arguments))
+            future.set_result(function(*arguments))
         except Exception as error:
             future.set_exception(error)
         return future
 
-    def drain(self) -> Iterator[Event]:
-        """Nothing: `tell` has told it."""
+    def events(self) -> Iterator[Event]:
+        """No queued events: tasks in this process report directly."""
         return iter(())
-
-    def renew(self) -> None:
-        """Nothing can have died."""
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 class OneProcess:
-    """A pool of one process, which is made anew when it dies."""
+    """One worker process, started anew when it has died.
+
+    The two share a pipe and nothing else: the semaphores of a pool of processes stay in the system
+    when everything is killed at once.
+    """
 
     capacity = 1.0
-    tell = staticmethod(worker.tell_parent)
+    report = staticmethod(worker.report_to_parent)
 
     def __init__(self) -> None:
-        self._open()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._start()
 
-    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Hands the task to the process."""
-        with _interrupts_held():  # the process inherits it: Ctrl-C is the parent's business
-            try:
-                return self._pool.submit(task, *arguments)
-            except BrokenExecutor:  # it died since its last task
-                self.renew()
-                return self._pool.submit(task, *arguments)
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Hands the call to the process, a new one if it has died since its last task."""
+        if not self._listener.is_alive():
+            self.close()
+            self._start()
+        self._future = Future[Any]()
+        future = self._future
+        try:
+            self._pipe.send((function, arguments))
+        except OSError:  # it has just died; the listener may have ended before this task
+            self._listener.join()
+            if not future.done():
+                future.set_exception(BrokenExecutor("the process died"))
+        return future
 
-    def drain(self) -> Iterator[Event]:
-        """What the process has told since."""
-        while self._events.poll():
-            yield self._events.recv()
-
-    def renew(self) -> None:
-        """A new process in place of one that died."""
-        self.close()
-        self._open()
+    def events(self) -> Iterator[Event]:
+        """Progress that the process has reported since the last call."""
+        while not self._events.empty():
+            yield self._events.get()
 
     def close(self) -> None:
-        """Gives up what runs."""
-        for process in list((self._pool._processes or {}).values()):
-            process.terminate()
-        self._pool.shutdown(cancel_futures=True)
-        self._events.close()
+        """Ends the process, whatever it is doing."""
+        self._process.terminate()
+        self._process.join(TERMINATE_TIMEOUT_S)
+        self._process.kill()
+        self._process.join()
+        self._listener.join()
+        self._pipe.close()
 
-    def _open(self) -> None:
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._events, to_parent = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(
-            1, context, initializer=worker.start, initargs=(to_parent,)
-        )
+        self._future = Future[Any]()
+        self._pipe, of_process = context.Pipe()
+        self._process = context.Process(target=worker.serve, args=(of_process,), daemon=True)
+        with _interrupts_blocked():  # the process inherits it: the parent handles Ctrl-C
+            self._process.start()
+        of_process.close()
+        self._listener = threading.Thread(target=self._listen, args=(self._pipe,), daemon=True)
+        self._listener.start()
+
+    def _listen(self, pipe: Connection) -> None:
+        """Passes on what the process sends, until it ends."""
+        try:
+            while True:
+                kind, content = pipe.recv()
+                if kind == "event":
+                    self._events.put(content)
+                elif kind == "result":
+                    self._future.set_result(content)
+                else:
+                    self._future.set_exception(worker.TaskError(content))
+        except (EOFError, OSError):
+            if not self._future.done():
+                self._future.set_exception(BrokenExecutor("the process died"))
 
 
-class Cluster:
-    """The workers of a Dask scheduler, which itself repeats what a lost worker had.
+class Dask:
+    """The workers of a Dask scheduler, which itself repeats the tasks of a lost worker.
 
     Args:
         address: Of the scheduler, such as tcp://host:8786.
@@ -106,7 +137,7 @@ class Cluster:
     """
 
     capacity = math.inf
-    tell = staticmethod(worker.tell_cluster)
+    report = staticmethod(worker.report_to_cluster)
 
     def __init__(self, address: str) -> None:
         try:
@@ -125,34 +156,31 @@ class Cluster:
                 f"({reason})."
             ) from None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._client.subscribe_topic(worker.TOPIC, lambda event: self._events.put(event[1]))
+        self._client.subscribe_topic(worker.TOPIC, lambda event: self._events.put(Event(*event[1])))
         # Not pure: --force repeats what the scheduler may remember.
         self._executor = self._client.get_executor(pure=False)
 
-    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Hands the task to the scheduler."""
-        future: Future[Any] = self._executor.submit(task, *arguments)
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Hands the call to the scheduler."""
+        future: Future[Any] = self._executor.submit(function, *arguments)
         return future
 
-    def drain(self) -> Iterator[Event]:
-        """What the workers have told since."""
+    def events(self) -> Iterator[Event]:
+        """Progress that the workers have reported since the last call."""
         while not self._events.empty():
             yield self._events.get()
 
-    def renew(self) -> None:
-        """The scheduler replaces its workers itself."""
-
     def close(self) -> None:
-        """Gives up what runs."""
+        """Cancels what still runs."""
         self._executor.shutdown(wait=False)
         self._client.close()
 
 
-Lane = Here | OneProcess | Cluster
+Executor = InProcess | OneProcess | Dask
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """Ctrl-C waits until this ends, and never reaches the processes that are started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where processes inherit no such thing
         yield

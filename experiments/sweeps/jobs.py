@@ -21,42 +21,37 @@ from experiments.sweeps.sweep import sweep
 from experiments.training.loggers import logs_of
 
 
-def run_cells(
-    job: Job, console: Console, *, make: bool = True
-) -> tuple[Store, list[RunSettings], DataSource]:
-    """Makes the runs of a job that are not there yet.
+def prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
+    """Finds a job's data and opens its folder.
 
     Args:
-        job: Whose `cells` are wanted.
-        console: Where progress is shown.
-        make: Whether to; else what is there has to do.
+        job: The command.
+        console: Where notes are printed, and the plan of a dry run.
 
     Returns:
-        Where the results are, the cells, and what they ran on.
+        Where the results go, the settings of the runs, and the data.
+
+    Raises:
+        SystemExit: It is a dry run, which is done.
     """
-    store, cells, source = prepared(job, console)
-    if make:
-        make_runs(job, store, cells, source, [], console)
-    return store, cells, source
-
-
-def prepared(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
-    """Where the results go, what to run and on what; after a dry run there is nothing to do."""
     source = find_data(job.dataset, job.data_root)
-    if source.note:
-        console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    if job.left_out:
-        console.print(f"NOTE: {job.left_out}", style="bold yellow", soft_wrap=True)
+    for note in filter(None, (source.note, job.left_out)):
+        console.print(f"NOTE: {note}", style="bold yellow", markup=False, soft_wrap=True)
     cells = list(job.cells(source.name))
     if job.dry_run:
         show_plan(job, cells, console)
         raise SystemExit(0)
-    return Store(job.folder), cells, source
+    errors = Console(stderr=True)
+
+    def warn(line: str) -> None:
+        errors.print(f"NOTE: {line}", markup=False, highlight=False, soft_wrap=True)
+
+    return Store(job.folder, warn), cells, source
 
 
 def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
-    """What would become of each cell of a job."""
-    print_plan(cells, job.folder, job.jobs, job.force, console)
+    """Prints what would become of each cell of a job."""
+    print_plan(cells, job.folder, job.processes, job.force, console)
 
 
 def make_runs(
@@ -64,15 +59,15 @@ def make_runs(
     store: Store,
     cells: list[RunSettings],
     source: DataSource,
-    checks: Sequence[Task],
     console: Console,
+    checks: Sequence[Task] = (),
 ) -> list[dict[str, Any]]:
     """Makes the missing runs and stores them; returns the rows of the numerical `checks`."""
     return sweep(
         cells,
         source,
         store,
-        jobs=job.jobs,
+        processes=job.processes,
         console=console,
         force=job.force,
         checks=checks,
@@ -83,19 +78,21 @@ def make_runs(
 
 
 def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd.DataFrame, Path]:
-    """Makes the runs that are not there yet and rewrites the tables of their folder.
+    """Makes the missing runs of a job and rewrites the tables of its folder.
 
     Args:
-        job: Whose `cells` are wanted.
+        job: Its `cells` are wanted.
         console: Where progress is shown.
-        make: Whether to; else the tables are those of the runs that are there.
+        make: Whether to make runs; else the tables are those of the runs that are there.
 
     Returns:
         The job's rows of `runs.csv`, and the folder.
     """
-    store, cells, source = run_cells(job, console, make=make)
+    store, cells, source = prepare(job, console)
+    if make:
+        make_runs(job, store, cells, source, console)
     with store.lock:
-        _, runs = store.rebuild()
+        _, runs = store.write_tables()
         tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
         write_environment(store.folder, source)
     return runs[runs["run_id"].isin([cell.run_id for cell in cells])], store.folder

@@ -1,4 +1,4 @@
-"""What to run next, so that streams are built as few times as possible and no core idles long."""
+"""Order of the tasks: streams are built as few times as possible, and no core idles for long."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ Check = Callable[[RunSettings, DataSource], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Task:
-    """A run, or a check on the stream of one, which then is the function to call."""
+    """A run of `cell`, or a check on its stream.
+
+    Attributes:
+        cell: The settings of the run.
+        check: The function that does the check; None for a run.
+    """
 
     cell: RunSettings
     check: Check | None = None
@@ -49,15 +54,15 @@ def work(cell: RunSettings) -> float:
 def next_task(
     waiting: Sequence[Task], own: RunSettings | None, others: Collection[RunSettings | None]
 ) -> Task:
-    """The largest waiting task of the stream that a process should take on.
+    """The largest waiting task of the stream that a process should work on next.
 
-    That is the stream which it holds; else, of those that no other process holds, the one with most
-    work; else the one with most work, which is then built once more rather than waited for.
+    That is the stream which it built last; else, of those that no other process built last, the one
+    with most work; else the one with most work: building it once more costs less than waiting.
 
     Args:
         waiting: Tasks that nobody has begun; at least one.
-        own: The stream that the process holds.
-        others: Those that the other processes hold.
+        own: The stream that the process built last.
+        others: The streams that the other processes built last.
 
     Returns:
         One of `waiting`.

@@ -1,9 +1,9 @@
-"""Runs many runs at once, shows what is going on, and leaves no finished run unsaved."""
+"""Runs many runs at once, shows their progress, and leaves no finished run unsaved."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
 from typing import Any
 
@@ -14,19 +14,21 @@ from experiments.results.record import RunResult, failed
 from experiments.results.store import Store
 from experiments.settings.run import RunSettings
 from experiments.sweeps import worker
-from experiments.sweeps.executors import Cluster, Here, Lane, OneProcess
+from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess
 from experiments.sweeps.progress import Display
 from experiments.sweeps.queue import Task, next_task
 from experiments.training.loggers import Logs
 
 POLL_S = 0.25
 MAX_ATTEMPTS = 3  # of a run whose process dies
+SHORT_OF_MEMORY = "it was killed, or short of memory, of which fewer --processes need less"
 
 Outcome = RunResult | list[dict[str, Any]]  # of a run, or of a check
+Submit = Callable[[Executor, Task], "Future[Outcome]"]
 
 
 class WorkerDiedError(ChildProcessError):
-    """What was to run elsewhere ended without a result; what was finished is stored."""
+    """A worker ended without a result; finished runs are stored."""
 
 
 def sweep(
@@ -34,7 +36,7 @@ def sweep(
     source: DataSource,
     store: Store,
     *,
-    jobs: int,
+    processes: int,
     console: Console,
     force: bool = False,
     checks: Sequence[Task] = (),
@@ -42,20 +44,20 @@ def sweep(
     checkpoint: bool = False,
     logs: Logs | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs what the store does not hold yet; each result is stored as soon as it is there.
+    """Makes the runs that the store lacks; each result is stored as soon as it is there.
 
     Args:
         cells: The runs that are wanted.
         source: Where the images are.
         store: Where results go, and where they may be already.
-        jobs: Processes; with 1, this one. Each run has one thread, so that results do not depend
-            on their number.
+        processes: Their number; with 1, this one. Each run has one thread, so that results do not
+            depend on it.
         console: Where progress is shown.
-        force: Repeat what the store holds.
+        force: Repeat the runs that the store has.
         checks: Tasks whose rows are returned rather than stored.
         scheduler: Address of a Dask scheduler whose workers take the place of the processes.
-        checkpoint: Keep the state of runs that go on, and take up what a killed one left.
-        logs: What else is told how the runs go.
+        checkpoint: Keep the state of unfinished runs, and go on from that of a killed one.
+        logs: Further loggers of each run.
 
     Returns:
         The rows of the checks.
@@ -64,10 +66,10 @@ def sweep(
         ValueError: The scheduler can't be reached.
         WorkerDiedError: The scheduler was lost, or a check's process died again and again.
     """
-    finished = set() if force else store.finished()
-    wanted = [cell for cell in cells if cell.run_id not in finished]
-    if held := len(cells) - len(wanted):
-        console.print(f"{held} of {len(cells)} runs are done already (--force repeats them).")
+    finished = store.finished()  # also with `force`: a damaged table is found before any run
+    wanted = [cell for cell in cells if force or cell.run_id not in finished]
+    if n_done := len(cells) - len(wanted):
+        console.print(f"{n_done} of {len(cells)} runs are done already (--force repeats them).")
     rows: list[dict[str, Any]] = []
     tasks = [*map(Task, wanted), *checks]
     if not tasks:
@@ -75,88 +77,105 @@ def sweep(
     if force:
         for cell in wanted:
             store.checkpoint(cell.run_id).unlink(missing_ok=True)
+
+    def submit(executor: Executor, task: Task) -> Future[Outcome]:
+        cell = task.cell
+        if task.check:
+            return executor.submit(worker.check_cell, cell, source, task.check)
+        path = store.checkpoint(cell.run_id) if checkpoint else None
+        return executor.submit(worker.run_cell, cell, source, path, logs, executor.report)
+
     with Display(wanted, console) as display:
-        lanes = _open_lanes(min(jobs, len(tasks)), scheduler, display)
+        executors = _open_executors(min(processes, len(tasks)), scheduler, display)
         try:
-            kept = store if checkpoint else None
-            for outcome in _outcomes(tasks, lanes, source, kept, logs, display):
+            for outcome in Dispatcher(tasks, executors, submit, display).outcomes():
                 if isinstance(outcome, RunResult):
                     store.add(outcome)
                     display.finish(outcome)
                 else:
                     rows += outcome
-        finally:  # also on Ctrl-C: what is finished is stored, what runs is given up
-            for lane in lanes:
-                lane.close()
+        finally:  # also on Ctrl-C: finished runs are stored, the others are given up
+            for executor in executors:
+                executor.close()
     return rows
 
 
-def _open_lanes(jobs: int, scheduler: str | None, display: Display) -> list[Lane]:
+def _open_executors(processes: int, scheduler: str | None, display: Display) -> list[Executor]:
     if scheduler is not None:
-        return [Cluster(scheduler)]
-    return [Here(display.update)] if jobs == 1 else [OneProcess() for _ in range(jobs)]
+        return [Dask(scheduler)]
+    if processes == 1:
+        return [InProcess(display.update)]
+    return [OneProcess() for _ in range(processes)]
 
 
-def _outcomes(
-    tasks: Sequence[Task],
-    lanes: Sequence[Lane],
-    source: DataSource,
-    store: Store | None,
-    logs: Logs | None,
-    display: Display,
-) -> Iterator[Outcome]:
-    """What becomes of each task, once, in the order in which they end."""
-    waiting = list(tasks)
-    running: dict[Future[Outcome], tuple[Lane, Task]] = {}
-    held: dict[Lane, RunSettings] = {}  # the stream that each lane built last
-    attempts: Counter[Task] = Counter()
-    while waiting or running:
-        for lane in lanes:
-            n_running = sum(other is lane for other, _ in running.values())
-            while waiting and n_running < lane.capacity:
-                others = [stream for other, stream in held.items() if other is not lane]
-                task = next_task(waiting, held.get(lane), others)
-                waiting.remove(task)
-                held[lane] = task.cell.stream
-                running[_submit(lane, task, source, store, logs)] = lane, task
-                n_running += 1
-        done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
-        for lane in lanes:
-            for event in lane.drain():
-                display.update(event)
-        for future in done:
-            lane, task = running.pop(future)
-            try:
-                yield future.result()
-            except BrokenExecutor:
-                lane.renew()
-                del held[lane]
-                attempts[task] += 1
-                if attempts[task] < MAX_ATTEMPTS:
-                    display.say(f"{task.cell.run_id}: its process died; it is tried again.")
-                    waiting.insert(0, task)
-                else:
-                    yield _lost(task, f"its process died {MAX_ATTEMPTS} times: {_MEMORY}")
-            except CancelledError:
-                raise WorkerDiedError(
-                    "the scheduler gave up its tasks; finished runs are stored: the same command "
-                    "goes on from there."
-                ) from None
-            except Exception as error:  # of the executor: a run's own is in its row
-                yield _lost(task, f"{type(error).__name__}: {error}")
+class Dispatcher:
+    """Gives tasks to executors, and again to another process if theirs dies.
 
+    Args:
+        tasks: All of them.
+        executors: Which do them.
+        submit: Starts a task on an executor.
+        display: Shows the progress that the executors report.
+    """
 
-_MEMORY = "it was killed, or short of memory, of which fewer --jobs need less"
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        executors: Sequence[Executor],
+        submit: Submit,
+        display: Display,
+    ) -> None:
+        self.waiting = list(tasks)
+        self.executors = executors
+        self.submit = submit
+        self.display = display
+        self.running: dict[Future[Outcome], tuple[Executor, Task]] = {}
+        self.built: dict[Executor, RunSettings] = {}  # the stream that each executor built last
+        self.attempts: Counter[Task] = Counter()
 
+    def outcomes(self) -> Iterator[Outcome]:
+        """The outcome of each task, once, in the order in which they end."""
+        while self.waiting or self.running:
+            for executor in self.executors:
+                self._fill(executor)
+            done, _ = wait(self.running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            for executor in self.executors:
+                for event in executor.events():
+                    self.display.update(event)
+            for future in done:
+                yield from self._outcome(future)
 
-def _submit(
-    lane: Lane, task: Task, source: DataSource, store: Store | None, logs: Logs | None
-) -> Future[Outcome]:
-    cell = task.cell
-    if task.check:
-        return lane.submit(worker.check_cell, cell, source, task.check)
-    path = store.checkpoint(cell.run_id) if store else None
-    return lane.submit(worker.run_cell, cell, source, path, logs, lane.tell)
+    def _fill(self, executor: Executor) -> None:
+        """Gives the executor as many tasks as it takes."""
+        n_running = sum(other is executor for other, _ in self.running.values())
+        while self.waiting and n_running < executor.capacity:
+            others = [stream for other, stream in self.built.items() if other is not executor]
+            task = next_task(self.waiting, self.built.get(executor), others)
+            self.waiting.remove(task)
+            self.built[executor] = task.cell.stream
+            self.running[self.submit(executor, task)] = executor, task
+            n_running += 1
+
+    def _outcome(self, future: Future[Outcome]) -> Iterator[Outcome]:
+        """The outcome of an ended task; none if it is tried again."""
+        executor, task = self.running.pop(future)
+        try:
+            yield future.result()
+        except BrokenExecutor:
+            self.built.pop(executor, None)
+            self.attempts[task] += 1
+            if self.attempts[task] == MAX_ATTEMPTS:
+                yield _lost(task, f"its process died {MAX_ATTEMPTS} times: {SHORT_OF_MEMORY}")
+                return
+            self.display.say(f"{task.cell.run_id}: its process died; it is tried again.")
+            self.waiting.insert(0, task)
+        except CancelledError:
+            raise WorkerDiedError(
+                "the scheduler gave up its tasks; finished runs are stored: the same command "
+                "goes on from there."
+            ) from None
+        except Exception as error:  # of the executor: a run's own is in its row
+            yield _lost(task, f"{type(error).__name__}: {error}")
 
 
 def _lost(task: Task, reason: str) -> RunResult:

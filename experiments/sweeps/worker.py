@@ -1,4 +1,4 @@
-"""The side of the process that makes a run: its set-up, and the tasks that it is given.
+"""The code that runs in a worker: its set-up, and the two kinds of task.
 
 Avalanche is imported in the functions: the parent, which only hands them out, need not wait for it.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,34 +24,56 @@ from experiments.settings.run import RunSettings
 from experiments.sweeps.queue import Check
 from experiments.training.loggers import Logs
 
-Event = tuple[str, int, float]  # run id, experiences done, mean accuracy on them
-Tell = Callable[[Event], None]
+
+class Event(NamedTuple):
+    """The progress of a run: its id, experiences done, and the mean accuracy on them."""
+
+    run_id: str
+    done: int
+    accuracy: float
+
+
+Report = Callable[[Event], None]
 TOPIC = "ewc-plugin"  # of events in a Dask cluster
 
-_parent: Connection | None = None  # where a process of a pool tells how far it is
+_parent: Connection | None = None  # where a worker process reports its progress
 _one_run = threading.Lock()  # runs of one process would share its global random numbers
 
 
-def start(parent: Connection) -> None:
-    """Sets up a process of a pool."""
+class TaskError(RuntimeError):
+    """A task raised an error in a worker process; the message names its type."""
+
+
+def serve(parent: Connection) -> None:
+    """Does the tasks that come from the parent process, one after the other, until it ends."""
     global _parent
     _parent = parent
-    # A killed parent can't end its workers, and they would wait for it for ever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # third parties' notes, once per process
+    try:
+        while True:
+            function, arguments = parent.recv()
+            try:
+                answer = ("result", function(*arguments))
+            except Exception as error:
+                answer = ("error", f"{type(error).__name__}: {error}")
+            parent.send(answer)
+    except (EOFError, OSError):  # the parent has ended
+        os._exit(1)
 
 
-def tell_parent(event: Event) -> None:
-    """From a process of a pool to the one that started it."""
+def report_to_parent(event: Event) -> None:
+    """Send progress from a worker process to the process that started it."""
     assert _parent is not None
-    _parent.send(event)
+    _parent.send(("event", event))
 
 
-def tell_cluster(event: Event) -> None:
-    """From a Dask worker to whoever listens."""
+def report_to_cluster(event: Event) -> None:
+    """Send progress from a Dask worker to every client that listens."""
     from distributed import get_worker
 
-    get_worker().log_event(TOPIC, event)
+    get_worker().log_event(TOPIC, tuple(event))
 
 
 def run_cell(
@@ -58,17 +81,17 @@ def run_cell(
     source: DataSource,
     checkpoint: Path | None,
     logs: Logs | None,
-    tell: Tell,
+    report: Report,
 ) -> RunResult:
-    """One run, with `tell` called when it begins and after each experience."""
+    """One run, with `report` called when it begins and after each experience."""
     from experiments.training.run import run
 
     with _alone():
-        tell((cell.run_id, 0, 0.0))
+        report(Event(cell.run_id, 0, 0.0))
         return run(
             cell,
             source,
-            lambda done, accuracy: tell((cell.run_id, done, accuracy)),
+            lambda done, accuracy: report(Event(cell.run_id, done, accuracy)),
             checkpoint,
             logs=logs,
         )
@@ -93,6 +116,7 @@ def _alone() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
+    """A killed parent can't end its workers, which would go on with their runs."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

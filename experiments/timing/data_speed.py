@@ -58,7 +58,7 @@ def run(settings: DataSpeed) -> pd.DataFrame:
     torch.set_num_threads(1)
     grids = (
         SplitMnist(methods=settings.methods, seeds=(0,)),
-        PermutedMnist(methods=settings.methods, seeds=(0,), experiences=settings.experiences),
+        PermutedMnist(methods=settings.methods, seeds=(0,), experiences=(settings.experiences,)),
     )
     console, rows = Console(), []
     for cell in (cell for grid in grids for cell in grid.cells(source.name)):

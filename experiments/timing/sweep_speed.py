@@ -30,7 +30,10 @@ from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
 from experiments.training.run import run as run_once
 
 # What a grid's command is told.
-_GIVEN = ("methods", "seeds", "experiences", "epochs", "batch_size", "dataset", "data_root", "jobs")
+_GIVEN = (
+    *("methods", "seeds", "experiences", "epochs", "batch_size"),
+    *("dataset", "data_root", "processes"),
+)
 OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
 BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
 
@@ -47,7 +50,7 @@ class SweepSpeed:
     """Passes over the data of each."""
     batch_size: int | None = None
     """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
-    jobs: tuple[int, ...] = (1, 2)
+    processes: tuple[int, ...] = (1, 2)
     """Numbers of processes that the grid is swept with, each compared with the fewest."""
     seeds: int = 12
     """Runs in that grid. 0: no grid."""
@@ -62,12 +65,12 @@ class SweepSpeed:
         for name in ("rounds", "experiences", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if not self.jobs or min(self.jobs) < 1:
-            raise ValueError(f"`jobs` must be one or more numbers >= 1, got {self.jobs}.")
-        if self.seeds < max(self.jobs) and self.seeds:
+        if not self.processes or min(self.processes) < 1:
+            raise ValueError(f"`processes` must be one or more numbers >= 1, got {self.processes}.")
+        if self.seeds < max(self.processes) and self.seeds:
             raise ValueError(
                 "`seeds` must be 0 (no grid), or enough for every process to have a run, got "
-                f"{self.seeds} with `jobs` {self.jobs}."
+                f"{self.seeds} with `processes` {self.processes}."
             )
 
 
@@ -85,7 +88,7 @@ def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
     torch.set_num_threads(1)
     console = Console()
     rounds = time_rounds(settings, source, folder / "sweep_speed_rounds.csv", console)
-    runs = summarise(rounds)
+    runs = summarise_rounds(rounds)
     replace_file(folder / "sweep_speed.csv", runs.to_csv(index=False))
     _show(console, runs)
     sweeps = time_sweeps(settings, source, folder / "sweep_scaling_rounds.csv", console)
@@ -104,9 +107,9 @@ def _show(console: Console, table: pd.DataFrame) -> None:
 
 def _grid(settings: SweepSpeed, **options: object) -> PermutedMnist:
     fields = {
-        "experiences": settings.experiences,
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
+        "experiences": (settings.experiences,),
+        "epochs": (settings.epochs,),
+        "batch_size": (settings.batch_size,) if settings.batch_size else (),
         "data_root": settings.data_root,
         **options,
     }
@@ -187,7 +190,7 @@ def _digest(accuracies: bytes) -> str:
     return hashlib.sha256(accuracies).hexdigest()[:10]
 
 
-def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
+def summarise_rounds(rounds: pd.DataFrame) -> pd.DataFrame:
     """A row per way of making the run.
 
     Args:
@@ -244,9 +247,9 @@ def time_sweeps(
         console: Where progress is shown.
 
     Returns:
-        A row per round and way: `jobs` processes, started by one command or by as many `commands`
-        that share the seeds, which is what the machine itself allows; the seconds from the start to
-        the last end, imports, tables and pictures included; and what it came to.
+        A row per round and way: the number of `processes`, started by one command or by as many
+        `commands` that share the seeds, which is what the machine itself allows; the seconds
+        from the start to the last end, imports, tables and pictures included; and the accuracies.
     """
     if not settings.seeds:
         return pd.DataFrame()
@@ -255,18 +258,18 @@ def time_sweeps(
     cells = list(grid.cells(source.name))
     sizes = {**_sizes(settings, source, cells[0]), "runs": len(cells)}
     others, held = _held(path, sizes)
-    ways = list(dict.fromkeys(way for n in settings.jobs for way in ((n, 1), (n, n))))
+    ways = list(dict.fromkeys(way for n in settings.processes for way in ((n, 1), (n, n))))
     for i in range(settings.rounds):
-        for jobs, commands in ways:
-            key = {"round": i, "jobs": jobs, "commands": commands}
+        for processes, commands in ways:
+            key = {"round": i, "processes": processes, "commands": commands}
             if len(held) and held[list(key)].eq(pd.Series(key)).all(axis=1).any():
                 continue
             parts = [
-                replace(grid, jobs=jobs // commands, seeds=grid.seeds[part::commands])
+                replace(grid, processes=processes // commands, seeds=grid.seeds[part::commands])
                 for part in range(commands)
             ]
             seconds, accuracies = _sweep(parts)
-            line = f"round {i + 1}, {jobs} processes of {commands} commands: {seconds:.1f} s"
+            line = f"round {i + 1}, {processes} processes of {commands} commands: {seconds:.1f} s"
             console.print(line, highlight=False)
             row = {**sizes, **key, "seconds": seconds, "accuracies": accuracies}
             held = pd.concat([held, pd.DataFrame([row])], ignore_index=True)
@@ -312,20 +315,22 @@ def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The median seconds with their smallest and largest; likewise the efficiency, round by round:
-        fewest jobs * their seconds / (jobs * seconds); and whether the accuracies of every round
-        are the same.
+        fewest processes * their seconds / (processes * seconds); and whether the accuracies of
+        every round are the same.
     """
     if not len(rounds):
         return rounds
-    ways = {way: found.set_index("round") for way, found in rounds.groupby(["jobs", "commands"])}
+    ways = {
+        way: found.set_index("round") for way, found in rounds.groupby(["processes", "commands"])
+    }
     (fewest, _), one = min(ways.items(), key=lambda item: item[0])
     return pd.DataFrame([
         {
             **found.drop(columns=["seconds", "accuracies"]).iloc[0],
             "rounds": len(found),
             **_spread("seconds", found["seconds"]),
-            **_spread("efficiency", fewest * one["seconds"] / (jobs * found["seconds"])),
+            **_spread("efficiency", fewest * one["seconds"] / (processes * found["seconds"])),
             "same_accuracies": bool((found["accuracies"] == one["accuracies"].iloc[0]).all()),
         }
-        for (jobs, _), found in ways.items()
+        for (processes, _), found in ways.items()
     ])

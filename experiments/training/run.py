@@ -62,19 +62,19 @@ def run(
     Returns:
         The rows; those that were complete if the run diverged or failed.
     """
-    trial = Trial(settings, source)
+    current = Run(settings, source)
     status, reason = "ok", ""
     try:
-        with logs.open(settings) if logs else nullcontext([]) as trial.loggers:
-            trial.run(observe, checkpoint)
+        with logs.open(settings) if logs else nullcontext([]) as current.loggers:
+            current.run(observe, checkpoint)
     except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
         status, reason = "failed", f"{type(error).__name__}: {error}"
-    return RunResult(trial.record(status, reason), trial.rows)
+    return RunResult(current.record(status, reason), current.rows)
 
 
-class Trial:
+class Run:
     """A run while it runs; `model` is the network that it trains."""
 
     def __init__(self, settings: RunSettings, source: DataSource) -> None:

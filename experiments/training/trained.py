@@ -15,7 +15,7 @@ from experiments.data.sources import DataSource
 from experiments.data.streams import shared_stream
 from experiments.data.tensor_path import experience_rows
 from experiments.settings.run import RunSettings
-from experiments.training.run import Trial
+from experiments.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def train(settings: RunSettings, source: DataSource) -> Trained:
     Returns:
         The network and its data.
     """
-    trial = Trial(settings, source)
-    trial.run(lambda done, accuracy: None)
+    current = Run(settings, source)
+    current.run(lambda done, accuracy: None)
     stream = shared_stream(settings, source)
     rows = [experience_rows(stream, e) for e in stream.benchmark.train_stream]
-    accuracy = pd.DataFrame(trial.rows)
+    accuracy = pd.DataFrame(current.rows)
     last = accuracy[accuracy["train_exp"] == settings.n_experiences - 1]
-    return Trained(trial.model, rows, float(last["accuracy"].mean()) if len(last) else math.nan)
+    return Trained(current.model, rows, float(last["accuracy"].mean()) if len(last) else math.nan)
 
 
 def _forward(model: nn.Module, batch: Any) -> Tensor:

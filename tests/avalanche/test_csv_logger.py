@@ -127,7 +127,7 @@ def test_a_sweep_refuses_a_loggers_folder_and_leaves_it_alone(tmp_path):
     logged(tmp_path / "accuracy.csv").eval(benchmark().test_stream)
     before = (tmp_path / "accuracy.csv").read_text()
     with pytest.raises(tables.TableError, match=r"which runs\.csv lacks"):
-        Store(tmp_path)
+        Store(tmp_path).finished()
     assert (tmp_path / "accuracy.csv").read_text() == before
 
 

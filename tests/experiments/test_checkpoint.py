@@ -6,7 +6,7 @@ import torch
 from experiments.data.sources import find_data
 from experiments.settings.run import RunSettings
 from experiments.training.checkpoint import read_checkpoint
-from experiments.training.run import Trial, run
+from experiments.training.run import Run, run
 from support.killed import KilledError
 
 DIGITS = find_data("digits", None)
@@ -35,10 +35,10 @@ def killed_after(n, cell, path):
         if done == n:
             raise KilledError
 
-    trial = Trial(cell, DIGITS)
+    current = Run(cell, DIGITS)
     with pytest.raises(KilledError):
-        trial.run(observe, path)
-    return trial
+        current.run(observe, path)
+    return current
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -46,13 +46,13 @@ def killed_after(n, cell, path):
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path, method, stream):
     name, changes = METHODS[method]
     cell = settings(name, *stream, **changes)
-    whole = Trial(cell, DIGITS)
+    whole = Run(cell, DIGITS)
     whole.run(lambda done, accuracy: None)
     path = tmp_path / "checkpoint"
     killed_after(2, cell, path)
     torch.rand(7)  # whatever another process did with its random numbers
     seen = []
-    resumed = Trial(cell, DIGITS)
+    resumed = Run(cell, DIGITS)
     resumed.run(lambda done, accuracy: seen.append(done), path)
     assert seen == list(range(3, cell.n_experiences + 1))
     assert resumed.rows == whole.rows
@@ -60,7 +60,7 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path, method, stre
         whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
     ):
         assert torch.equal(a, b), n
-    records = [trial.record("ok", "") for trial in (whole, resumed)]
+    records = [current.record("ok", "") for current in (whole, resumed)]
     assert len({str({k: v for k, v in r.items() if k not in TIMES}) for r in records}) == 1
 
 

@@ -16,62 +16,67 @@ from support.paths import ROOT
 
 CORRUPT = "corrupt"  # a folder with damaged images
 TINY = ["--experiences", "2", "--epochs", "1", "--hidden-size", "8", "--methods", "naive"]
-QUICK = ["--dataset", "digits", "--experiences", "2", "--epochs", "1", "--jobs", "1"]
+QUICK = ["--dataset", "digits", "--experiences", "2", "--epochs", "1", "--processes", "1"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["permuted-mnist", "--ewc-lambda", "-1"], "`ewc_lambda` must be >= 0 and finite, got -1"),
-        (
-            ["permuted-mnist", "--ewc-lambda", "nan"],
-            "`ewc_lambda` must be >= 0 and finite, got nan",
-        ),
-        (["permuted-mnist", "--experiences", "0"], "`experiences` must be >= 1, got 0"),
-        (["split-mnist", "--experiences", "3"], "`experiences` must be a divisor of 10 classes"),
-        (["split-mnist", "--experiences", "20"], "`experiences` must be a divisor of 10 classes"),
-        (["split-mnist", "--seeds", "-1"], "`seeds` must be between 0 and 2^32 - 1, got -1"),
-        (["split-mnist", "--seeds"], "`seeds` must be a non-empty list, got ()"),
-        (["split-mnist", "--epochs", "0"], "`epochs` must be >= 1, got 0"),
-        (["split-mnist", "--dropout", "1"], "`dropout` must be at least 0 and below 1, got 1.0"),
-        (["split-mnist", "--jobs", "0"], "`jobs` must be >= 1, got 0"),
-        (["split-mnist", "--device", "warp"], "`device` must be one that torch can use here"),
-        (["split-mnist", "--mode", "online"], "`decay_factor` must be between 0 and 1"),
-        (["split-mnist", "--decay-factor", "1"], "`decay_factor` must be unset in mode separate"),
-        (["split-mnist", "--learning-rate", "inf"], "`learning_rate` must be > 0 and finite"),
-        (["split-mnist", "--scenario", "class"], "`ewc_lambda` must be given for avalanche-ewc"),
-        (
-            ["split-mnist", "--out", "/proc/nothing"],
-            "`out` must be a folder that can be written to",
-        ),
-        (
-            ["split-mnist", "--methods", "ewx"],
-            "`ewx` is not a value of --methods; did you mean ewc?",
-        ),
-        (["split-mnist", "--fisher-type", "exakt"], "`exakt` is not a value of --fisher-type"),
-        (["permuted-mnist", "--scenario", "class"], "`class` is not a value of --scenario"),
-        (["sweep", "--scenario", "class"], "`scenario` must be one that the benchmark has"),
-        (["sweep", "--normalize", "mean"], "`ewc_lambda` must be given with `normalize` mean"),
-        (["split-mnist", "--ewc-lamda", "1"], "did you mean --ewc-lambda?"),
-        (["table", "--formet", "csv"], "`--formet` is not an option of table"),
-        (["slpit-mnist"], "`slpit-mnist` is not a command; did you mean split-mnist?"),
-        (
-            ["sweep", "--config", "none.toml"],
-            "`config` must be a readable TOML file, got none.toml",
-        ),
-        (
-            ["split-mnist", "--scheduler", "tcp://127.0.0.1:9", *TINY],
-            "`scheduler` must be the address of a running Dask scheduler, got tcp://127.0.0.1:9",
-        ),
-        (
-            ["split-mnist", "--data-root", CORRUPT],
-            "holds a corrupt MNIST file (train-images-idx3-ubyte, train-labels-idx1-ubyte",
-        ),
-    ],
-)
-def test_bad_input_gets_one_clear_line_and_exit_code_2(
-    arguments, said, capsys, monkeypatch, tmp_path
-):
+WHOLE = "must be a whole number"
+BAD_INPUT = [
+    ("permuted-mnist --ewc-lambda -1", "`ewc_lambda` must be a finite number, >= 0 and <= 1e+30"),
+    ("permuted-mnist --ewc-lambda nan", "`ewc_lambda` must be a finite number"),
+    ("permuted-mnist --ewc-lambda 1e39", "`ewc_lambda` must be a finite number"),
+    ("permuted-mnist --experiences 0", f"`experiences` {WHOLE}, >= 1 and <= 1000, got 0"),
+    ("permuted-mnist --experiences 10000000000", f"`experiences` {WHOLE}, >= 1 and <= 1000"),
+    ("split-mnist --experiences 3", "`experiences` must be a divisor of 10 classes"),
+    ("split-mnist --experiences 20", "`experiences` must be a divisor of 10 classes"),
+    ("split-mnist --seeds -1", f"`seeds` {WHOLE}, >= 0 and <= 4294967295, got -1"),
+    ("split-mnist --seeds", "`seeds` must be a non-empty list, got ()"),
+    ("split-mnist --epochs 0", f"`epochs` {WHOLE}, >= 1 and <= 100000, got 0"),
+    ("split-mnist --epochs 100000000000000000000", f"`epochs` {WHOLE}"),
+    ("split-mnist --hidden-size 99999999999999999999", f"`hidden_size` {WHOLE}"),
+    ("split-mnist --batch-size 99999999999999999999", f"`batch_size` {WHOLE}"),
+    ("split-mnist --hidden-layers 3000", f"`hidden_layers` {WHOLE}, >= 1 and <= 100"),
+    ("split-mnist --dropout 1", "`dropout` must be a finite number, >= 0 and below 1, got 1.0"),
+    ("split-mnist --processes 0", f"`processes` {WHOLE}, >= 1 and <= 1024, got 0"),
+    ("split-mnist --processes 100000000000000000000", f"`processes` {WHOLE}"),
+    ("split-mnist --processes 2.5", "invalid literal for int() with base 10: '2.5'"),
+    ("split-mnist --jobs 2", "`--jobs` is now called `--processes`"),
+    ("split-mnist --device warp", "`device` must be one that torch can use here"),
+    ("split-mnist --device cpu:3", "`device` must be one that torch can use here, got 'cpu:3'"),
+    ("split-mnist --device meta", "`device` must be one that torch can use here, got 'meta'"),
+    ("split-mnist --device privateuseone", "`device` must be one that torch can use here"),
+    ("split-mnist --mode online", "`decay_factor` must be between 0 and 1"),
+    ("split-mnist --decay-factor 1", "`decay_factor` must be unset in mode separate"),
+    ("split-mnist --learning-rate inf", "`learning_rate` must be a finite number, above 0"),
+    ("split-mnist --learning-rate 0", "`learning_rate` must be a finite number, above 0"),
+    ("split-mnist --scenario class", "`ewc_lambda` must be given for avalanche-ewc"),
+    ("split-mnist --out /proc/nothing", "`out` must be a folder that can be written to"),
+    ("split-mnist --methods ewx", "invalid choice 'ewx' for argument '--methods'"),
+    ("split-mnist --fisher-type exakt", "invalid choice 'exakt' for argument '--fisher-type'"),
+    ("permuted-mnist --scenario class", "invalid choice 'class' for argument '--scenario'"),
+    ("sweep --scenario class", "`scenario` must be one that the benchmark has"),
+    ("sweep --normalize mean", "`ewc_lambda` must be given with `normalize` mean"),
+    ("sweep --epochs 1 --epochs 2", "`--epochs` must be given once, got 2 times"),
+    ("sweep --force --no-force", "`--force` must be given once, got 2 times"),
+    ("sweep --batch_size 1 --batch-size=2", "`--batch-size` must be given once, got 2 times"),
+    ("split-mnist --ewc-lamda 1", "--ewc-lamda, 1; did you mean --ewc-lambda?"),
+    ("table --formet csv", "--formet, csv; did you mean --format?"),
+    ("slpit-mnist", "`slpit-mnist` is not a command; did you mean split-mnist?"),
+    ("sweep --config none.toml", "`config` must be a readable TOML file, got none.toml"),
+    (f"sweep --config {'x' * 300}", "`config` must be a readable TOML file, got xxx"),
+    (
+        f"split-mnist --scheduler tcp://127.0.0.1:9 {' '.join(TINY)}",
+        "`scheduler` must be the address of a running Dask scheduler, got tcp://127.0.0.1:9",
+    ),
+    (
+        f"split-mnist --data-root {CORRUPT}",
+        "holds a corrupt MNIST file (train-images-idx3-ubyte, train-labels-idx1-ubyte",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_INPUT)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(line, said, capsys, monkeypatch, tmp_path):
+    arguments = line.split()
     monkeypatch.chdir(tmp_path)
     raw = tmp_path / CORRUPT / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -127,9 +132,9 @@ def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsy
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path, capsys):
     arguments = ["permuted-mnist", *QUICK[:-2], "--seeds", "0", "1"]
-    for jobs in ("1", "2"):
-        assert main([*arguments, "--jobs", jobs, "--out", str(tmp_path / jobs)]) == 0
-    one, two = (tables.load(tmp_path / jobs)["accuracy"] for jobs in ("1", "2"))
+    for n in ("1", "2"):
+        assert main([*arguments, "--processes", n, "--out", str(tmp_path / n)]) == 0
+    one, two = (tables.load(tmp_path / n)["accuracy"] for n in ("1", "2"))
     pd.testing.assert_frame_equal(one, two)
 
 

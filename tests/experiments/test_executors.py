@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future
+from multiprocessing.context import SpawnProcess
 
 import pandas as pd
 import psutil
@@ -25,6 +25,7 @@ from experiments.sweeps import worker
 from experiments.sweeps.executors import OneProcess
 from experiments.sweeps.queue import Task
 from experiments.sweeps.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
+from experiments.sweeps.worker import TaskError
 from experiments.training.loggers import Logs
 from support.paths import ROOT
 
@@ -40,8 +41,8 @@ def no_rows(cell, source):
 
 
 def cells(**changes):
-    values = {"experiences": 2, "epochs": 1, "hidden_size": 8, "methods": ("naive", "ewc")}
-    values |= {"seeds": (0, 1), "ewc_lambda": 10.0} | changes
+    values = {"experiences": (2,), "epochs": (1,), "hidden_size": (8,), "methods": ("naive", "ewc")}
+    values |= {"seeds": (0, 1), "ewc_lambda": (10.0,)} | changes
     return list(PermutedMnist(**values).cells("digits"))
 
 
@@ -58,7 +59,7 @@ class CountingStore(Store):
 
 
 def results(store):
-    accuracy, runs = store.rebuild()
+    accuracy, runs = store.write_tables()
     return accuracy, runs.drop(columns=TIMES)
 
 
@@ -69,117 +70,117 @@ def assert_same_results(one, other):
 
 def run_here(wanted, folder):
     store = CountingStore(folder)
-    sweep(wanted, DIGITS, store, jobs=1, console=Console(quiet=True))
+    sweep(wanted, DIGITS, store, processes=1, console=Console(quiet=True))
     return store
 
 
-class FakeLane:
+class FakeExecutor:
     """Makes runs at once, except for those whose process dies."""
 
     capacity = 1.0
 
     def __init__(self, deadly, deaths):
         self.deadly, self.deaths = deadly, deaths
-        self.renewed = 0
-        self.tell = lambda event: None
+        self.died = 0
+        self.report = lambda event: None
 
     def submit(self, task, cell, *arguments):
         future = Future()
-        if cell.run_id == self.deadly and self.renewed < self.deaths:
-            future.set_exception(BrokenProcessPool("died"))
+        if cell.run_id == self.deadly and self.died < self.deaths:
+            self.died += 1
+            future.set_exception(BrokenExecutor("died"))
         else:
             future.set_result(task(cell, *arguments))
         return future
 
-    def drain(self):
+    def events(self):
         return iter(())
-
-    def renew(self):
-        self.renewed += 1
 
     def close(self):
         pass
 
 
 @pytest.fixture
-def fake_lanes(monkeypatch):
+def fake_executors(monkeypatch):
     def use(deadly, deaths):
-        lanes = [FakeLane(deadly, deaths)]
-        monkeypatch.setattr(sweep_module, "_open_lanes", lambda *arguments: lanes)
-        return lanes[0]
+        executors = [FakeExecutor(deadly, deaths)]
+        monkeypatch.setattr(sweep_module, "_open_executors", lambda *arguments: executors)
+        return executors[0]
 
     return use
 
 
-def test_a_run_whose_process_dies_is_tried_again(tmp_path, fake_lanes, capsys):
+def test_a_run_whose_process_dies_is_tried_again(tmp_path, fake_executors, capsys):
     wanted = cells()
     whole = run_here(wanted, tmp_path / "whole")
-    lane = fake_lanes(wanted[1].run_id, MAX_ATTEMPTS - 1)
+    executor = fake_executors(wanted[1].run_id, MAX_ATTEMPTS - 1)
     store = CountingStore(tmp_path / "died")
-    sweep(wanted, DIGITS, store, jobs=2, console=Console())
-    assert lane.renewed == MAX_ATTEMPTS - 1
+    sweep(wanted, DIGITS, store, processes=2, console=Console())
+    assert executor.died == MAX_ATTEMPTS - 1
     assert capsys.readouterr().out.count("its process died; it is tried again") == MAX_ATTEMPTS - 1
     assert store.added == Counter({cell.run_id: 1 for cell in wanted})
     assert_same_results(store, whole)
 
 
-def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_lanes):
+def test_a_run_whose_process_always_dies_is_a_failed_row(tmp_path, fake_executors):
     wanted = cells()
-    lane = fake_lanes(wanted[0].run_id, 100)
+    executor = fake_executors(wanted[0].run_id, 100)
     store = CountingStore(tmp_path)
-    sweep(wanted, DIGITS, store, jobs=2, console=Console(quiet=True))
-    assert lane.renewed == MAX_ATTEMPTS
-    runs = store.rebuild()[1].set_index("run_id")
+    sweep(wanted, DIGITS, store, processes=2, console=Console(quiet=True))
+    assert executor.died == MAX_ATTEMPTS
+    runs = store.write_tables()[1].set_index("run_id")
     assert runs.loc[wanted[0].run_id, "status"] == "failed"
     assert "its process died 3 times" in runs.loc[wanted[0].run_id, "reason"]
     assert (runs.drop(index=wanted[0].run_id)["status"] == "ok").all()
     checks = [Task(wanted[0], no_rows)]
     with pytest.raises(WorkerDiedError, match="the checks on .* failed: its process died 3 times"):
-        sweep(wanted[1:], DIGITS, store, jobs=2, console=Console(quiet=True), checks=checks)
+        sweep(wanted[1:], DIGITS, store, processes=2, console=Console(quiet=True), checks=checks)
 
 
 @pytest.mark.slow
 def test_a_process_that_died_between_tasks_is_replaced():
-    lane = OneProcess()
+    executor = OneProcess()
     try:
-        with pytest.raises(BrokenProcessPool):
-            lane.submit(os._exit, 1).result()
-        assert lane.submit(abs, -3).result() == 3
-        lane.renew()
-        assert lane.submit(abs, -4).result() == 4
+        for number in (3, 4):
+            with pytest.raises(BrokenExecutor):
+                executor.submit(os._exit, 1).result()
+            assert executor.submit(abs, -number).result() == number
+        with pytest.raises(TaskError, match="ValueError: invalid literal"):
+            executor.submit(int, "x").result()
+        executor._process.kill()
+        executor._process.join()
+        assert executor.submit(abs, -5).result() == 5
     finally:
-        lane.close()
+        executor.close()
 
 
 @pytest.mark.slow
 @holds_signals
-def test_an_interrupt_while_a_task_is_handed_over_is_not_lost(monkeypatch):
-    lane = OneProcess()
-    submit = lane._pool.submit
+def test_an_interrupt_while_a_process_starts_is_not_lost(monkeypatch):
+    start = SpawnProcess.start
 
-    def interrupted(*arguments):
-        submit(*arguments)  # the process is started
+    def interrupted(process):
+        start(process)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(lane._pool, "submit", interrupted)
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
     # What started the tests may have set it to be ignored, as a shell does in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            lane.submit(os.getpid)
+            OneProcess()
     finally:
         signal.signal(signal.SIGINT, before)
-        lane.close()
 
 
 @pytest.mark.slow
 @holds_signals
-def test_an_interrupt_reaches_no_process_of_a_pool():
-    lane = OneProcess()
+def test_an_interrupt_reaches_no_worker_process():
+    executor = OneProcess()
     try:
-        held = lane.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+        held = executor.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
     finally:
-        lane.close()
+        executor.close()
     assert signal.SIGINT in held
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
@@ -197,7 +198,7 @@ def kill_one(find, parts, killed):
 
 @pytest.mark.slow
 def test_a_killed_process_of_the_pool_costs_nothing(tmp_path, capsys):
-    wanted = cells(seeds=(0, 1, 2), epochs=5)
+    wanted = cells(seeds=(0, 1, 2), epochs=(5,))
     whole = run_here(wanted, tmp_path / "whole")
     store = CountingStore(tmp_path / "killed")
 
@@ -208,7 +209,7 @@ def test_a_killed_process_of_the_pool_costs_nothing(tmp_path, capsys):
     killed = []
     thread = threading.Thread(target=kill_one, args=(a_child, store.folder / PARTS, killed))
     thread.start()
-    sweep(wanted, DIGITS, store, jobs=2, console=Console(), checkpoint=True)
+    sweep(wanted, DIGITS, store, processes=2, console=Console(), checkpoint=True)
     thread.join()
     assert killed
     assert "its process died; it is tried again" in capsys.readouterr().out
@@ -247,7 +248,7 @@ def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     address = json.loads(file.read_text())["address"]
-    wanted = cells(seeds=(0, 1, 2, 3), epochs=3)
+    wanted = cells(seeds=(0, 1, 2, 3), epochs=(3,))
     whole = run_here(wanted, tmp_path / "whole")
     store = CountingStore(tmp_path / "cluster")
     killed = []
@@ -256,7 +257,7 @@ def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
     thread.start()
     options = {"console": Console(quiet=True), "scheduler": address, "checkpoint": True}
     logs = Logs(tmp_path / "logs", tensorboard=True)
-    sweep(wanted, DIGITS, store, jobs=2, logs=logs, **options)
+    sweep(wanted, DIGITS, store, processes=2, logs=logs, **options)
     thread.join()
     assert killed
     assert workers[0].wait() == -signal.SIGKILL
@@ -266,7 +267,16 @@ def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
 
 
 def command(folder, *arguments):
-    options = ["--methods", "naive", "--dataset", "digits", "--jobs", "1", "--experiences", "2"]
+    options = [
+        "--methods",
+        "naive",
+        "--dataset",
+        "digits",
+        "--processes",
+        "1",
+        "--experiences",
+        "2",
+    ]
     options += ["--hidden-size", "8", "--epochs", "1", "--quiet", "--out", str(folder)]
     return [sys.executable, "-m", "experiments", "sweep", *options, *arguments]
 
@@ -290,9 +300,9 @@ def test_two_sweeps_may_use_one_folder_at_a_time(tmp_path):
 
 def test_runs_of_one_process_do_not_mix(tmp_path):
     """A Dask worker may have several threads; random numbers and their seeds are the process's."""
-    wanted = cells(dropout=0.5)
+    wanted = cells(dropout=(0.5,))
     whole = run_here(wanted, tmp_path)
-    expected = whole.rebuild()[0]
+    expected = whole.write_tables()[0]
     rows = []
     threads = [
         threading.Thread(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from experiments.__main__ import main
-from experiments.command_line import checked_arguments, parse
+from experiments.command_line import parse
 from experiments.results.store import read_results
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep
 from experiments.settings.run import RunSettings
@@ -89,7 +89,7 @@ def test_ids_stay_as_they_are():
 def from_toml(tmp_path, text, *arguments, kind=Sweep):
     (tmp_path / "grid.toml").write_text(text)
     given = ["--config", str(tmp_path / "grid.toml"), *arguments]
-    return parse(kind, checked_arguments(kind.name, kind, given))
+    return parse(kind.name, kind, given, None)
 
 
 def test_a_file_has_the_same_names_and_the_command_line_counts_more(tmp_path):
@@ -125,11 +125,18 @@ def test_every_setting_can_stand_in_a_file(tmp_path):
             "`ewc_lamda` is not a setting of sweep (in {}); did you mean ewc_lambda?",
         ),
         ('method = "ewc"', "`method` is not a setting of sweep (in {}); did you mean methods?"),
-        ('methods = ["ewx"]', "`ewx` is not a value of --methods; did you mean ewc?"),
+        ('methods = ["ewx"]', "`methods` in {} must be one of naive, avalanche-ewc, ewc, joint"),
+        ('methods = ["naive", "--force"]', "`methods` in {} must be one of naive"),
+        ("epochs = true", "`epochs` in {} must be a whole number, >= 1 and <= 100000, got True"),
+        ("epochs = 2.0", "`epochs` in {} must be a whole number, >= 1 and <= 100000, got 2.0"),
+        ("force = 1", "`force` in {} must be true or false, got 1"),
+        ("seeds = [0, [1]]", "`seeds` in {} must be a whole number, >= 0 and <= 4294967295"),
+        ("ewc-lambda = 1\newc_lambda = 2", "`ewc_lambda` must be given once in {}"),
+        ("epochs = " + "[" * 20_000, "`config` must be a readable TOML file, got {}"),
         ("[split]\nepochs = 3", "`split` is not a setting of sweep (in {})"),
-        ("epochs = 1979-05-27", "`epochs` in {} must be a string, a number"),
+        ("epochs = 1979-05-27", "`epochs` in {} must be a whole number"),
         ("epochs = ", "`config` must be a readable TOML file, got {} (Invalid value"),
-        ("epochs = 0", "`epochs` must be >= 1, got 0"),
+        ("epochs = 0", "`epochs` in {} must be a whole number, >= 1 and <= 100000, got 0"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path, capsys, text, said):
@@ -140,16 +147,24 @@ def test_a_mistake_in_a_file_is_named(tmp_path, capsys, text, said):
     assert said.format(path) in line
 
 
-RUN = ["sweep", "--dataset", "digits", "--methods", "naive", "--hidden-size", "8", "--jobs", "1"]
+RUN = [
+    "sweep",
+    "--dataset",
+    "digits",
+    "--methods",
+    "naive",
+    "--hidden-size",
+    "8",
+    "--processes",
+    "1",
+]
 RUN += ["--experiences", "2", "--seeds", "0"]
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = [*RUN, "--out", str(folder)]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--epochs", "1", "2", "--dry-run"])
-    assert stop.value.code == 0
+    assert main([*arguments, "--epochs", "1", "2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("would run\n") == 2
     assert "2 of 2 runs would run, 0 exist: an unknown time" in printed
@@ -157,8 +172,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     assert main([*arguments, "--epochs", "1", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(SystemExit):
-        main([*arguments, "--epochs", "1", "2", "--dry-run"])
+    assert main([*arguments, "--epochs", "1", "2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "exists (ok)" in printed
     assert "1 of 2 runs would run, 1 exist: about " in printed
@@ -204,7 +218,13 @@ def test_the_largest_run_of_a_stream_comes_first():
     assert next_task([*tasks, other], None, [cells[0].stream]) == other
 
 
-def test_a_single_value_is_a_list_of_one():
-    assert Sweep(epochs=2, seeds=0, **{"methods": "naive"}) == Sweep(
-        epochs=(2,), seeds=(0,), methods=("naive",)
+def test_a_single_value_in_a_file_is_a_list_of_one(tmp_path):
+    text = 'epochs = 2\nseeds = 0\nmethods = "naive"\newc-lambda = 3'
+    job = from_toml(tmp_path, text)
+    assert replace(job, config=None) == Sweep(
+        epochs=(2,), seeds=(0,), methods=("naive",), ewc_lambda=(3.0,)
     )
+
+
+def test_a_byte_order_mark_in_a_file_is_no_setting(tmp_path):
+    assert from_toml(tmp_path, "\ufeffepochs = 2").epochs == (2,)

@@ -86,11 +86,11 @@ def test_wandb_writes_a_run_that_can_be_uploaded(tmp_path, unwatched, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_job_logs_each_run_in_its_folder(tmp_path, jobs):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_job_logs_each_run_in_its_folder(tmp_path, processes):
     grid = ["--dataset", "digits", "--experiences", "2", "--epochs", "1", "--seeds", "0"]
     grid = ["split-mnist", *grid, "--methods", "naive", "ewc", "--out", str(tmp_path)]
-    assert main([*grid, "--tensorboard", "--jobs", jobs]) == 0
+    assert main([*grid, "--tensorboard", "--processes", processes]) == 0
     runs = tables.load(tmp_path)["runs"]
     assert {p.name for p in (tmp_path / "logs").iterdir()} == set(runs["run_id"])
     assert len(list(tmp_path.glob("logs/*/events.out.tfevents.*"))) == 2

@@ -171,9 +171,9 @@ def test_a_dry_run_computes_nothing_and_names_every_part(tmp_path, capsys):
 
 def test_every_part_is_told_what_the_command_was():
     command = parity.Parity(
-        checkpoint=True, scheduler="tcp://host:8786", quiet=True, jobs=3, out="there"
+        checkpoint=True, scheduler="tcp://host:8786", quiet=True, processes=3, out="there"
     )
     part = Curves(**parity._shared(command, "curves"))
     assert part.out == "there/curves"
-    for name in ("checkpoint", "scheduler", "quiet", "jobs"):
+    for name in ("checkpoint", "scheduler", "quiet", "processes"):
         assert getattr(part, name) == getattr(command, name)

@@ -106,7 +106,7 @@ def test_penalty_speed_has_a_row_per_method_and_counts_the_memory():
 def test_implicit_step_study_on_the_digits(tmp_path):
     settings = ImplicitStep(
         dataset="digits",
-        jobs=1,
+        processes=1,
         seeds=(0,),
         ewc_lambda=(10.0, 1e6),
         experiences=2,

@@ -130,7 +130,7 @@ def test_a_protocol_runs_once_and_ends_in_a_table_and_pictures(tmp_path, monkeyp
     )
     monkeypatch.setattr(reproduce, "load_protocol", lambda name: protocol)
     settings = reproduce.Reproduce(
-        protocol="vandeven2022", dataset="digits", out=str(tmp_path), jobs=1, quiet=True
+        protocol="vandeven2022", dataset="digits", out=str(tmp_path), processes=1, quiet=True
     )
     table = reproduce.run(settings).set_index("arm")
     assert list(table["reproduced"]) == ["yes", "no"]

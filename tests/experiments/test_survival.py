@@ -14,12 +14,21 @@ import pytest
 from experiments.__main__ import main
 from experiments.results import tables
 from experiments.results.store import PARTS, Store
-from experiments.results.tables import TableError
 from support.paths import ROOT
 
 TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
 SWEEP = ["sweep", "--dataset", "digits", "--methods", "naive", "ewc", "--ewc-lambda", "10"]
-SWEEP += ["--hidden-size", "8", "--experiences", "2", "--epochs", "1", "--jobs", "1", "--quiet"]
+SWEEP += [
+    "--hidden-size",
+    "8",
+    "--experiences",
+    "2",
+    "--epochs",
+    "1",
+    "--processes",
+    "1",
+    "--quiet",
+]
 SWEEP += ["--benchmark", "split", "--scenario", "domain", "--seeds", "0", "1"]
 
 
@@ -86,7 +95,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
         "--seeds",
         "0",
     ]
-    long += ["--experiences", "4", "--epochs", "30", "--jobs", "1", "--quiet"]
+    long += ["--experiences", "4", "--epochs", "30", "--processes", "1", "--quiet"]
     command = [sys.executable, "-m", "experiments", *long]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, "--out", str(whole)], cwd=ROOT, check=True)
@@ -196,7 +205,7 @@ EDITS = {
     "an id": ("runs.csv", put("config_hash", "0123456789"), "are not those of its id"),
     "a row less": ("accuracy.csv", lambda t: t.drop(index=3), "has 5 rows of accuracy, not 6"),
     "a run less": ("runs.csv", lambda t: t.drop(index=0), "which runs.csv lacks"),
-    "an impossible run": ("runs.csv", put("epochs", 0), "can't be a run: `epochs` must be >= 1"),
+    "an impossible run": ("runs.csv", put("epochs", 0), "can't be a run: `epochs` must be a whole"),
     "a row twice": ("accuracy.csv", lambda t: pd.concat([t, t[:1]]), "not unique"),
     "an older schema": ("runs.csv", lambda t: t.drop(columns="epochs"), "epochs"),
     "a newer schema": ("runs.csv", lambda t: t.assign(new=1), "new"),
@@ -209,7 +218,7 @@ def test_an_edited_table_is_noticed_or_mended(copy, undisturbed, capsys, edit):
     edit_csv(copy, name, change)
     schema_fits = edit not in ("a row twice", "an older schema", "a newer schema")
     if schema_fits:  # the runs' own files are there, and they count
-        Store(copy)
+        Store(copy).write_tables()
         assert_same_tables(complete(copy), complete(undisturbed))
         edit_csv(copy, name, change)
     before = (copy / name).read_bytes()
@@ -253,19 +262,22 @@ PART_EDITS = {
 
 
 @pytest.mark.parametrize("edit", PART_EDITS)
-def test_an_edited_part_is_named(copy, edit):
+def test_an_edited_part_is_named_set_aside_and_made_again(copy, undisturbed, capsys, edit):
     path = sorted((copy / PARTS).glob("*.json"))[1]
     part = json.loads(path.read_text())
     PART_EDITS[edit](part)
     path.write_text(json.dumps(part))
-    with pytest.raises(TableError, match=rf"{path.name}` is not a run's result .*delete it"):
-        Store(copy)
+    assert main([*SWEEP, "--out", str(copy)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path.name}` is not a run's result (" in line
+    assert json.loads((path.parent / f"{path.name}.damaged").read_text()) == part
+    assert_same_tables(complete(copy), complete(undisturbed))
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_the_terminal_ends_in_one_line(tmp_path):
     """It reaches every process of the command at once, also while they start."""
-    arguments = [*SWEEP, "--jobs", "2", "--epochs", "30", "--out", str(tmp_path)]
+    arguments = [*SWEEP, "--processes", "2", "--epochs", "30", "--out", str(tmp_path)]
     for wait_for in (0, 1):
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments", *arguments],

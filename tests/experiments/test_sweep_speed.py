@@ -27,7 +27,9 @@ from support.paths import RESULTS
 
 def test_the_plain_loop_has_the_accuracies_of_the_run_through_avalanche():
     source = find_data("digits", None)
-    (cell,) = PermutedMnist(methods=("ewc",), seeds=(3,), experiences=3, epochs=3).cells("digits")
+    (cell,) = PermutedMnist(methods=("ewc",), seeds=(3,), experiences=(3,), epochs=(3,)).cells(
+        "digits"
+    )
     accuracy = pd.DataFrame(run(cell, source).rows)
     matrix = accuracy.pivot(index="train_exp", columns="eval_exp", values="accuracy")
     assert run_plainly(cell, source).accuracies == matrix.to_numpy().tolist()
@@ -45,7 +47,7 @@ def test_the_benchmark_compares_equals(tmp_path):
     assert runs.loc["ours, fast path", "ratio"] == 1.0
     assert (runs["ratio_min"] <= runs["ratio"]).all()
     scaling = pd.read_csv(tmp_path / "sweep_scaling.csv")
-    assert list(scaling["jobs"]) == [1, 2, 2]
+    assert list(scaling["processes"]) == [1, 2, 2]
     assert list(scaling["commands"]) == [1, 1, 2]
     assert list(scaling["runs"]) == [2, 2, 2]
     assert scaling["same_accuracies"].all()
@@ -57,9 +59,9 @@ def test_the_benchmark_compares_equals(tmp_path):
     ("arguments", "said"),
     [
         (["--rounds", "0"], "`rounds` must be >= 1, got 0"),
-        (["--jobs", "0"], "`jobs` must be one or more numbers >= 1, got (0,)"),
+        (["--processes", "0"], "`processes` must be one or more numbers >= 1, got (0,)"),
         (["--seeds", "1"], "`seeds` must be 0 (no grid), or enough for every process"),
-        (["--seeds", "-1"], "got -1 with `jobs` (1, 2)"),
+        (["--seeds", "-1"], "got -1 with `processes` (1, 2)"),
     ],
 )
 def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
@@ -73,7 +75,7 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, monkeypatch
     for name in ("_through_avalanche", "run_plainly"):
         monkeypatch.setattr(sweep_speed, name, lambda cell, source: Timed(1.0, [[0.5, 0.25]]))
     sizes = {"experiences": 2, "dataset": "digits", "out": str(tmp_path)}
-    once = SweepSpeed(rounds=1, seeds=2, jobs=(1,), **sizes)
+    once = SweepSpeed(rounds=1, seeds=2, processes=(1,), **sizes)
     run_benchmark(once)
     first = {path.name: pd.read_csv(path) for path in tmp_path.glob("*.csv")}
     again = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
@@ -92,7 +94,7 @@ def test_other_sizes_are_other_rows(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (made.append(*grids), (2.0, "a"))[1])
     for epochs in (1, 2, 1):
-        settings = SweepSpeed(rounds=1, experiences=2, epochs=epochs, jobs=(1,), seeds=1)
+        settings = SweepSpeed(rounds=1, experiences=2, epochs=epochs, processes=(1,), seeds=1)
         table = time_sweeps(settings, source, path, Console(quiet=True))
         assert list(table["epochs"]) == [epochs]
     assert [grid.epochs for grid in made] == [(1,), (2,)]
@@ -106,14 +108,14 @@ def test_a_grid_is_made_by_one_command_and_by_as_many_as_there_are_processes(tmp
     made = []
     monkeypatch.setattr(sweep_speed, "_sweep", lambda grids: (made.append(grids), (2.0, "a"))[1])
     source = find_data("digits", None)
-    settings = SweepSpeed(rounds=2, jobs=(1, 2), seeds=5)
+    settings = SweepSpeed(rounds=2, processes=(1, 2), seeds=5)
     path = tmp_path / "sweep_scaling_rounds.csv"
     table = time_sweeps(settings, source, path, Console(quiet=True))
-    assert list(table["jobs"]) == [1, 2, 2] * 2
+    assert list(table["processes"]) == [1, 2, 2] * 2
     assert list(table["commands"]) == [1, 1, 2] * 2
     seeds = [[grid.seeds for grid in grids] for grids in made[:3]]
     assert seeds == [[(0, 1, 2, 3, 4)], [(0, 1, 2, 3, 4)], [(0, 2, 4), (1, 3)]]
-    assert [[grid.jobs for grid in grids] for grids in made[:3]] == [[1], [2], [1, 1]]
+    assert [[grid.processes for grid in grids] for grids in made[:3]] == [[1], [2], [1, 1]]
 
 
 def test_efficiency_is_that_of_each_round():
@@ -122,14 +124,14 @@ def test_efficiency_is_that_of_each_round():
         {
             "runs": 4,
             "round": i,
-            "jobs": jobs,
+            "processes": processes,
             "commands": 1,
             "seconds": value,
             "accuracies": "a" if i else "b",
         }
-        for (i, jobs), value in seconds.items()
+        for (i, processes), value in seconds.items()
     ])
-    table = summarise_sweeps(rounds).set_index("jobs")
+    table = summarise_sweeps(rounds).set_index("processes")
     assert list(table["rounds"]) == [3, 3]
     assert list(table.loc[2, ["efficiency_min", "efficiency", "efficiency_max"]]) == [0.6, 0.75, 1]
     assert not table["same_accuracies"].any()
@@ -151,7 +153,7 @@ def test_the_committed_tables_say_what_the_readme_says():
     assert runs.loc[OURS_CLASSIC, "ratio"] > 12
     assert runs.loc[BUILTIN, "ratio_min"] > 3
     assert 1 / runs.loc[PLAIN, "ratio"] < 1.15
-    sweeps = pd.read_csv(folder / "sweep_scaling.csv").set_index(["jobs", "commands"])
+    sweeps = pd.read_csv(folder / "sweep_scaling.csv").set_index(["processes", "commands"])
     assert sweeps["same_accuracies"].all()
     assert (sweeps["rounds"] == 2).all()
     assert round(sweeps.loc[(2, 1), "seconds"] / sweeps.loc[(1, 1), "seconds"], 2) == 0.54

@@ -94,8 +94,9 @@ def _grid(
 ) -> Iterator[RunSettings]:
     grid = SplitMnist if benchmark == "split" else PermutedMnist
     options: dict[str, Any] = {"methods": (method,), "ewc_lambda": lambdas, "seeds": seeds}
-    options |= {"hidden_layers": 2, "learning_rate": 1e-3, "batch_size": BATCH_SIZE[dataset]}
-    yield from grid(scenario=scenario, **options).cells(dataset)
+    options |= {"hidden_layers": (2,), "learning_rate": (1e-3,)}
+    options |= {"batch_size": (BATCH_SIZE[dataset],)}
+    yield from grid(scenario=(scenario,), **options).cells(dataset)
 
 
 def run(settings: Parity) -> pd.DataFrame:
