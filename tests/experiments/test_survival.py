@@ -277,7 +277,9 @@ def test_an_edited_part_is_named_set_aside_and_made_again(copy, undisturbed, cap
 @pytest.mark.slow
 def test_ctrl_c_at_the_terminal_ends_in_one_line(tmp_path):
     """It reaches every process of the command at once, also while they start."""
-    arguments = [*SWEEP, "--processes", "2", "--epochs", "30", "--out", str(tmp_path)]
+    longer = {"--processes": "2", "--epochs": "30"}
+    arguments = [longer.get(before, one) for before, one in zip(["", *SWEEP], SWEEP, strict=False)]
+    arguments += ["--out", str(tmp_path)]
     for wait_for in (0, 1):
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments", *arguments],
