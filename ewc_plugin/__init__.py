@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         gaussian_score,
         register_rule,
     )
+    from ewc_plugin.fisher_file import load_fisher, save_fisher
     from ewc_plugin.penalty import DivergedError, QuadraticPenalty
 
 __version__ = "0.2.0"
@@ -41,7 +42,9 @@ __all__ = [
     "experience_batches",
     "explain",
     "gaussian_score",
+    "load_fisher",
     "register_rule",
+    "save_fisher",
 ]
 
 _HOME = {
@@ -58,7 +61,9 @@ _HOME = {
     "experience_batches": "avalanche",
     "explain": "fisher",
     "gaussian_score": "fisher",
+    "load_fisher": "fisher_file",
     "register_rule": "fisher",
+    "save_fisher": "fisher_file",
 }
 
 

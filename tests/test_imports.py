@@ -17,7 +17,7 @@ ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
 FLOORS = {
     "ewc_plugin": [
         ["__init__"],
-        ["avalanche", "plain"],
+        ["avalanche", "plain", "fisher_file"],
         ["fisher", "penalty"],
         ["batch_parts"],
         ["batches", "contexts"],

@@ -24,8 +24,10 @@ from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
 from ewc_plugin.avalanche.ranks import unwrapped
 from ewc_plugin.avalanche.strategy_fisher import StrategyFisher, needs_likelihood
 from ewc_plugin.avalanche.template import check_calls_the_hooks
-from ewc_plugin.batch_parts import Unpacked, logits_of, unpack
+from ewc_plugin.batch_parts import Unpacked, logits_of, on_device, unpack
 from ewc_plugin.batches import Batch
+from ewc_plugin.contexts import untouched_randomness
+from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType, Score
 from ewc_plugin.penalty.options import (
     Mode,
@@ -238,6 +240,41 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._shared.clear()
         self.fisher_seconds += time.perf_counter() - start
 
+    def consolidate(
+        self, model: nn.Module, batches_or_fisher: Iterable[Batch] | Mapping[str, Tensor]
+    ) -> None:
+        """Remember a model before the first experience: what it was trained on is protected.
+
+        Args:
+            model: As it is, pretrained.
+            batches_or_fisher: Batches as `unpack` takes them, of data like those it was trained
+                on, from which F is computed; or F by parameter name, such as `load_fisher` gives.
+
+        Raises:
+            ValueError: F does not fit the model; or `normalize="avalanche"`, which is the scale of
+                a strategy's mini-batches.
+        """
+        if self.normalize == AVALANCHE:
+            raise ValueError(
+                "`consolidate` knows no strategy, whose mini-batches normalize='avalanche' is the "
+                "scale of. Make the plugin with another `normalize`."
+            )
+        model = unwrapped(model)
+        if isinstance(batches_or_fisher, Mapping):
+            fisher = dict(batches_or_fisher)
+        else:
+            device = next(model.parameters()).device
+            options: dict[str, Any] = {
+                "forward": lambda model, batch: logits_of(self.forward(model, batch)),
+                "targets": lambda batch: self.unpack(batch).targets,
+                **self.fisher_options,
+            }
+            with untouched_randomness():
+                batches = (on_device(batch, device) for batch in batches_or_fisher)
+                fisher = diagonal_fisher(model, batches, self.fisher_type, **options)
+        self.penalty.consolidate(model, fisher)
+        self.fisher = fisher
+
     def compute_fisher(self, strategy: Any) -> dict[str, Tensor]:
         """Return the diagonal Fisher of the current experience, by parameter name."""
         batches = self.fisher_batches or self._own_batches
@@ -342,7 +379,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
         return {
             "penalty": self.penalty.state_dict(),
-            "fisher": self.fisher,
+            "fisher": dict(self.fisher),
             "fisher_seconds": self.fisher_seconds,
             "n_parts": self._shared.n_done,
             "scaled_as": AVALANCHE if self.normalize == AVALANCHE else None,

@@ -19,6 +19,7 @@ from ewc_plugin.fisher.options import EngineName, check_options
 from ewc_plugin.fisher.per_sample import taking_single_samples
 from ewc_plugin.fisher.plan import Plan, Served, make_plan
 from ewc_plugin.fisher.probe import probe
+from ewc_plugin.fisher.result import Fisher
 from ewc_plugin.fisher.scores import FisherType, LabelScores, Score, parsed_type
 
 _SEED = 0  # of the generator that is made where none is passed
@@ -38,7 +39,7 @@ def diagonal_fisher(
     chunk_size: int | None = None,
     engine: EngineName = "auto",
     progress: bool = False,
-) -> dict[str, Tensor]:
+) -> Fisher:
     """Diagonal of the Fisher information, averaged over samples.
 
     F_i = 1/N sum_n E_y[(d log p(y | x_n) / d theta_i)^2]; `fisher_type` says how E_y is taken.
@@ -67,7 +68,7 @@ def diagonal_fisher(
     Returns:
         One tensor per trainable parameter, by name: its shape and device, in float32 or the
         parameter's dtype where that is wider. Zeros where the logits do not depend on it. Unit:
-        nats / theta^2.
+        nats / theta^2. It is a dict that knows its `fisher_type` and `n_samples`.
 
     Raises:
         ValueError: `batches` is empty, a logit is not finite (-inf is a masked class), samples
@@ -101,7 +102,8 @@ def diagonal_fisher(
     batches = map(as_pytree, batches)
     with evaluating(model):
         if isinstance(fisher_type, FisherType) and fisher_type is FisherType.BATCHED:
-            return batched_importances(call, batches, targets, criterion or F.cross_entropy)
+            tensors = batched_importances(call, batches, targets, criterion or F.cross_entropy)
+            return Fisher(tensors, fisher_type=fisher_type.value)
         if max_samples is not None:
             batches = subset(batches, max_samples, generator)
         stream = iter(batches)
@@ -118,7 +120,12 @@ def diagonal_fisher(
                 show(accumulator.N)
         if show:
             print(file=sys.stderr)
-        return accumulator.mean()
+        name = fisher_type.value if isinstance(fisher_type, FisherType) else _name(fisher_type)
+        return Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.N)
+
+
+def _name(score: Score) -> str:
+    return str(getattr(score, "__name__", type(score).__name__))
 
 
 def explain(

@@ -9,7 +9,7 @@ import torch
 from ewc_plugin import DiagonalEWCPlugin, bernoulli_score
 from support.plugin_streams import assert_same, benchmark, mlp, strategy, train
 
-LAMBDAS = [float("nan"), float("inf"), -1, -1e-9]
+LAMBDAS = [float("nan"), float("inf"), -1, -1e-9, "30", None, True, 1j, [30]]
 
 REFUSED = {
     "no samples": {"fisher_options": {"max_samples": 0}},

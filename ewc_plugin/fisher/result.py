@@ -1,0 +1,30 @@
+"""A Fisher that knows of which labels, and of how many samples, it is the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Fisher(dict[str, Tensor]):
+    """F by parameter name.
+
+    Attributes:
+        fisher_type: The value of its `FisherType`, or the name of a score; None: not known.
+        n_samples: Number of samples that it is the mean of; None: not known.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        fisher_type: str | None = None,
+        n_samples: int | None = None,
+    ) -> None:
+        super().__init__(tensors)
+        self.fisher_type, self.n_samples = fisher_type, n_samples
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),), vars(self)

@@ -1,0 +1,226 @@
+"""A Fisher on disk: safetensors, which executes nothing when read, and what it is of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ewc_plugin
+from ewc_plugin.fisher.result import Fisher
+from ewc_plugin.penalty.parameters import canonical_parameters
+
+_FORMAT = "ewc-plugin fisher 1"
+
+
+class SavedFisher(Fisher):
+    """A `Fisher` out of a file.
+
+    Attributes:
+        anchor: The weights that it was computed at, by name; None: they were not saved.
+        about: The caller's own notes.
+        versions: Of ewc_plugin and torch when it was saved.
+        saved_at: When that was, in UTC.
+    """
+
+    anchor: dict[str, Tensor] | None
+    about: dict[str, Any]
+    versions: dict[str, str]
+    saved_at: str
+
+
+def save_fisher(
+    path: str | os.PathLike[str],
+    fisher: Mapping[str, Tensor],
+    *,
+    anchor: nn.Module | Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a Fisher with what it is of; the file is complete, or is not there.
+
+    Args:
+        path: Of the file, usually `*.safetensors`.
+        fisher: By parameter name, as `diagonal_fisher` gives it.
+        anchor: The model that it was computed on, or its parameters by name.
+        about: Notes for whoever reads it: anything that JSON can hold.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        TypeError: `about` cannot be written as JSON.
+        ValueError: `fisher` has no entries, or one that is negative or not finite; or `anchor` has
+            other names or shapes.
+    """
+    safetensors = _safetensors()
+    tensors = _checked(fisher)
+    metadata = {
+        "format": _FORMAT,
+        "parameters": _shapes_hash(tensors),
+        "fisher": _hash(tensors),
+        "fisher_type": json.dumps(getattr(fisher, "fisher_type", None)),
+        "n_samples": json.dumps(getattr(fisher, "n_samples", None)),
+        "versions": json.dumps({"ewc_plugin": ewc_plugin.__version__, "torch": torch.__version__}),
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "about": json.dumps(dict(about or {})),
+    }
+    entries = {f"fisher/{name}": tensor for name, tensor in tensors.items()}
+    if anchor is not None:
+        weights = _weights(anchor, tensors)
+        metadata["weights"] = _hash(weights)
+        entries |= {f"anchor/{name}": tensor for name, tensor in weights.items()}
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.save_file(entries, str(temporary), metadata)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_fisher(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    check_weights: bool = False,
+    device: torch.device | str = "cpu",
+) -> SavedFisher:
+    """Load a Fisher, checked against its own record and against a model.
+
+    Args:
+        path: Of a file of `save_fisher`.
+        model: Must have the parameters that the Fisher is of, by name and shape.
+        check_weights: Whether they must also have the values that the Fisher was computed at.
+        device: Of the tensors.
+
+    Returns:
+        The Fisher, which `QuadraticPenalty.consolidate` and `DiagonalEWCPlugin.consolidate` take.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: The file is of another kind, damaged, or of another model; or `check_weights`
+            without a model, or without weights in the file.
+    """
+    if check_weights and model is None:
+        raise ValueError("`check_weights=True` compares with a model; pass `model` too.")
+    metadata, entries = _read(Path(path), str(device))
+    fisher = {n.removeprefix("fisher/"): t for n, t in entries.items() if n.startswith("fisher/")}
+    anchor = {n.removeprefix("anchor/"): t for n, t in entries.items() if n.startswith("anchor/")}
+    recorded = {"parameters": _shapes_hash(fisher), "fisher": _hash(fisher)}
+    if anchor:
+        recorded["weights"] = _hash(anchor)
+    if any(metadata.get(key) != value for key, value in recorded.items()):
+        raise ValueError(f"`path` {path} is damaged: its tensors are not those that were saved.")
+    try:
+        notes = {key: json.loads(metadata[key]) for key in _NOTES}
+        saved_at = metadata["saved_at"]
+    except (KeyError, ValueError):
+        raise ValueError(f"`path` {path} is damaged: its record cannot be read.") from None
+    if model is not None:
+        _check_model(path, model, fisher, anchor, check_weights)
+    loaded = SavedFisher(fisher, fisher_type=notes["fisher_type"], n_samples=notes["n_samples"])
+    loaded.anchor, loaded.about = anchor or None, notes["about"]
+    loaded.versions, loaded.saved_at = notes["versions"], saved_at
+    return loaded
+
+
+_NOTES = ("fisher_type", "n_samples", "versions", "about")
+
+
+def _safetensors() -> Any:
+    try:
+        return import_module("safetensors.torch")
+    except ImportError:
+        raise ImportError(
+            "A Fisher is saved and loaded with safetensors, which is not installed: run "
+            "`pip install safetensors`."
+        ) from None
+
+
+def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    _safetensors()
+    safetensors = import_module("safetensors")
+    if not path.is_file():
+        raise ValueError(f"`path` must be a file of `save_fisher`, and {path} is no file.")
+    try:
+        with safetensors.safe_open(str(path), framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") == _FORMAT:
+                return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`path` must be a file of `save_fisher`, and {path} cannot be read as one: {error}."
+        ) from None
+    raise ValueError(
+        f"`path` must be a file of `save_fisher`, and {path} is a safetensors file of something "
+        "else, or of a later version."
+    )
+
+
+def _check_model(
+    path: Any, model: nn.Module, fisher: Any, anchor: dict[str, Tensor], check_weights: bool
+) -> None:
+    parameters = canonical_parameters(model)
+    trainable = {name for name, p in parameters.items() if p.requires_grad}
+    differences = [
+        *(f"the model has no {n!r}" for n in sorted(fisher.keys() - parameters.keys())),
+        *(f"the file has no {n!r}" for n in sorted(trainable - fisher.keys())),
+        *(
+            f"{n!r} is {tuple(f.shape)} in the file, {tuple(parameters[n].shape)} in the model"
+            for n, f in fisher.items()
+            if n in parameters and f.shape != parameters[n].shape
+        ),
+    ]
+    if check_weights and not differences:
+        if not anchor:
+            raise ValueError(f"`path` {path} has no weights; save it with `anchor=model`.")
+        differences = [
+            f"the weights of {n!r} are others"
+            for n, weight in anchor.items()
+            if not torch.equal(weight.to(parameters[n].device), parameters[n].detach())
+        ]
+    if differences:
+        raise ValueError(f"`path` {path} is the Fisher of another model: {'; '.join(differences)}.")
+
+
+def _checked(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(fisher, Mapping) or not fisher:
+        raise ValueError("`fisher` must map parameter names to tensors, and not be empty.")
+    for name, tensor in fisher.items():
+        if not isinstance(tensor, Tensor) or not bool(
+            (torch.isfinite(tensor) & (tensor >= 0)).all()
+        ):
+            raise ValueError(f"`fisher[{name!r}]` must be a tensor, finite and >= 0.")
+    return {name: _own(tensor) for name, tensor in fisher.items()}
+
+
+def _weights(anchor: nn.Module | Mapping[str, Tensor], fisher: Any) -> dict[str, Tensor]:
+    weights = canonical_parameters(anchor) if isinstance(anchor, nn.Module) else anchor
+    for name, tensor in fisher.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"`anchor` must have the parameters of `fisher`, and lacks {name!r} of shape "
+                f"{tuple(tensor.shape)}."
+            )
+    return {name: _own(weights[name]) for name in fisher}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor with memory of its own, as the format wants it."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _shapes_hash(tensors: Mapping[str, Tensor]) -> str:
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in tensors.items())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    own = {name: tensor.cpu() for name, tensor in tensors.items()}
+    return hashlib.sha256(_safetensors().save(own)).hexdigest()
