@@ -187,7 +187,7 @@ def checked_storage(
         checked_device = torch.device(device)
         works = float(torch.ones(1, device=checked_device)) == 1
         reason = "it does not keep numbers"
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         works, reason = False, str(error).strip().splitlines()[0]
     if not works:
         raise ValueError(

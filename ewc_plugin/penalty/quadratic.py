@@ -29,7 +29,8 @@ class Storage:
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """Real type in which the penalty of `parameter` is computed: float32 or wider."""
-    return torch.promote_types(parameter.dtype, torch.float32).to_real()
+    wide = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if wide else torch.float32
 
 
 def as_real(tensor: Tensor) -> Tensor:
