@@ -20,6 +20,7 @@ from ewc_plugin.batches import Batch, n_samples
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType
+from ewc_plugin.penalty.options import checked_non_negative
 from ewc_plugin.penalty.penalty import QuadraticPenalty
 
 
@@ -137,10 +138,10 @@ def ewc_train(
         Mean loss over the batches, with the penalty. Unit: nats.
 
     Raises:
-        ValueError: `data_loader` is empty, or `importance` is negative.
+        ValueError: `data_loader` is empty, or `importance` is negative, not finite or above
+            1e38.
     """
-    if not importance >= 0:
-        raise ValueError(f"`importance` must be >= 0, got {importance}.")
+    importance = checked_non_negative("importance", importance)
     return _train(model, optimizer, data_loader, ewc, importance)
 
 

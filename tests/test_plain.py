@@ -161,7 +161,7 @@ def test_loops_refuse_what_they_cannot_average():
         normal_train(model, optimizer, [])
     with pytest.raises(ValueError, match="`data_loader` is empty"):
         accuracy_of(model, [])
-    with pytest.raises(ValueError, match="`importance` must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="`importance` must be finite and >= 0, got -1"):
         ewc_train(model, optimizer, [(x, y)], EWC(model, x), -1)
 
 

@@ -36,7 +36,7 @@ from ewc_plugin.penalty.options import (
     parsed,
 )
 from ewc_plugin.penalty.penalty import QuadraticPenalty
-from ewc_plugin.penalty.stability import DivergedError, largest_stable_lambda
+from ewc_plugin.penalty.stability import DivergedError, check_optimizer_state, largest_stable_lambda
 
 
 class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -234,6 +234,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
+        check_optimizer_state(strategy.optimizer, _REMEDY)
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
         self.penalty.consolidate(strategy.model, self._scaled(strategy, self.fisher))

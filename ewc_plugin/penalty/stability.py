@@ -73,7 +73,7 @@ def check_optimizer_state(optimizer: Optimizer, remedy: str = "") -> None:
         ewc_plugin.penalty.stability.DivergedError: The training diverged: `square_avg` of RMSprop \
 is not finite, so that its weights cannot move any more.
     """
-    for state in optimizer.state.values():
+    for state in getattr(optimizer, "state", {}).values():  # a wrapper may have none
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(

@@ -99,6 +99,14 @@ def test_too_large_a_lambda_warns_once_and_the_run_stops_with_a_clear_error():
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
+def test_weights_that_stand_still_as_second_moments_overflowed_are_an_error(optimizer):
+    plugin = DiagonalEWCPlugin(1e28)
+    learner = strategy(mlp(), plugin, optimizer=optimizer, lr=1e-2)
+    with pytest.raises(DivergedError, match=f"of {optimizer.__name__} is not finite"):
+        train(learner, benchmark().train_stream)
+
+
 def test_implicit_step_holds_every_lambda():
     plugin = DiagonalEWCPlugin(1e12, implicit=True)
     learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.5, train_epochs=5)
