@@ -40,7 +40,7 @@ def by_cell(summary: pd.DataFrame) -> list[Cell]:
             first["benchmark"] == "permuted",
             *(first["dataset"], first["scenario"], list(LABELS).index(first["method"])),
             first["ewc_lambda"],
-            Cell(
+            Cell(  # type: ignore[misc]  # the three that come as one
                 *(first[name] for name in ("benchmark", "dataset", "scenario")),
                 label=LABELS[first["method"]],
                 fisher_type=first["fisher_type"] if pd.notna(first["fisher_type"]) else "",

@@ -187,7 +187,7 @@ class Grid(Job):
         super().__post_init__()
         for one in _axes(self):
             require(getattr(self, one.name) or not one.default, one.name, "a non-empty list", ())
-        require(self.streams, "scenario", "one that the benchmark has", self.scenario)
+        require(self.streams, "scenario", "one that the benchmark has", self.scenario)  # type: ignore[attr-defined]
         useless = self.decay_factor and "online" not in self.mode
         require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
         if "ewc" in self.methods and not self.ewc_lambda:
@@ -328,7 +328,7 @@ class Sweep(Grid):
         ]
 
     @property
-    def left_out(self) -> str:
+    def left_out(self) -> str:  # type: ignore[override]
         """Says so where a benchmark has no such scenario."""
         if "permuted" in self.benchmark and "class" in self.scenario:
             return "Permuted MNIST has no class-incremental scenario; it is left out there."

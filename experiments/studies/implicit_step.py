@@ -120,7 +120,7 @@ def plot(runs: pd.DataFrame) -> plt.Figure:
         axis.grid(alpha=0.3)
         axis.set_ylabel(metric.replace("_", " ") if optimizer == optimizers[0] else "")
         if metric == METRICS[0]:
-            axis.set_title(f"{optimizer}, lr {LEARNING_RATE[optimizer]:g}")
+            axis.set_title(f"{optimizer}, lr {LEARNING_RATE[optimizer]:g}")  # type: ignore[index]
             axis.legend(fontsize=8)
         if metric == METRICS[-1]:
             axis.set_xlabel("ewc_lambda")

@@ -32,7 +32,7 @@ class DataSpeed:
     """Times each run is made on each path, in turn."""
     experiences: int = 2
     """Experiences of permuted MNIST; split MNIST has five."""
-    methods: tuple[Method, ...] = MEASURED
+    methods: tuple[Method, ...] = MEASURED  # type: ignore[assignment]
     """Methods to run."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""

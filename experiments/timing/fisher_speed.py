@@ -202,10 +202,10 @@ def _try(
         return "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", None
     if engine is ENGINES[UNIT]:
         return "ok", "", None
-    error = relative_error(result, reference)
+    difference = relative_error(result, reference)
     if not engine.exact:
-        return "approximation", "", error
-    return ("ok" if error < WRONG else "wrong values"), "", error
+        return "approximation", "", difference
+    return ("ok" if difference < WRONG else "wrong values"), "", difference
 
 
 def _time(
@@ -274,7 +274,7 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
     call = ENGINES[engine].prepare(task)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = float(torch.cuda.memory_allocated())
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self")
@@ -308,7 +308,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         len(kinds), 1, figsize=(9, 3.6 * len(kinds)), squeeze=False, layout="constrained", dpi=150
     )
     engines = [name for name in dict.fromkeys(table["engine"]) if name != UNIT]
-    colours = dict(zip(engines, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(engines, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     counts = " or ".join(str(int(n)) for n in sorted(table["rounds"].dropna().unique()))
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
         part = table[(table["kind"] == kind) & table["multiple"].notna()]

@@ -65,7 +65,7 @@ def run(
     current = Run(settings, source)
     status, reason = "ok", ""
     try:
-        with logs.open(settings) if logs else nullcontext([]) as current.loggers:
+        with logs.open(settings) if logs else nullcontext([]) as current.loggers:  # type: ignore[attr-defined]
             current.run(observe, checkpoint)
     except DivergedError as error:
         status, reason = "diverged", str(error)

@@ -131,7 +131,7 @@ def draw_curves(cells: Cells, title: str) -> plt.Figure:
         _draw_curve(axis, label, matrices, style, band=not many)
     axis.set_xlabel("experiences trained on")
     axis.set_ylabel("average accuracy on those seen")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axis.grid(alpha=0.12)
     if many:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -71,7 +71,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
     """
 
     def __init__(self, *args: Any, trace: Trace, **options: Any) -> None:
-        super().__init__(*args, keep_importance_data=True, **options)
+        super().__init__(*args, keep_importance_data=True, **options)  # type: ignore[misc]
         self.trace = trace
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
