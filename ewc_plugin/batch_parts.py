@@ -103,6 +103,14 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     return changed
 
 
+def labelled(y: Any, ignore_index: int) -> Tensor | None:
+    """Return which samples have a label that is not ignored; None: all, or y is no class index."""
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+        return None
+    keep = y != ignore_index
+    return None if bool(keep.all()) else keep
+
+
 def on_device(batch: Batch, device: torch.device | str) -> Batch:
     """A batch's tensors on `device`; any mapping in it becomes a dict."""
     return tree_map(

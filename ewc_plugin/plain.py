@@ -5,7 +5,7 @@ from, so that changing the import is enough; the Fisher is the same to rounding,
 batches of any size. Avalanche is not imported.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Protocol, cast
 
@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.batch_parts import labelled, logits_of, on_device, unpack
+from ewc_plugin.batches import Batch, n_samples, take
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType
 from ewc_plugin.penalty.options import checked_non_negative
 from ewc_plugin.penalty.penalty import QuadraticPenalty
+
+IGNORE_INDEX = -100  # torch's default
 
 
 class Penalised(Protocol):
@@ -39,16 +41,18 @@ class EWC:
     is Avalanche's ewc_lambda, half of the lambda of Kirkpatrick et al.
 
     Args:
-        model: Maps x [N, ...] to logits [N, C].
-        dataset: A list or Dataset of samples x or (x, y, ...), a tensor [N, ...], or a DataLoader
-            or other iterable of batches of them, of any sizes. They are moved to the model's
-            device.
+        model: Maps x [N, ...], or a mapping's entries as keyword arguments, to logits [N, C], or
+            to a mapping or an object with `logits`.
+        dataset: A list or Dataset of samples x, (x, y, ...) or mappings with "labels", a tensor
+            [N, ...], or a DataLoader or other iterable of batches of them, of any sizes. They are
+            moved to the model's device. Or a Fisher by parameter name, such as `load_fisher` gives.
         fisher_type: Labels that F averages over; EMPIRICAL takes y from the dataset.
         batched: Whether the items of `dataset` are batches. Unset: those of a DataLoader are, those
             of a Dataset or tensor are not, and of other items the model's output on the first one
             decides.
         max_samples: Use only so many samples, drawn without replacement.
         generator: Draws labels and subsets. Default: one with a fixed seed.
+        ignore_index: The label of samples that are left out of F, as `ewc_train` leaves them out.
 
     Raises:
         ValueError: `dataset` is empty; its items may be samples or batches; or as
@@ -77,15 +81,21 @@ class EWC:
         batched: bool | None = None,
         max_samples: int | None = None,
         generator: torch.Generator | None = None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        self.fisher = diagonal_fisher(
-            model,
-            _batches(model, dataset, batched),
-            fisher_type,
-            forward=lambda model, batch: model(_inputs(batch)),
-            max_samples=max_samples,
-            generator=generator,
-        )
+        if isinstance(dataset, Mapping):
+            self.fisher: dict[str, Tensor] = dict(dataset)
+        else:
+            batches = _batches(model, dataset, batched)
+            self.fisher = diagonal_fisher(
+                model,
+                _labelled(batches, ignore_index),
+                fisher_type,
+                forward=_logits_of,
+                targets=_targets,
+                max_samples=max_samples,
+                generator=generator,
+            )
         self._penalty = QuadraticPenalty()
         self._penalty.consolidate(model, self.fisher)
 
@@ -101,13 +111,22 @@ class EWC:
         return self._penalty(model)
 
 
-def normal_train(model: nn.Module, optimizer: Optimizer, data_loader: Iterable[Batch]) -> float:
-    """One epoch of cross entropy.
+def normal_train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: Iterable[Batch],
+    *,
+    ignore_index: int = IGNORE_INDEX,
+) -> float:
+    """Train one epoch on the cross entropy.
 
     Args:
-        model: Maps x [N, ...] to logits [N, C]; it is left in train mode.
+        model: Maps x [N, ...], or a mapping's entries as keyword arguments, to logits [N, C], or to
+            a mapping or an object with `logits`; it is left in train mode.
         optimizer: Of its parameters.
-        data_loader: Yields (x [N, ...], y [N] int64); moved to the model's device.
+        data_loader: Yields (x [N, ...], y [N] int64), or mappings with "labels"; moved to the
+            model's device.
+        ignore_index: The label of samples that are left out.
 
     Returns:
         Mean loss over the batches. Unit: nats.
@@ -115,7 +134,7 @@ def normal_train(model: nn.Module, optimizer: Optimizer, data_loader: Iterable[B
     Raises:
         ValueError: `data_loader` is empty.
     """
-    return _train(model, optimizer, data_loader, None, 0.0)
+    return _train(model, optimizer, data_loader, None, 0.0, ignore_index)
 
 
 def ewc_train(
@@ -124,8 +143,10 @@ def ewc_train(
     data_loader: Iterable[Batch],
     ewc: Penalised,
     importance: float,
+    *,
+    ignore_index: int = IGNORE_INDEX,
 ) -> float:
-    """One epoch of cross_entropy + importance * ewc.penalty(model).
+    """Train one epoch on cross_entropy + importance * ewc.penalty(model).
 
     Args:
         model: As in `normal_train`.
@@ -133,35 +154,39 @@ def ewc_train(
         data_loader: As in `normal_train`.
         ewc: Made at the end of the tasks before.
         importance: Strength of the penalty, Avalanche's ewc_lambda.
+        ignore_index: As in `normal_train`.
 
     Returns:
         Mean loss over the batches, with the penalty. Unit: nats.
 
     Raises:
-        ValueError: `data_loader` is empty, or `importance` is negative, not finite or above
-            1e38.
+        ValueError: `data_loader` is empty, or `importance` is negative or not finite.
     """
     importance = checked_non_negative("importance", importance)
-    return _train(model, optimizer, data_loader, ewc, importance)
+    return _train(model, optimizer, data_loader, ewc, importance, ignore_index)
 
 
-def test(model: nn.Module, data_loader: Iterable[Batch]) -> float:
-    """Accuracy in eval mode; the modules' flags are left as they were.
+def test(
+    model: nn.Module, data_loader: Iterable[Batch], *, ignore_index: int = IGNORE_INDEX
+) -> float:
+    """Return the accuracy in eval mode; the modules' flags are left as they were.
 
     Args:
         model: As in `normal_train`.
         data_loader: As in `normal_train`.
+        ignore_index: As in `normal_train`.
 
     Returns:
-        A fraction in 0-1.
+        A fraction in 0-1 of the samples that have a label.
 
     Raises:
         ValueError: `data_loader` is empty.
     """
     correct = n = 0
     with evaluating(model), torch.no_grad():
-        for x, y in _on_device(model, data_loader):
-            correct += int((model(x).argmax(1) == y).sum())
+        for batch in _labelled(_on_device(model, data_loader), ignore_index):
+            y = _targets(batch)
+            correct += int((_logits_of(model, batch).argmax(1) == y).sum())
             n += len(y)
     return correct / _not_zero(n)
 
@@ -175,12 +200,14 @@ def _train(
     data_loader: Iterable[Batch],
     ewc: Penalised | None,
     importance: float,
+    ignore_index: int,
 ) -> float:
     model.train()
     losses = []
-    for x, y in _on_device(model, data_loader):
+    for batch in _on_device(model, data_loader):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        logits = _logits_of(model, batch)
+        loss = F.cross_entropy(logits, _targets(batch), ignore_index=ignore_index)
         if ewc is not None:
             loss = loss + importance * ewc.penalty(model)
         loss.backward()
@@ -199,11 +226,36 @@ def _not_zero(n: int) -> int:
 def _on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
     device = next(model.parameters()).device
     for batch in batches:
-        yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+        yield on_device(batch, device)
 
 
 def _inputs(batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return unpack(batch).inputs
     return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = _inputs(batch)
+    output = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
+    logits: Tensor = logits_of(output)
+    return logits
+
+
+def _targets(batch: Batch) -> Tensor:
+    targets: Tensor = unpack(batch).targets
+    return targets
+
+
+def _labelled(batches: Iterable[Batch], ignore_index: int) -> Iterator[Batch]:
+    """Yield the batches without the samples whose label is ignored; inputs alone as they are."""
+    for batch in batches:
+        alone = isinstance(batch, Tensor) or (not isinstance(batch, Mapping) and len(batch) < 2)
+        keep = None if alone else labelled(_targets(batch), ignore_index)
+        if keep is None:
+            yield batch
+        elif bool(keep.any()):
+            yield take(batch, keep)
 
 
 def _batches(
@@ -251,10 +303,9 @@ def _logits(model: nn.Module, make_batch: Callable[[], Batch]) -> Tensor | None:
     try:
         with evaluating(model), torch.no_grad():
             (batch,) = _on_device(model, [make_batch()])
-            x = _inputs(batch)
-            logits = model(x)
-            fits = logits.dim() == 2 and len(logits) == n_samples(x)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+            logits = _logits_of(model, batch)
+            fits = logits.dim() == 2 and len(logits) == n_samples(_inputs(batch))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return None  # whatever a wrong shape runs into
     return logits if fits else None
 

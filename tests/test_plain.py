@@ -165,6 +165,106 @@ def test_loops_refuse_what_they_cannot_average():
         ewc_train(model, optimizer, [(x, y)], EWC(model, x), -1)
 
 
+class Net(nn.Module):
+    """A classifier with the interface of a language model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, scale):
+        return {"features": x, "logits": self.net(x * scale[:, None])}
+
+
+def mapping(x, y):
+    return {"x": x, "scale": torch.linspace(0.5, 2, len(x)).double(), "labels": y}
+
+
+def samples_of(batch):
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["x"]))]
+
+
+MAPPINGS = {
+    "batches": lambda batch: [batch],
+    "samples": samples_of,
+    "loader": lambda batch: DataLoader(samples_of(batch), batch_size=3),
+}
+
+
+@pytest.mark.parametrize("kind", ["predicted", "empirical"])
+@pytest.mark.parametrize("form", MAPPINGS.values(), ids=MAPPINGS)
+def test_mappings_with_labels_and_outputs_with_logits_are_understood(form, kind):
+    torch.manual_seed(0)
+    model, (x, y) = Net(), data()
+    batch = mapping(x, y)
+    ewc = EWC(model, form(batch), kind)
+    parts = (x, batch["scale"])
+    expected = loop_fisher(model, parts, y, kind, lambda m, p: m(*p)["logits"])
+    assert relative_error(ewc.fisher, expected) < 1e-12
+
+
+def test_loops_on_mappings_are_those_on_pairs():
+    (x, y), net = data(), mlp()
+    model = Net()
+    one = {"x": x, "scale": torch.ones(N).double(), "labels": y}
+    losses = [
+        [
+            normal_train(m, torch.optim.SGD(m.parameters(), lr=0.1), batches),
+            ewc_train(m, torch.optim.SGD(m.parameters(), lr=0.1), batches, EWC(m, batches), 2.0),
+            accuracy_of(m, batches),
+        ]
+        for m, batches in ((model, [one]), (net, [(x, y)]))
+    ]
+    assert losses[0] == losses[1]
+    for p, q in zip(model.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("kind", ["predicted", "empirical", "exact"])
+def test_samples_whose_label_is_ignored_are_left_out(kind, ignored):
+    model, (x, y) = mlp(), data()
+    y[::2] = ignored
+    labelled = y != ignored
+    ewc = EWC(model, [(x[:1], y[:1]), (x[1:], y[1:])], kind, ignore_index=ignored)
+    expected = loop_fisher(model, x[labelled], y[labelled], kind)
+    assert relative_error(ewc.fisher, expected) < 1e-12
+    accuracy = accuracy_of(model, [(x, y)], ignore_index=ignored)
+    assert accuracy == accuracy_of(model, [(x[labelled], y[labelled])])
+    others = [mlp(), mlp()]
+    for m, batch in zip(others, ((x, y), (x[labelled], y[labelled])), strict=True):
+        normal_train(m, torch.optim.SGD(m.parameters(), lr=0.1), [batch], ignore_index=ignored)
+    for p, q in zip(others[0].parameters(), others[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_a_fisher_takes_the_place_of_a_dataset():
+    model, (x, _) = mlp(), data()
+    ewc = EWC(model, x)
+    again = EWC(model, ewc.fisher)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert torch.equal(ewc.penalty(model), again.penalty(model))
+
+
+def test_a_tuple_of_outputs_is_not_guessed():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return x, self.net(x)
+
+    x, y = data()
+    with pytest.raises(ValueError, match="returns a tuple of 2 items"):
+        EWC(Two(), [(x, y)], batched=True)
+    model = Two()
+    with pytest.raises(ValueError, match="returns a tuple of 2 items"):
+        normal_train(model, torch.optim.SGD(model.parameters(), lr=0.1), [(x, y)])
+
+
 def test_torch_is_all_it_imports():
     code = "import sys, torch; before = set(sys.modules); import ewc_plugin.plain;"
     code += "new = {m.split('.')[0] for m in set(sys.modules) - before};"

@@ -272,11 +272,3 @@ def _is_a(criterion: Any, known: type) -> bool:
 
 def _name(criterion: Any) -> str:
     return f"`{getattr(criterion, '__name__', type(criterion).__name__)}`"
-
-
-def labelled(y: Any, ignore_index: int) -> Tensor | None:
-    """Return which samples have a label that the criterion does not ignore; None: all."""
-    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
-        return None
-    keep = y != ignore_index
-    return None if bool(keep.all()) else keep

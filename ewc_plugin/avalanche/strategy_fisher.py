@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood, labelled
+from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood
 from ewc_plugin.avalanche.ranks import fisher_over_ranks, unwrapped, world_size
 from ewc_plugin.avalanche.template import (
     feeds_its_own_way,
@@ -19,7 +19,7 @@ from ewc_plugin.avalanche.template import (
     template_targets,
     unpacked,
 )
-from ewc_plugin.batch_parts import logits_of
+from ewc_plugin.batch_parts import labelled, logits_of
 from ewc_plugin.batches import Batch, take
 from ewc_plugin.contexts import evaluating, untouched_randomness
 from ewc_plugin.fisher.diagonal import diagonal_fisher
