@@ -1,10 +1,11 @@
 """Parameters by names that do not depend on wrappers; a cheap test that a model is unchanged."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _WRAPPER_NAMES = (["module"], ["_orig_mod"])  # data parallel and the like; torch.compile
 
@@ -36,6 +37,43 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter of `model`, trainable or not, by canonical name."""
     names = canonical_names(model)
     return {names[name]: parameter for name, parameter in model.named_parameters()}
+
+
+def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring F under canonical names and check that it fits the model.
+
+    Args:
+        model: The one that F was computed on.
+        fisher: F by parameter name.
+
+    Returns:
+        The same tensors, by canonical name and without a graph.
+
+    Raises:
+        ValueError: A name or shape is not the model's, or F is not real, finite and >= 0.
+    """
+    canonical = canonical_names(model)
+    parameters = canonical_parameters(model)
+    checked = {}
+    for given, tensor in fisher.items():
+        name = canonical.get(given, given)
+        if name not in parameters:
+            raise ValueError(f"`fisher` has {name!r}; the model has {sorted(parameters)}.")
+        if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else tensor
+            raise ValueError(f"`fisher[{name!r}]` must be a dense tensor of real numbers: {kind}.")
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"`fisher[{name!r}]` is {tuple(tensor.shape)}, the parameter "
+                f"{tuple(parameters[name].shape)}: compute it on this model."
+            )
+        if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+            raise ValueError(
+                f"`fisher[{name!r}]` must be finite and >= 0, got {float(tensor.min())} to "
+                f"{float(tensor.max())}: did the training diverge?"
+            )
+        checked[name] = tensor.detach()
+    return checked
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from ewc_plugin.penalty.options import (
     normalizer,
     parsed,
 )
-from ewc_plugin.penalty.parameters import ModelFingerprint, canonical_names, canonical_parameters
+from ewc_plugin.penalty.parameters import ModelFingerprint, canonical_parameters, checked_fisher
 from ewc_plugin.penalty.quadratic import Quadratic, Storage, as_real
 from ewc_plugin.penalty.state import Remembered, loaded_state
 
@@ -114,7 +114,7 @@ class QuadraticPenalty:
                 parameter that is remembered is gone or has shrunk.
         """
         parameters = canonical_parameters(model)
-        new = _checked_fisher(model, fisher)
+        new = checked_fisher(model, fisher)
         if not any(bool(f.any()) for f in new.values()):
             warnings.warn(
                 "The Fisher is zero everywhere: nothing of this experience is protected. A model "
@@ -322,28 +322,3 @@ def _overflow(name: str, parameter: Tensor, quadratic: Quadratic) -> str:
         f"The sum of all F of `{name}` overflows {quadratic.fisher.dtype}, the type in which it is "
         "kept: use normalize='mean', or divide F by a constant and multiply `ewc_lambda` by it."
     )
-
-
-def _checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    canonical = canonical_names(model)
-    parameters = canonical_parameters(model)
-    checked = {}
-    for given, tensor in fisher.items():
-        name = canonical.get(given, given)
-        if name not in parameters:
-            raise ValueError(f"`fisher` has {name!r}; the model has {sorted(parameters)}.")
-        if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
-            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else tensor
-            raise ValueError(f"`fisher[{name!r}]` must be a dense tensor of real numbers: {kind}.")
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(
-                f"`fisher[{name!r}]` is {tuple(tensor.shape)}, the parameter "
-                f"{tuple(parameters[name].shape)}: compute it on this model."
-            )
-        if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-            raise ValueError(
-                f"`fisher[{name!r}]` must be finite and >= 0, got {float(tensor.min())} to "
-                f"{float(tensor.max())}: did the training diverge?"
-            )
-        checked[name] = tensor.detach()
-    return checked
