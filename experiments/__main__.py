@@ -19,7 +19,8 @@ AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
 JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
-    "report": "one HTML page about results folders, and its pictures for papers",
+    "compare": "which method of a results folder is better, by how much, with what interval",
+    "report": "one HTML page about results folders",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
     "reproduce": "a published experiment and whether its number comes out",
@@ -37,6 +38,8 @@ STUDIES = {
 }
 # Where a command's module is; the others are in `studies`, under their own name.
 MODULES = {
+    "compare": "reporting.compare",
+    "demonstration": "studies.demonstration.study",
     "report": "reporting.html.page",
     "table": "reporting.text_table",
     "parity": "studies.parity.study",

@@ -8,9 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from experiments.data.sources import DataSource
-from experiments.reporting.comparison import parity_table
-from experiments.reporting.figures.accuracy import plot_all
-from experiments.reporting.terminal import print_chosen, print_parity, print_summary, print_troubles
+from experiments.reporting.figures.folder import plot_all
+from experiments.reporting.terminal import (
+    print_checks,
+    print_chosen,
+    print_comparisons,
+    print_summary,
+    print_troubles,
+)
 from experiments.results import schemas, statistics, tables
 from experiments.results.environment import write_environment
 from experiments.results.store import Store
@@ -66,17 +71,20 @@ def write_report(
         tables.write(summary, store.folder, schemas.SUMMARY)
         write_environment(store.folder, source)
         files = plot_all(accuracy, runs, store.folder / "plots")
-        parity = parity_table(runs, numerical) if numerical else None
-        if parity is not None:
-            tables.write(parity, store.folder, schemas.PARITY)
+        comparisons = statistics.paired_differences(runs)
+        if job.compares and len(comparisons):
+            tables.write(comparisons, store.folder, schemas.COMPARISONS)
+        if numerical:
+            rows = sorted(numerical, key=lambda row: [row[name] for name in STREAM])
+            checks = tables.write_rows(rows, store.folder, schemas.CHECKS)
     mine = {cell.config_hash for cell in cells}
-    told = statistics.distinctions(runs[runs["config_hash"].isin(mine)])
-    print_summary(summary[summary["config_hash"].isin(mine)], console, told)
+    print_summary(runs[runs["config_hash"].isin(mine)], console)
     if isinstance(job, Tune):
         print_chosen(summary, console)
-    if parity is not None:
-        console.print("Compared with Avalanche's built-in EWC:")
-        print_parity(parity, console)
+    if job.compares:
+        print_comparisons(comparisons[comparisons["config_hash"].isin(mine)], console)
+    if numerical:
+        print_checks(checks, console)
     troubles = Console(stderr=True) if job.quiet else console
     print_troubles(runs[runs["config_hash"].isin(mine)], troubles)
     console.print(

@@ -1,64 +1,111 @@
-"""The summary of one cell of a grid, and its numbers as text."""
+"""The summary of each cell of a grid, which the terminal, text tables and the page render."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from experiments.reporting.labels import LABELS
+from experiments.reporting.labels import (
+    in_words,
+    method_label,
+    method_place,
+    number,
+    setting_text,
+    stream_title,
+)
+from experiments.results import statistics
+from experiments.results.schemas import UNITS
+
+SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
+COMPETED = ("average_accuracy", "forgetting", "learning_accuracy")  # whose best is bold
+STREAM = ["benchmark", "dataset", "scenario", "validation"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The summary of one cell of a grid, ready to be shown.
+    """The summary of one cell of a grid.
 
     Attributes:
-        metrics: Its rows of `summary.csv` by metric.
-        n: Seeds.
+        method: In words.
+        fisher_type: Empty where the method has none.
+        ewc_lambda: NaN where it has none.
+        settings: In which it differs from other cells of its method, in words.
+        intervals: Of `statistics.interval` by metric; a metric that is not defined is missing.
+        best: Metrics of which it is the best of its stream.
+        n: Runs that ended well.
+        lost: Runs that diverged or failed.
+        seconds: Of a run, mean; NaN without runs.
         config_hash: Of its settings.
     """
 
-    benchmark: str
-    dataset: str
-    scenario: str
-    label: str
+    method: str
     fisher_type: str
-    ewc_lambda: str
-    metrics: pd.DataFrame
+    ewc_lambda: float
+    settings: Mapping[str, str]
+    intervals: Mapping[str, Mapping[str, float]]
+    best: frozenset[str]
     n: int
+    lost: int
+    seconds: float
     config_hash: str
 
+    def interval(self, metric: str) -> str:
+        """`0.9412 ± 0.0031`; the mean alone for one seed, a dash where it is not defined."""
+        if metric not in self.intervals:
+            return "–"
+        return interval_text(self.intervals[metric]["mean"], self.intervals[metric]["ci_high"])
 
-def by_cell(summary: pd.DataFrame) -> list[Cell]:
-    """The cells of a summary by benchmark, in the methods' usual order, lambda ascending."""
-    cells = []
-    for config_hash, rows in summary.groupby("config_hash", sort=False):
-        first = rows.iloc[0]
-        by_metric = rows.set_index("metric")
-        cells.append((
-            first["benchmark"] == "permuted",
-            *(first["dataset"], first["scenario"], list(LABELS).index(first["method"])),
-            first["ewc_lambda"],
-            Cell(  # type: ignore[misc]  # the three that come as one
-                *(first[name] for name in ("benchmark", "dataset", "scenario")),
-                label=LABELS[first["method"]],
-                fisher_type=first["fisher_type"] if pd.notna(first["fisher_type"]) else "",
-                ewc_lambda=f"{first['ewc_lambda']:g}" if pd.notna(first["ewc_lambda"]) else "",
-                metrics=by_metric,
-                n=int(by_metric["n"].get("average_accuracy", 0)),
-                config_hash=str(config_hash),
+    @property
+    def lambda_text(self) -> str:
+        """Lambda, or nothing."""
+        return "" if np.isnan(self.ewc_lambda) else number(self.ewc_lambda)
+
+
+def summary_cells(runs: pd.DataFrame) -> dict[str, list[Cell]]:
+    """The cells of each stream, in the methods' usual order, lambda ascending.
+
+    Args:
+        runs: Rows of `runs.csv`; a cell without a run that ended well has n = 0.
+
+    Returns:
+        Cells by the stream's title.
+    """
+    best = {metric: statistics.best_cells(runs, metric) for metric in COMPETED}
+    found: dict[str, list[Cell]] = {}
+    streams = sorted(runs.groupby(STREAM), key=lambda item: (item[0][0] == "permuted", item[0]))
+    for (*stream, validation), group in streams:
+        varied = statistics.varied_settings(group)
+        cells = sorted(
+            (cell for _, cell in group.groupby("config_hash")),
+            key=lambda c: (
+                (method_place(c["method"].iloc[0]), str(c["fisher_type"].iloc[0]))
+                + (c["ewc_lambda"].iloc[0],)
             ),
-        ))
-    return [cell for *_, cell in sorted(cells, key=lambda entry: entry[:-1])]
+        )
+        title = stream_title(*stream) + (", validation images" if validation else "")
+        found[title] = [_cell(cell, varied, best) for cell in cells]
+    return found
 
 
-def format_interval(by_metric: pd.DataFrame, metric: str) -> str:
-    """`0.9412 ± 0.0031`; the mean alone for one seed, a dash where the metric is undefined."""
-    if metric not in by_metric.index:
-        return "-"
-    row = by_metric.loc[metric]
-    return interval_text(row["mean"], row["ci_high"])
+def _cell(rows: pd.DataFrame, varied: Sequence[str], best: Mapping[str, set[str]]) -> Cell:
+    first, done = rows.iloc[0], rows[rows["status"] == "ok"]
+    values = {m: done[m].dropna().to_numpy(float) for m in UNITS}
+    config_hash = str(first["config_hash"])
+    return Cell(
+        method=method_label(first["method"]),
+        fisher_type=setting_text(first["fisher_type"]),
+        ewc_lambda=float("nan") if pd.isna(first["ewc_lambda"]) else float(first["ewc_lambda"]),
+        settings={in_words(name): setting_text(first[name]) for name in varied},
+        intervals={m: statistics.interval(v) for m, v in values.items() if len(v)},
+        best=frozenset(m for m, cells in best.items() if config_hash in cells),
+        n=len(done),
+        lost=len(rows) - len(done),
+        seconds=float((done["train_s"] + done["fisher_s"] + done["eval_s"]).mean()),
+        config_hash=config_hash,
+    )
 
 
 def interval_text(mean: float, ci_high: float) -> str:

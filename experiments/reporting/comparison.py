@@ -1,30 +1,163 @@
-"""Checks against Avalanche's built-in EWC.
-
-The same numbers where the definitions agree (`parity_checks`); paired differences of results where
-they don't.
-"""
+"""Paired differences and checks in words: the answer first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from experiments.results import schemas, tables
-from experiments.results.statistics import paired_differences
-from experiments.settings.run import STREAM
+from experiments.reporting.labels import lambda_text, method_label, stream_title
+from experiments.results.statistics import LOWER_IS_BETTER
+
+STREAM = ("benchmark", "dataset", "scenario")
+METRIC_WORDS = {"average_accuracy": "accuracy"}
 
 
-def parity_table(runs: pd.DataFrame, numerical: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """All checks of a job.
+def stream_of(row: Mapping[str, Any]) -> str:
+    """The title of the stream of a row of `comparisons.csv`."""
+    title = stream_title(*(row[name] for name in STREAM))
+    return title + (", validation images" if row["validation"] else "")
+
+
+def side(row: Mapping[str, Any], prefix: str = "") -> str:
+    """One of the two methods of a row in words, with its Fisher type and lambda.
 
     Args:
-        runs: Rows of `runs.csv`.
-        numerical: Rows of `parity_checks.numerical_checks`.
+        row: Of `comparisons.csv`.
+        prefix: Of its columns: empty, or "other_".
 
     Returns:
-        Rows of `parity.csv`.
+        Such as `EWC, per sample (predicted), λ = 30`.
     """
-    order = sorted(numerical, key=lambda row: [row[name] for name in STREAM])
-    return tables.frame([*order, *paired_differences(runs)], schemas.PARITY)
+    words = method_label(row[f"{prefix}method"])
+    if pd.notna(row[f"{prefix}fisher_type"]):
+        words += f" ({row[f'{prefix}fisher_type']})"
+    if pd.notna(row[f"{prefix}ewc_lambda"]):
+        words += f", {lambda_text(row[f'{prefix}ewc_lambda'])}"
+    return words
+
+
+def difference_text(difference: float, low: float, high: float) -> str:
+    """`+0.0052 [−0.0028, +0.0132]`; the difference alone where there is no interval."""
+    interval = f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else ""
+    return f"{difference:+.4f}{interval}".replace("-", "−")
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """What a paired difference says of the first method, in words."""
+    if row["differs"] == "unknown":
+        return "one seed"
+    if row["differs"] == "yes":
+        better = (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER)
+        word = "better" if better else "worse"
+        return f"{word}, within the margin" if row["within_margin"] == "yes" else word
+    return "equivalent" if row["within_margin"] == "yes" else "undecided"
+
+
+SENTENCES = {
+    "better": "is better than",
+    "worse": "is worse than",
+    "better, within the margin": "is better, by less than the margin, than",
+    "worse, within the margin": "is worse, by less than the margin, than",
+    "equivalent": "is equivalent to",
+    "undecided": "can't be told from",
+    "one seed": "has one seed beside",
+}
+
+
+def answers(comparisons: pd.DataFrame) -> Iterator[str]:
+    """A sentence per stream: our EWC beside Avalanche's, or beside Naive where that is missing.
+
+    Args:
+        comparisons: Rows of `comparisons.csv`.
+
+    Yields:
+        Sentences; of a stream with several lambdas, which the images of the test must not choose
+        from, only how many pairs there are.
+    """
+    accuracy = comparisons[comparisons["metric"] == "average_accuracy"]
+    for _, rows in accuracy.groupby([*STREAM, "validation"], sort=False):
+        ours = rows[rows["method"] == "ewc"]
+        for other in ("avalanche-ewc", "naive"):
+            pairs = ours[ours["other_method"] == other]
+            if len(pairs):
+                break
+        title = stream_of(rows.iloc[0])
+        if len(pairs) > MOST_SENTENCES:
+            yield f"{title}: {len(pairs)} pairs of settings, see the table."
+            continue
+        for row in pairs.to_dict("records"):
+            found = difference_text(row["difference"], row["ci_low"], row["ci_high"])
+            yield (
+                f"{title}: {side(row)} {SENTENCES[verdict(row)]} {side(row, 'other_')}: "
+                f"{found} in average accuracy, n = {row['n']} ({shared_settings(row)})."
+            )
+
+
+MOST_SENTENCES = 3
+
+
+def shared_settings(row: Mapping[str, Any]) -> str:
+    """What tells two comparisons of the same stream apart: sizes that both methods have."""
+    network = (
+        f"{row['hidden_layers']}x{row['hidden_size']}" if row["model"] == "mlp" else row["model"]
+    )
+    return f"{row['n_experiences']} experiences, {network}, mini-batches of {row['batch_size']}"
+
+
+def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
+    """Paired differences as text, a row each.
+
+    Args:
+        comparisons: Rows of `comparisons.csv`.
+
+    Returns:
+        Columns by name; `stream` first.
+    """
+    return [
+        {
+            "stream": stream_of(row),
+            "compared": f"{side(row)} − {side(row, 'other_')}",
+            "metric": METRIC_WORDS.get(row["metric"], row["metric"]),
+            "difference": difference_text(row["difference"], row["ci_low"], row["ci_high"]),
+            "verdict": verdict(row),
+            "n": str(row["n"]),
+            "means": f"{row['mean']:.4f}, {row['other_mean']:.4f}",
+        }
+        for row in comparisons.to_dict("records")
+    ]
+
+
+def checks_text(checks: pd.DataFrame) -> str:
+    """`6 of 6 checks hold`, with what was only measured."""
+    claimed = checks[checks["tolerance"].notna()]
+    text = f"{(claimed['verdict'] == 'equal').sum()} of {len(claimed)} checks hold"
+    measured = len(checks) - len(claimed)
+    return text + (f"; {measured} differences are measured without a claim" if measured else "")
+
+
+def check_rows(checks: pd.DataFrame) -> list[dict[str, str]]:
+    """Checks as text, a row each.
+
+    Args:
+        checks: Rows of `checks.csv`.
+
+    Returns:
+        Columns by name; `stream` first.
+    """
+    return [
+        {
+            "stream": stream_title(*(row[name] for name in STREAM)),
+            "what": f"{row['what']}, {row['scope']}"
+            + (f", penalty {row['penalty']}" if pd.notna(row["penalty"]) else ""),
+            "Fisher": str(row["fisher_type"]),
+            "beside": str(row["against"]),
+            "dtype": str(row["dtype"]),
+            "size": f"{row['size']} {row['size_of']}",
+            "error": f"{row['largest_relative_error']:.1e}",
+            "tolerance": "" if pd.isna(row["tolerance"]) else f"{row['tolerance']:g}",
+            "verdict": str(row["verdict"]),
+        }
+        for row in checks.to_dict("records")
+    ]

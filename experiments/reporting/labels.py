@@ -1,7 +1,10 @@
-"""What methods and cells are called in tables and figures."""
+"""What streams, methods and cells are called in tables and figures, and numbers as text."""
 
 from __future__ import annotations
 
+import re
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,6 +17,55 @@ LABELS = {
     "ewc": "EWC, per sample",
     "joint": "Joint (upper bound)",
 }
+BENCHMARKS = {"split": "Split", "permuted": "Permuted"}
+DATASETS = {"mnist": "MNIST", "digits": "digits"}
+
+
+def method_label(method: str) -> str:
+    """A method's name in words; a method without one is called as in `runs.csv`."""
+    return LABELS.get(method, method)
+
+
+def method_place(method: str) -> int:
+    """Where a method comes in tables and figures; what is not named in `LABELS` before joint."""
+    names = list(LABELS)
+    return names.index(method) if method in names else names.index("joint")
+
+
+def stream_title(benchmark: str, dataset: str, scenario: str) -> str:
+    """A stream's title: `Permuted MNIST, domain-incremental`."""
+    name = f"{BENCHMARKS.get(benchmark, benchmark)} {DATASETS.get(dataset, dataset)}"
+    return f"{name}, {scenario}-incremental"
+
+
+def number(value: float) -> str:
+    """A number in the one format of tables and figures: 0.001, 30, 1000, 1e4, 2.5e6, 1e-4."""
+    text = f"{value:g}"
+    if value and (abs(value) >= 1e4 or abs(value) < 1e-3):
+        text = re.sub(r"\.?0*e\+?(-?)0*(\d+)", r"e\1\2", f"{value:.3e}")
+    return text
+
+
+def lambda_text(value: float) -> str:
+    """`λ = 30`, which no line break parts."""
+    return f"λ = {number(value)}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def in_words(name: str) -> str:
+    """The name of a column in words."""
+    return name.replace("_", " ")
+
+
+def setting_text(value: Any) -> str:
+    """The value of a setting; nothing where it has none."""
+    if value is None or pd.isna(value):
+        return ""
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` letters."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
 
 
 def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, str]:
@@ -31,12 +83,12 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
     several = cells.groupby("method")["fisher_type"].nunique()
     labels = {}
     for cell in cells.to_dict("records"):
-        words = [LABELS[cell["method"]]]
-        if with_lambda and pd.notna(cell["ewc_lambda"]):
-            words.append(f"λ = {cell['ewc_lambda']:g}")
+        words = [method_label(cell["method"])]
         if several[cell["method"]] > 1 and pd.notna(cell["fisher_type"]):
             words.append(cell["fisher_type"])
         words += [_setting(name, cell[name]) for name in varied if pd.notna(cell[name])]
+        if with_lambda and pd.notna(cell["ewc_lambda"]):
+            words.append(lambda_text(cell["ewc_lambda"]))
         labels[str(cell["config_hash"])] = ", ".join(words)
     return labels
 
@@ -45,4 +97,21 @@ def _setting(name: str, value: Any) -> str:
     """A word speaks for itself; a number needs its name."""
     if isinstance(value, str):
         return value
-    return f"{name.replace('_', ' ')} {value}"
+    return f"{in_words(name)} {setting_text(value)}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def without_common(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """What labels such as `a, b, c` and `a, b, d` share, and what is left of each.
+
+    Args:
+        labels: Parts separated by commas.
+
+    Returns:
+        `a, b`, and `c`, `d`; nothing is taken where a label would be left empty.
+    """
+    parts = [label.split(", ") for label in labels]
+    common = [part for part in parts[0] if all(part in other for other in parts)] if parts else []
+    rest = [", ".join(part for part in own if part not in common) for own in parts]
+    if len(labels) < 2 or not all(rest):
+        return "", list(labels)
+    return ", ".join(common), rest

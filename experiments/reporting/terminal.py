@@ -1,47 +1,66 @@
-"""Result tables on the terminal."""
+"""Result tables on the terminal, none wider than it or broken inside a word."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.reporting.cells import by_cell, format_interval
+from experiments.reporting import comparison
+from experiments.reporting.cells import SHOWN, summary_cells
+from experiments.reporting.labels import in_words
 from experiments.results.statistics import chosen_lambdas
 
-SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
+MAY_WRAP = ("method", "compared", "what", "beside", "verdict")  # between words; others are short
 
 
-def print_summary(
-    summary: pd.DataFrame, console: Console, told: Mapping[str, str] | None = None
-) -> None:
-    """Prints mean and 95 % interval of the main metrics, a table per benchmark.
+def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) -> None:
+    """Prints rows of text as a table.
 
     Args:
-        summary: Rows of `summary.csv`.
+        title: Above it.
+        rows: Entries by column; all have the same columns.
         console: Where to print.
-        told: Of `statistics.distinctions`.
     """
-    tables_by_title: dict[str, Table] = {}
-    for cell in by_cell(summary):
-        title = f"{cell.benchmark} {cell.dataset}, {cell.scenario}-incremental"
-        if title not in tables_by_title:
-            table = tables_by_title[title] = Table(title=f"{title}: mean ± 95 % interval")
-            for column in ("method", "Fisher", "λ", *SHOWN, "n"):
-                justify = "left" if column == "method" else "right"
-                table.add_column(column.replace("_", " "), justify=justify)
-        more = (told or {}).get(cell.config_hash)
-        tables_by_title[title].add_row(
-            f"{cell.label}, {more}" if more else cell.label,
-            cell.fisher_type,
-            cell.ewc_lambda,
-            *(format_interval(cell.metrics, metric) for metric in SHOWN),
-            str(cell.n),
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in rows[0]:
+        wraps = column in MAY_WRAP
+        longest = max(len(word) for row in rows for word in (*row[column].split(), *column.split()))
+        table.add_column(
+            column,
+            justify="left" if wraps or column in ("metric", "Fisher") else "right",
+            no_wrap=not wraps,
+            min_width=longest if wraps else None,
         )
-    for table in tables_by_title.values():
-        console.print(table)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table, highlight=False, markup=False)
+
+
+def print_summary(runs: pd.DataFrame, console: Console) -> None:
+    """Prints mean and 95 % interval of the main metrics, a table per stream.
+
+    Args:
+        runs: Rows of `runs.csv`.
+        console: Where to print.
+    """
+    for title, cells in summary_cells(runs).items():
+        rows = []
+        for cell in cells:
+            varied = "".join(f", {name} {value or 'none'}" for name, value in cell.settings.items())
+            rows.append({
+                "method": cell.method + varied,
+                "Fisher": cell.fisher_type,
+                "λ": cell.lambda_text,
+                **{in_words(metric): cell.interval(metric) for metric in SHOWN},
+                "n": str(cell.n),
+            })
+        print_table(f"{title}: mean ± 95 % interval", rows, console)
 
 
 def print_chosen(summary: pd.DataFrame, console: Console) -> None:
@@ -52,19 +71,34 @@ def print_chosen(summary: pd.DataFrame, console: Console) -> None:
         console.print(f"    {key}: {row.ewc_lambda:g},  # {row.mean:.4f}", highlight=False)
 
 
-def print_parity(parity: pd.DataFrame, console: Console) -> None:
-    """Prints one line per comparison with the built-in."""
-    for row in parity.itertuples():
-        interval = ""
-        if pd.notna(row.ci_low):
-            interval = f" [{row.ci_low:+.4f}, {row.ci_high:+.4f}], n = {row.n}"
-        console.print(
-            f"  {row.benchmark} {row.scenario}: {row.check}: {row.quantity}: "
-            f"{row.difference:+.3g}{interval}: {row.verdict}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:
+    """Prints a sentence per stream, then the paired differences, a table per stream.
+
+    Args:
+        comparisons: Rows of `comparisons.csv`.
+        console: Where to print.
+    """
+    for sentence in comparison.answers(comparisons):
+        console.print(sentence, highlight=False, markup=False, style="bold")
+    rows = pd.DataFrame(comparison.comparison_rows(comparisons))
+    for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
+        shown = part.drop(columns="stream").to_dict("records")
+        print_table(f"{stream}: difference [95 % interval], seed by seed", shown, console)
+
+
+def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = False) -> None:
+    """Prints how many checks hold, and those that do not; or all.
+
+    Args:
+        checks: Rows of `checks.csv`.
+        console: Where to print.
+        all_of_them: Whether the table is printed too.
+    """
+    console.print(f"{comparison.checks_text(checks)}.", highlight=False)
+    shown = checks if all_of_them else checks[checks["verdict"] == "different"]
+    rows = pd.DataFrame(comparison.check_rows(shown))
+    for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
+        print_table(f"{stream}: checks", part.drop(columns="stream").to_dict("records"), console)
 
 
 def print_troubles(runs: pd.DataFrame, console: Console) -> None:

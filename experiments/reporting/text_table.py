@@ -1,7 +1,7 @@
 """Paper-ready tables from a results folder: mean ± half-width of the 95 % interval, and n.
 
 The best of a benchmark is bold only where its interval against each other method allows it. What
-`parity` and `reproduce` find is printed likewise, with the interval of each paired difference.
+`compare` and `reproduce` find is printed likewise, with the interval of each paired difference.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import tyro
 
-from experiments.reporting.cells import by_cell, format_interval, interval_text
-from experiments.reporting.terminal import SHOWN
+from experiments.reporting import comparison
+from experiments.reporting.cells import SHOWN, interval_text, summary_cells
+from experiments.reporting.labels import in_words, setting_text
 from experiments.results import statistics, tables
-from experiments.results.statistics import COMPARED, best_cells
 
-POWER_OF_TEN = re.compile(r"1e([+-]\d+)")
+POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Table:
 
     folder: Annotated[str, tyro.conf.Positional] = "results/main"
     """Folder of results."""
-    of: Literal["summary", "parity", "reproduce"] = "summary"
-    """What to print: methods side by side; paired differences from Avalanche's built-in EWC; a
-    published experiment beside its number."""
+    of: Literal["summary", "comparisons", "checks", "reproduce"] = "summary"
+    """What to print: methods side by side; paired differences; equalities with Avalanche's built-in
+    EWC; a published experiment beside its number."""
     format: Literal["markdown", "latex", "csv"] = "markdown"
     """Notation of the table; LaTeX needs the package booktabs."""
 
@@ -90,61 +90,59 @@ def table_of(folder: str | Path, of: str) -> SummaryTable:
     return make(*(found[name] for name in names))
 
 
-def summary_table(summary: pd.DataFrame, runs: pd.DataFrame) -> SummaryTable:
+def summary_table(runs: pd.DataFrame) -> SummaryTable:
     """The main metrics of each cell as text, methods in their usual order.
 
     Args:
-        summary: Rows of `summary.csv`.
-        runs: Rows of `runs.csv`, which say what is best.
+        runs: Rows of `runs.csv`.
 
     Returns:
         The table.
     """
-    best = {metric: best_cells(runs, metric) for metric in SHOWN}
-    varied = statistics.varied_settings(runs)
-    settings = runs.drop_duplicates("config_hash").set_index("config_hash")[varied]
     rows, bold = [], []
-    for cell in by_cell(summary):
-        rows.append({
-            "benchmark": _stream(cell),
-            "method": cell.label,
-            "Fisher": cell.fisher_type,
-            "λ": cell.ewc_lambda,
-            **{k.replace("_", " "): _word(settings.loc[cell.config_hash, k]) for k in varied},
-            **{m.replace("_", " "): format_interval(cell.metrics, m) for m in SHOWN},
-            "n": str(cell.n),
-        })
-        bold.append({m.replace("_", " "): cell.config_hash in best[m] for m in SHOWN})
+    for title, cells in summary_cells(runs).items():
+        for cell in cells:
+            rows.append({
+                "benchmark": title,
+                "method": cell.method,
+                "Fisher": cell.fisher_type,
+                "λ": cell.lambda_text,
+                **cell.settings,
+                **{in_words(metric): cell.interval(metric) for metric in SHOWN},
+                "n": str(cell.n),
+            })
+            bold.append({in_words(metric): metric in cell.best for metric in SHOWN})
     text = pd.DataFrame(rows)
+    order = [name for name in text if name not in (*map(in_words, SHOWN), "n")]
+    text = text[[*order, *map(in_words, SHOWN), "n"]].fillna("")
     return SummaryTable(text, pd.DataFrame(bold).reindex(columns=text.columns, fill_value=False))
 
 
-def parity_table(parity: pd.DataFrame) -> SummaryTable:
-    """Ours less the built-in, seed by seed; the numerical checks stay in the CSV.
+def comparisons_table(runs: pd.DataFrame) -> SummaryTable:
+    """Paired differences, seed by seed.
 
     Args:
-        parity: Rows of `parity.csv`.
+        runs: Rows of `runs.csv`.
 
     Returns:
         The table, nothing of it bold.
     """
-    paired = parity[parity["quantity"].isin(COMPARED)]
-    return _plain(
-        {
-            "benchmark": _stream(row),
-            "compared": row.check.removeprefix("paired seeds, "),
-            "metric": row.quantity.replace("_", " "),
-            "ours": f"{row.ours:.4f}",
-            "built-in": f"{row.builtin:.4f}",
-            "difference": _difference(row.difference, row.ci_low, row.ci_high),
-            "n": str(row.n),
-            "verdict": row.verdict,
-        }
-        for row in paired.itertuples()
-    )
+    return _plain(comparison.comparison_rows(statistics.paired_differences(runs)))
 
 
-def reproduce_table(reproduce: pd.DataFrame) -> SummaryTable:
+def checks_table(checks: pd.DataFrame) -> SummaryTable:
+    """Equalities with Avalanche's built-in EWC.
+
+    Args:
+        checks: Rows of `checks.csv`.
+
+    Returns:
+        The table, nothing of it bold.
+    """
+    return _plain(comparison.check_rows(checks))
+
+
+def published_table(reproduce: pd.DataFrame) -> SummaryTable:
     """Each arm of a published experiment beside its number.
 
     Args:
@@ -157,11 +155,13 @@ def reproduce_table(reproduce: pd.DataFrame) -> SummaryTable:
         {
             "experiment": row.protocol,
             "arm": row.arm,
-            "published": _word(row.reference),
-            "average accuracy": "-" if row.n == 0 else interval_text(row.mean, row.ci_high),
-            "difference": "-"
+            "published": setting_text(row.reference),
+            "average accuracy": "–" if row.n == 0 else interval_text(row.mean, row.ci_high),
+            "difference": "–"
             if pd.isna(row.difference)
-            else _difference(row.difference, row.difference_ci_low, row.difference_ci_high)
+            else comparison.difference_text(
+                row.difference, row.difference_ci_low, row.difference_ci_high
+            )
             + f" from {row.against}",
             "n": str(row.n),
             "reproduced": row.reproduced,
@@ -175,24 +175,13 @@ def _plain(rows: Iterable[dict[str, str]]) -> SummaryTable:
     return SummaryTable(text, text.map(lambda entry: False))
 
 
-def _stream(row: Any) -> str:
-    return f"{row.benchmark} {row.dataset}, {row.scenario}-incremental"
-
-
-def _difference(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else "")
-
-
 # What to print -> the tables that it is made from, and how.
 MADE_FROM: dict[str, tuple[tuple[str, ...], Callable[..., SummaryTable]]] = {
-    "summary": (("summary", "runs"), summary_table),
-    "parity": (("parity",), parity_table),
-    "reproduce": (("reproduce",), reproduce_table),
+    "summary": (("runs",), summary_table),
+    "comparisons": (("runs",), comparisons_table),
+    "checks": (("checks",), checks_table),
+    "reproduce": (("reproduce",), published_table),
 }
-
-
-def _word(value: Any) -> str:
-    return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def render(table: SummaryTable, notation: str) -> str:
@@ -209,18 +198,19 @@ def render(table: SummaryTable, notation: str) -> str:
 
 
 def _latex_text(text: pd.DataFrame) -> pd.DataFrame:
-    symbols = {"λ": r"$\lambda$", "±": r"$\pm$", "%": r"\%", "_": r"\_", "&": r"\&"}
+    symbols = {"λ": r"$\lambda$", "±": r"$\pm$", "%": r"\%", "−": "$-$", "_": r"\_", "&": r"\&"}
 
     def escaped(entry: str) -> str:
         if power := POWER_OF_TEN.fullmatch(entry):
-            return f"$10^{{{int(power[1])}}}$"
-        return "--" if entry == "-" else "".join(symbols.get(c, c) for c in entry)
+            factor = "" if power[1] == "1" else rf"{power[1]} \cdot "
+            return f"${factor}10^{{{int(power[2])}}}$"
+        return "--" if entry == "–" else "".join(symbols.get(c, c) for c in entry)
 
     return text.map(escaped).rename(columns=escaped)
 
 
 def _latex(text: pd.DataFrame) -> str:
-    """Numbers to the right, a rule between what the first column names, which is said once."""
+    """A booktabs table: numbers to the right; the first column where it changes, after a rule."""
     first = text.columns[0]
     new = text[first].ne(text[first].shift()).to_numpy()
     text = text.assign(**{first: np.where(new, text[first], "")})

@@ -8,7 +8,7 @@ rows in between) is NaN.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]  # [T + 1, T]
 
@@ -67,6 +67,24 @@ def continual_metrics(accuracy: Matrix) -> dict[str, float]:
         "forgetting_avalanche": _mean(drop),
         "learning_accuracy": _mean(learned),
     }
+
+
+def accuracy_matrix(train_exp: ArrayLike, eval_exp: ArrayLike, accuracy: ArrayLike) -> Matrix:
+    """R from the rows of `accuracy.csv` of one run.
+
+    Args:
+        train_exp: Experience trained through, by row; -1 is the untrained model.
+        eval_exp: Experience tested on.
+        accuracy: Fraction in 0-1.
+
+    Returns:
+        R with the untrained row first, [T + 1, T]; NaN where there is no row.
+    """
+    i, j = np.asarray(train_exp, int), np.asarray(eval_exp, int)
+    n = int(j.max(initial=-1)) + 1
+    matrix = np.full((n + 1, n), np.nan)
+    matrix[i + 1, j] = np.asarray(accuracy, float)
+    return matrix
 
 
 def seen_accuracy(accuracy: Matrix) -> Matrix:

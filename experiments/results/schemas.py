@@ -97,16 +97,29 @@ RUNS = pa.DataFrameSchema(
 
 CELL = ["benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda", "config_hash"]
 SUMMARISED = (*METRICS, "train_s", "fisher_s", "eval_s", "penalty_state_mb")
+UNITS = {
+    **dict.fromkeys(METRICS, "fraction"),
+    **dict.fromkeys(("train_s", "fisher_s", "eval_s"), "s"),
+    "penalty_state_mb": "MiB",
+}
+_INTERVAL = {name: _number(nullable=True) for name in ("ci_low", "ci_high")}
+# What a method may have of its own; all other settings but the seed are shared by what is compared.
+METHOD_SETTINGS = (
+    *("method", "fisher_type", "mode", "decay_factor", "normalize", "penalty_step", "ewc_lambda"),
+    *("importance_batch", "importance_order"),
+)
+SHARED_SETTINGS = tuple(n for n in SETTING_NAMES if n not in (*METHOD_SETTINGS, "seed"))
 SUMMARY = pa.DataFrameSchema(
     {
-        **{k: _SETTINGS[k] for k in CELL[:-1]},
-        "config_hash": _text(),
+        **{name: _SETTINGS[name] for name in CELL[:-1]},
         "metric": _text(checks=pa.Check.isin(SUMMARISED)),
+        "unit": _text(),
         "n": _count(1),
         "mean": _number(),
         "std": _number(pa.Check.ge(0), nullable=True),
-        "ci_low": _number(nullable=True),
-        "ci_high": _number(nullable=True),
+        **_INTERVAL,
+        **{n: _SETTINGS[n] for n in SETTING_NAMES if n not in (*CELL, "seed")},
+        "config_hash": _text(),
     },
     unique=["config_hash", "metric"],
     strict=True,
@@ -114,32 +127,58 @@ SUMMARY = pa.DataFrameSchema(
 )
 
 
-PARITY = pa.DataFrameSchema(
+COMPARED = ("average_accuracy", "forgetting")
+_STREAM = ("benchmark", "dataset", "scenario")
+_YES_OR_NO = pa.Check.isin(["yes", "no", "unknown"])
+COMPARISONS = pa.DataFrameSchema(
     {
-        **{k: _SETTINGS[k] for k in ("benchmark", "dataset", "scenario")},
-        "check": _text(),
-        "quantity": _text(),
+        **{name: _SETTINGS[name] for name in _STREAM},
+        "metric": _text(checks=pa.Check.isin(COMPARED)),
+        **{name: _SETTINGS[name] for name in METHOD_SETTINGS},
+        **{f"other_{name}": _SETTINGS[name] for name in METHOD_SETTINGS},
+        "unit": _text(),
         "n": _count(1),
+        "mean": _number(),
+        "other_mean": _number(),
+        "difference": _number(),
+        **_INTERVAL,
+        "margin": _number(pa.Check.ge(0)),
+        "differs": _text(checks=_YES_OR_NO),
+        "within_margin": _text(checks=_YES_OR_NO),
+        **{name: _SETTINGS[name] for name in SHARED_SETTINGS if name not in _STREAM},
+        "config_hash": _text(),
+        "other_config_hash": _text(),
+    },
+    unique=["config_hash", "other_config_hash", "metric"],
+    strict=True,
+    name="comparisons.csv",
+)
+
+
+CHECKS = pa.DataFrameSchema(
+    {
+        **{name: _SETTINGS[name] for name in _STREAM},
+        "scope": _text(checks=pa.Check.isin(["one network", "whole run"])),
+        "what": _text(),
+        "fisher_type": _SETTINGS["fisher_type"],
+        "penalty": _text(nullable=True),
+        "against": _text(),
+        "dtype": _text(checks=pa.Check.isin(["float32", "float64"])),
+        "size": _count(1),
+        "size_of": _text(),
         "ours": _number(nullable=True),
-        "builtin": _number(nullable=True),
-        "difference": _number(nullable=True),
-        "ci_low": _number(nullable=True),
-        "ci_high": _number(nullable=True),
+        "other": _number(nullable=True),
+        "largest_relative_error": _number(pa.Check.ge(0)),
         "tolerance": _number(pa.Check.ge(0), nullable=True),
-        "verdict": _text(
-            checks=pa.Check.isin([
-                "equal",
-                "different",
-                "measured",
-                "equivalent",
-                "better",
-                "worse",
-                "undecided",
-            ])
-        ),
+        "verdict": _text(checks=pa.Check.isin(["equal", "different", "measured"])),
+        **{
+            name: _SETTINGS[name]
+            for name in SETTING_NAMES
+            if name not in (*_STREAM, "fisher_type", "method", "validation")
+        },
     },
     strict=True,
-    name="parity.csv",
+    name="checks.csv",
 )
 
 
@@ -161,10 +200,8 @@ REPRODUCE = pa.DataFrameSchema(
         "fisher_s": _number(pa.Check.ge(0), nullable=True),
         "against": _text(nullable=True),
         **{f"difference{k}": _number(nullable=True) for k in ("", "_ci_low", "_ci_high")},
-        "verdict": _text(
-            nullable=True,
-            checks=pa.Check.isin(["equivalent", "better", "worse", "undecided"]),
-        ),
+        "differs": _text(nullable=True, checks=_YES_OR_NO),
+        "within_margin": _text(nullable=True, checks=_YES_OR_NO),
         "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
     },
     strict=True,
@@ -172,4 +209,6 @@ REPRODUCE = pa.DataFrameSchema(
 )
 
 
-SCHEMAS = {schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, PARITY, REPRODUCE)}
+SCHEMAS = {
+    schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, COMPARISONS, CHECKS, REPRODUCE)
+}

@@ -9,8 +9,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.results import schemas
-from experiments.results.schemas import CELL, SETTING_NAMES, SUMMARISED, SUMMARY
+from experiments.results.schemas import (
+    CELL,
+    COMPARED,
+    COMPARISONS,
+    METHOD_SETTINGS,
+    SETTING_NAMES,
+    SHARED_SETTINGS,
+    SUMMARISED,
+    SUMMARY,
+    UNITS,
+)
 from experiments.results.tables import frame
 from experiments.settings.run import STREAM
 
@@ -29,41 +38,18 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """
     done = runs[runs["status"] == "ok"]
     rows = []
-    for key, cell in done.groupby(CELL, dropna=False, sort=False):
+    for _, cell in done.groupby(CELL, dropna=False, sort=False):
+        settings = {name: cell[name].iloc[0] for name in SUMMARY.columns if name in cell}
         for metric in SUMMARISED:
             values = cell[metric].dropna().to_numpy(dtype=float)
             if values.size:
                 rows.append({
-                    **dict(zip(CELL, key, strict=True)),
+                    **settings,
                     "metric": metric,
+                    "unit": UNITS[metric],
                     **interval(values),
                 })
     return frame(rows, SUMMARY)
-
-
-def distinctions(runs: pd.DataFrame) -> dict[str, str]:
-    """What tells the cells of a grid apart besides their label, by config hash.
-
-    Args:
-        runs: Rows of `runs.csv`.
-
-    Returns:
-        Such as `epochs 4, mode online`: the settings in which a cell differs from others of its
-        benchmark, dataset, scenario and method; "" where there are none.
-    """
-    told = {}
-    for _, alike in runs.groupby(CELL[:4], sort=False):
-        varied = varied_settings(alike)
-        for cell in alike.drop_duplicates("config_hash").to_dict("records"):
-            values = [f"{n.replace('_', ' ')} {_shown(cell[n])}" for n in varied]
-            told[cell["config_hash"]] = ", ".join(values)
-    return told
-
-
-def _shown(value: Any) -> str:
-    if pd.isna(value):
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:
@@ -92,71 +78,94 @@ def interval(values: np.ndarray[Any, Any], confidence: float = CONFIDENCE) -> di
     return {"n": n, "mean": mean, "std": std, "ci_low": mean - half, "ci_high": mean + half}
 
 
-def equivalence(differences: np.ndarray[Any, Any], margin: float = MARGIN) -> str:
-    """What paired differences (ours - theirs) say, tested at 5 %.
-
-    Equivalent: both one-sided tests reject |mean| >= margin, that is, the 90 % interval lies inside
-    the margin. Otherwise better or worse, if the 95 % interval excludes zero. Else undecided.
+def differs(differences: np.ndarray[Any, Any]) -> str:
+    """Whether the 95 % interval of paired differences excludes zero.
 
     Args:
-        differences: One per seed, [n]; higher is better for ours.
+        differences: One per seed, [n].
+
+    Returns:
+        `yes` or `no`; `unknown` for one seed.
+    """
+    found = interval(differences)
+    if np.isnan(found["ci_low"]):
+        return "unknown"
+    return "yes" if found["ci_low"] > 0 or found["ci_high"] < 0 else "no"
+
+
+def within_margin(differences: np.ndarray[Any, Any], margin: float = MARGIN) -> str:
+    """Whether paired differences are smaller than the margin, tested at 5 %.
+
+    Both one-sided tests reject |mean| >= margin, that is, the 90 % interval lies inside the margin.
+
+    Args:
+        differences: One per seed, [n].
         margin: Half-width of the zone that counts as equal, in the differences' unit.
 
     Returns:
-        `equivalent`, `better`, `worse` or `undecided`.
+        `yes` or `no`; `unknown` for one seed.
 
     Source: the two one-sided tests of Schuirmann 1987, as the documentation of SAS's TTEST states
     them.
     """
-    inner, outer = interval(differences, 2 * CONFIDENCE - 1), interval(differences)
-    if -margin < inner["ci_low"] and inner["ci_high"] < margin:
-        return "equivalent"
-    if outer["ci_low"] > 0:
-        return "better"
-    return "worse" if outer["ci_high"] < 0 else "undecided"
+    found = interval(differences, 2 * CONFIDENCE - 1)
+    if np.isnan(found["ci_low"]):
+        return "unknown"
+    return "yes" if -margin < found["ci_low"] and found["ci_high"] < margin else "no"
 
 
-COMPARED = ("average_accuracy", "forgetting")
+def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """Differences between methods, seed by seed, with their 95 % intervals.
 
+    Our EWC less every other method but joint training, and every other less Naive, where the
+    settings that both have are the same. With several lambdas each, that is every pair.
 
-SETTINGS_OF_A_PAIR = [
-    name
-    for name in schemas.RUNS.columns
-    if name in schemas.SETTING_NAMES and name not in ("method", "fisher_type", "ewc_lambda")
-]
+    Args:
+        runs: Rows of `runs.csv`; only those with status `ok` count.
 
-
-def paired_differences(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Ours less the built-in, seed by seed, with a 95 % interval and an equivalence verdict.
-
-    Each of our cells is compared with each of the built-in's of the same settings; with several
-    lambdas each, that is every pair.
+    Returns:
+        Rows of `comparisons.csv`.
     """
     done = runs[runs["status"] == "ok"]
-    ours, theirs = (done[done["method"] == m] for m in ("ewc", "avalanche-ewc"))
-    pairs = ours.merge(
-        theirs, on=[n for n in SETTINGS_OF_A_PAIR if n in done], suffixes=("", "_builtin")
-    )
-    columns = [*STREAM, "config_hash", "config_hash_builtin"]
-    for key, pair in pairs.groupby(columns, sort=False):
+    done = done[~done["method"].isin([UPPER_BOUND])]
+    others = [m for m in done["method"].unique() if m not in ("ewc", "naive")]
+    pairs = [("ewc", other) for other in [*others, "naive"]] + [(m, "naive") for m in others]
+    rows = [row for pair in pairs for row in _pair(done, *pair)]
+    return frame(rows, COMPARISONS).sort_values(list(STREAM), kind="stable", ignore_index=True)
+
+
+def _pair(done: pd.DataFrame, method: str, other: str) -> Iterator[dict[str, Any]]:
+    """Rows of `comparisons.csv` for one method and another."""
+    mine, theirs = (done[done["method"] == name] for name in (method, other))
+    if mine.empty or theirs.empty:
+        return
+    # Where both have a penalty, its form is the same too; Naive has none.
+    form = ["mode", "decay_factor"] if theirs["mode"].notna().any() else []
+    shared = [name for name in (*SHARED_SETTINGS, *form) if name in done]
+    pairs = mine.merge(theirs, on=[*shared, "seed"], suffixes=("", "_theirs"))
+    own = [*(name for name in METHOD_SETTINGS if name not in shared), "config_hash"]
+    for _, pair in pairs.groupby(["config_hash", "config_hash_theirs"], sort=False):
+        first = pair.iloc[0]
+        both = {name: first[name] for name in shared}
+        sides = {f"other_{n}": first[n if n in form else f"{n}_theirs"] for n in [*own, *form]}
         for metric in COMPARED:
-            a, b = (pair[c].to_numpy(float) for c in (metric, f"{metric}_builtin"))
-            difference = interval(a - b)
-            higher_is_better = a - b if metric == "average_accuracy" else b - a
-            first = pair.iloc[0]
+            a, b = (pair[name].to_numpy(float) for name in (metric, f"{metric}_theirs"))
+            found = interval(a - b)
             yield {
-                **dict(zip(STREAM, key, strict=False)),
-                "check": f"paired seeds, {first['fisher_type']} λ = {first['ewc_lambda']:g} "
-                f"against built-in λ = {first['ewc_lambda_builtin']:g}",
-                "quantity": metric,
-                "n": difference["n"],
-                "ours": a.mean(),
-                "builtin": b.mean(),
-                "difference": difference["mean"],
-                "ci_low": difference["ci_low"],
-                "ci_high": difference["ci_high"],
-                "tolerance": MARGIN,
-                "verdict": equivalence(higher_is_better),
+                **both,
+                **{name: first[name] for name in own},
+                **sides,
+                "metric": metric,
+                "unit": UNITS[metric],
+                "n": found["n"],
+                "mean": a.mean(),
+                "other_mean": b.mean(),
+                "difference": found["mean"],
+                "ci_low": found["ci_low"],
+                "ci_high": found["ci_high"],
+                "margin": MARGIN,
+                "differs": differs(a - b),
+                "within_margin": within_margin(a - b),
             }
 
 

@@ -55,6 +55,13 @@ def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:
     return path
 
 
+def write_rows(rows: Iterable[dict[str, Any]], folder: Path, schema: Schema) -> pd.DataFrame:
+    """Writes the rows as `write` does; returns them as a table."""
+    table = frame(rows, schema)
+    write(table, folder, schema)
+    return table
+
+
 def read(folder: Path, schema: Schema) -> pd.DataFrame:
     """The table in `folder/<schema.name>`, checked; an empty one where there is no file.
 

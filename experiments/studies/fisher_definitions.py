@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,44 +17,40 @@ import pandas as pd
 import pandera.pandas as pa
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.utils import parameters_to_vector
 
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from experiments.data.sources import find_data, load_images
-from experiments.reporting.figures.style import DPI
-from experiments.results import tables
-from experiments.results.environment import write_environment
+from experiments.reporting.figures import style
+from experiments.reporting.figures.style import FISHER_COLOURS
+from experiments.reporting.labels import number
+from experiments.reporting.study_output import columns, study_output
 
 LABELS = {
-    "own": ("the model's own (exact)", "#000000"),
-    "sampled": ("one drawn per sample", "#0072B2"),
-    "predicted": ("predicted", "#009E73"),
-    "empirical": ("true (empirical)", "#D55E00"),
+    "own": ("the model's own (exact)", FISHER_COLOURS["exact"]),
+    "sampled": ("one drawn per sample (sampled)", FISHER_COLOURS["sampled"]),
+    "predicted": ("predicted", FISHER_COLOURS["predicted"]),
+    "empirical": ("true (empirical)", FISHER_COLOURS["empirical"]),
 }
 FISHER_TYPE = {"own": "exact", "predicted": "predicted", "empirical": "empirical"}
 
 _SHARE = pa.Check.in_range(0, 1 + 1e-9)
+_POSITIVE = pa.Check.ge(0)
 IDENTITIES = pa.DataFrameSchema(
     {
-        "problem": pa.Column(str),
-        "seed": pa.Column(int),
-        "step": pa.Column(int, pa.Check.ge(0)),
-        "labels": pa.Column(str, pa.Check.isin(list(LABELS))),
-        "accuracy": pa.Column(float, pa.Check.in_range(0, 1), coerce=True),
-        "loss": pa.Column(float, coerce=True),
-        "mean_square": pa.Column(float, pa.Check.ge(0), coerce=True),
-        "variance": pa.Column(float, coerce=True),
-        "curvature": pa.Column(float, coerce=True),
-        "squared_mean_share": pa.Column(float, _SHARE, coerce=True),
-        "variance_difference": pa.Column(float, pa.Check.ge(0), coerce=True),
-        "curvature_difference": pa.Column(float, pa.Check.ge(0), coerce=True),
-        "mean_square_of_own": pa.Column(float, pa.Check.ge(0), coerce=True),
-        "curvature_of_own": pa.Column(float, coerce=True),
-        "cosine_with_own": pa.Column(float, _SHARE, coerce=True),
-        "package_difference": pa.Column(float, pa.Check.ge(0), nullable=True, coerce=True),
+        **columns(str, "problem"),
+        **columns(int, "seed"),
+        **columns(int, "step", check=_POSITIVE),
+        **columns(str, "labels", check=pa.Check.isin(list(LABELS))),
+        **columns(float, "accuracy", check=pa.Check.in_range(0, 1)),
+        **columns(float, "loss", "variance", "curvature", "curvature_of_own"),
+        **columns(float, "mean_square", "mean_square_of_own", check=_POSITIVE),
+        **columns(float, "squared_mean_share", "cosine_with_own", check=_SHARE),
+        **columns(float, "variance_difference", "curvature_difference", check=_POSITIVE),
+        **columns(float, "package_difference", check=_POSITIVE, nullable=True),
     },
     unique=["problem", "seed", "step", "labels"],
     strict=True,
@@ -125,28 +120,24 @@ def run(settings: Identities) -> pd.DataFrame:
     Returns:
         A row per problem, seed, step and labels; also in `identities.csv`.
     """
-    console = Console()
     torch.set_num_threads(1)
     source = find_data("digits", None)
+    output = study_output(settings.out, source)
     train, _ = load_images(source)
     x, y = train.images().flatten(1)[: settings.samples].double(), train.targets[: settings.samples]
     rows: list[dict[str, Any]] = []
     for name, (make, labels) in problems(settings).items():
         for seed in settings.seeds:
-            console.print(f"{name}, seed {seed} ...")
+            output.console.print(f"{name}, seed {seed} ...")
             torch.manual_seed(seed)
             model = make().double()
             found = measure_while_training(model, x, labels(y), settings, seed)
             rows += ({"problem": name, "seed": seed, **row} for row in found)
-    table = tables.frame(rows, IDENTITIES)
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    tables.write(table, folder, IDENTITIES)
-    plot(table).savefig(folder / "identities.png", dpi=DPI, metadata={"Software": None})
-    write_environment(folder, source)
+    table = output.table(rows, IDENTITIES)
+    output.figure(draw_definitions(table), "identities")
     shown = ["accuracy", "squared_mean_share", "mean_square_of_own", "curvature_of_own"]
     by = table.groupby(["problem", "step", "labels"], sort=False)[shown].mean()
-    console.print(by.to_string(float_format="%.3g"), highlight=False, soft_wrap=True)
+    output.show(by)
     return table
 
 
@@ -274,42 +265,52 @@ def _package_difference(
 
 
 PANELS = {
-    "mean_square_of_own": ("mean square of the score,\nof the Fisher information", "log"),
-    "curvature_of_own": ("minus second derivative,\nof the Fisher information", "linear"),
-    "squared_mean_share": ("part of the mean square\nthat is the squared mean", "linear"),
+    "mean_square_of_own": "mean square of the score,\nrelative to the Fisher information",
+    "curvature_of_own": "minus second derivative,\nrelative to the Fisher information",
+    "squared_mean_share": "part of the mean square\nthat is the squared mean",
 }
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """A column per problem, a row per quantity, over the steps of training."""
+def draw_definitions(table: pd.DataFrame) -> Figure:
+    """A column per problem, a row per quantity, over the steps of training.
+
+    Args:
+        table: Rows of `identities.csv`.
+
+    Returns:
+        The figure.
+    """
     names = list(dict.fromkeys(table["problem"]))
     figure, axes = plt.subplots(
-        len(PANELS),
-        len(names),
-        figsize=(3.6 * len(names), 8),
+        *(len(PANELS), len(names)),
+        figsize=(3.7 * len(names), 8.4),
         sharex=True,
         sharey="row",
         layout="constrained",
     )
     for (problem, labels), rows in table.groupby(["problem", "labels"], sort=False):
         label, colour = LABELS[labels]
-        for axis, (quantity, (name, scale)) in zip(
-            axes[:, names.index(problem)], PANELS.items(), strict=True
-        ):
+        for axis, quantity in zip(axes[:, names.index(problem)], PANELS, strict=True):
             by_step = rows.groupby("step")[quantity]
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
-            axis.plot(mean.index, mean, color=colour, label=label, marker=".", linewidth=1.3)
-            axis.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
-            axis.set_xscale("symlog", linthresh=3)
-            axis.set_yscale(scale)
-            axis.set_ylabel(name if problem == names[0] else "")
-            axis.grid(alpha=0.3)
+            axis.plot(mean.index, mean, color=colour, label=label, marker=".")
+            axis.fill_between(mean.index, low, high, color=colour, alpha=0.15, linewidth=0)
+    for row, (quantity, label) in zip(axes, PANELS.items(), strict=True):
+        row[0].set_ylabel(label)
+        row[0].set_xscale("symlog", linthresh=3)
+        row[0].set_xlim(0, table["step"].max())
+        ticks = [0, *(10**k for k in range(1, 9) if 10**k <= table["step"].max())]
+        row[0].set_xticks(ticks, [number(tick) for tick in ticks])
+        if quantity == "mean_square_of_own":
+            style.log_axis(row[0], "y")
     ends = table[table["step"] == table["step"].max()].groupby("problem")["accuracy"].mean()
     for axis, problem in zip(axes[0], names, strict=True):
-        axis.set_title(f"{problem}\n(accuracy at the end: {ends[problem]:.3f})", fontsize=10)
+        axis.set_title(f"{problem}\n(accuracy at the end: {ends[problem]:.3f})")
     for axis in axes[-1]:
         axis.set_xlabel("training step")
-    axes[0, 0].legend(fontsize=8, title="labels", title_fontsize=8, loc="lower left")
-    seeds = table["seed"].nunique()
-    figure.suptitle(f"Digits, seeds: {seeds}; line: mean, band: range", fontsize=10)
+    handles, words = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, words, fontsize=9, ncols=4, loc="outside lower center", title="labels")
+    n = table["seed"].nunique()
+    note = f"digits; mean of n = {n} seeds, band: their range"
+    style.title(figure, "The definitions of Fisher information, under four kinds of labels", note)
     return figure

@@ -9,21 +9,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from rich.console import Console
+import pandera.pandas as pa
+from matplotlib.figure import Figure
 
-from experiments.reporting.figures.over_lambda import draw_curve
-from experiments.reporting.figures.style import DPI
+from experiments.reporting.figures.over_lambda import Line, over_lambda
+from experiments.reporting.figures.style import PENALTY_COLOURS
+from experiments.reporting.labels import number, stream_title
+from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
-from experiments.results.tables import replace_file
 from experiments.settings.grids import Job
-from experiments.settings.run import Dataset, Optimizer, RunSettings
-from experiments.sweeps.jobs import completed_runs
+from experiments.settings.run import STREAM, Dataset, Optimizer, RunSettings
+from experiments.studies.completed import completed_study
 
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
 LEARNING_RATE: dict[Optimizer, float] = {"sgd": 0.1, "adam": 1e-3}
-STEPS = {"in the gradient": (None, "#0072B2"), "implicit step": ("implicit", "#D55E00")}
+STEPS = {"in the gradient": None, "implicit step": "implicit"}
+
+
+IMPLICIT_STEP = pa.DataFrameSchema(
+    {
+        **columns(str, "optimizer", "penalty", "metric"),
+        **CURVE_COLUMNS,
+    },
+    unique=["optimizer", "penalty", "metric", "ewc_lambda"],
+    strict=True,
+    name="implicit_step.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class ImplicitStep(Job):
         """Both optimizers, both ways, every lambda and seed."""
         for seed in self.seeds:
             for optimizer in get_args(Optimizer):
-                for step, _ in STEPS.values():
+                for step in STEPS.values():
                     for ewc_lambda in self.ewc_lambda:
                         yield RunSettings(
                             "permuted",
@@ -77,53 +89,41 @@ def run(settings: ImplicitStep) -> pd.DataFrame:
     Returns:
         A row per optimizer, way, metric and lambda.
     """
-    console = Console(quiet=settings.quiet)
-    runs, folder = completed_runs(settings, console)
-    parts = []
-    for (optimizer, way, metric), part in curves(runs).items():
-        labels = {"optimizer": optimizer, "penalty": way, "metric": metric}
-        parts.append(part.assign(**labels)[[*labels, *part.columns]])
-    table = pd.concat(parts, ignore_index=True)
-    replace_file(folder / "implicit_step.csv", table.to_csv(index=False))
-    plot(runs).savefig(folder / "implicit_step.png", dpi=DPI, metadata={"Software": None})
-    console.print(table[table["metric"] == METRICS[0]].to_string(index=False), highlight=False)
+    runs, output = completed_study(settings)
+    parts = [
+        part.assign(optimizer=optimizer, penalty=way, metric=metric)
+        for (optimizer, way, metric), part in curves(runs).items()
+    ]
+    table = output.table(pd.concat(parts, ignore_index=True), IMPLICIT_STEP)
+    output.figure(draw_steps(runs), "implicit_step")
+    output.show(table[table["metric"] == METRICS[0]], "%.4f", index=False)
     return table
 
 
 def curves(runs: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
     """The curve over lambda of every optimizer, way and metric."""
-    found = {}
-    for optimizer in get_args(Optimizer):
-        for way, (step, _) in STEPS.items():
-            chosen = runs["penalty_step"].isna() if step is None else runs["penalty_step"] == step
-            rows = runs[chosen & (runs["optimizer"] == optimizer)]
-            for metric in METRICS:
-                found[optimizer, way, metric] = by_lambda(rows, metric)
-    return found
+    return {
+        (optimizer, way, metric): by_lambda(_runs_of(runs, optimizer, way), metric)
+        for optimizer in get_args(Optimizer)
+        for way in STEPS
+        for metric in METRICS
+    }
 
 
-def plot(runs: pd.DataFrame) -> plt.Figure:
+def _runs_of(runs: pd.DataFrame, optimizer: str, way: str) -> pd.DataFrame:
+    step = STEPS[way]
+    chosen = runs["penalty_step"].isna() if step is None else runs["penalty_step"] == step
+    return runs[chosen & (runs["optimizer"] == optimizer)]
+
+
+def draw_steps(runs: pd.DataFrame) -> Figure:
     """A row per metric, a column per optimizer."""
-    optimizers = get_args(Optimizer)
-    figure, axes = plt.subplots(
-        len(METRICS),
-        len(optimizers),
-        figsize=(9, 8),
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-    )
-    for (optimizer, way, metric), curve in curves(runs).items():
-        axis = axes[METRICS.index(metric), optimizers.index(optimizer)]
-        axis.set(xscale="log", ylim=(-0.05, 0.6) if metric == "forgetting" else (0, 1))
-        draw_curve(axis, curve, way, STEPS[way][1])
-        axis.grid(alpha=0.3)
-        axis.set_ylabel(metric.replace("_", " ") if optimizer == optimizers[0] else "")
-        if metric == METRICS[0]:
-            axis.set_title(f"{optimizer}, lr {LEARNING_RATE[optimizer]:g}")  # type: ignore[index]
-            axis.legend(fontsize=8)
-        if metric == METRICS[-1]:
-            axis.set_xlabel("ewc_lambda")
-    n = runs["seed"].nunique()
-    figure.suptitle(f"Permuted {runs['dataset'].iloc[0]}: mean over {n} seeds, band: 95 % interval")
-    return figure
+    panels = {
+        f"{optimizer}, learning rate {number(LEARNING_RATE[optimizer])}": [
+            Line(way, PENALTY_COLOURS[way], _runs_of(runs, optimizer, way)) for way in STEPS
+        ]
+        for optimizer in get_args(Optimizer)
+    }
+    first = runs.iloc[0]
+    stream = stream_title(*(first[name] for name in STREAM))
+    return over_lambda(panels, f"The implicit step over λ: {stream}", METRICS)

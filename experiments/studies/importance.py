@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from rich.console import Console
+import pandera.pandas as pa
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ewc_plugin.avalanche.metrics import share_holding
 from ewc_plugin.fisher.scores import FisherType
-from experiments.data.sources import find_data
-from experiments.reporting.figures.style import DPI
-from experiments.results.environment import write_environment
-from experiments.results.tables import replace_file
+from experiments.reporting.figures import style
+from experiments.reporting.labels import number, stream_title
+from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Dataset, RunSettings
 from experiments.training.trained import train
 
 FLOOR = 1e-3  # of the largest pixel: what is below is drawn as this
+MOST_NARROW = 4  # percent; a narrower part has no number
 HELD = 0.9  # of the trace, whose smallest share of parameters is reported
+
+
+IMPORTANCE = pa.DataFrameSchema(
+    {
+        **columns(int, "experience", check=pa.Check.ge(0)),
+        **columns(str, "parameter"),
+        **columns(int, "n", check=pa.Check.ge(1)),
+        **columns(float, "trace", "mean", "max", check=pa.Check.ge(0)),
+        **columns(
+            float,
+            "share_of_trace",
+            "share_holding_90_percent",
+            check=pa.Check.in_range(0, 1 + 1e-9),
+        ),
+    },
+    unique=["experience", "parameter"],
+    strict=True,
+    name="importance.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,7 @@ def run(settings: Importance) -> pd.DataFrame:
     Returns:
         A row per experience and parameter tensor; also in `importance.csv`.
     """
-    console = Console()
-    source = find_data(settings.dataset, settings.data_root)
+    source, output = study_on_images(settings)
     cell = RunSettings(
         "split",
         source.name,
@@ -71,20 +90,19 @@ def run(settings: Importance) -> pd.DataFrame:
     )
     trained = train(cell, source)
     fishers = [trained.fisher(t, settings.fisher_type) for t in range(cell.n_experiences)]
-    table = pd.DataFrame([row for t, f in enumerate(fishers) for row in layer_rows(t, f)])
-    pictures = [e[:][0].mean(dim=(0, 1)) for e in trained.experiences]
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "importance.csv", table.to_csv(index=False))
-    maps = [pixel_map(f, p) for f, p in zip(fishers, pictures, strict=True)]
-    figure = plot(table, maps, pictures)
-    figure.suptitle(
-        f"{settings.fisher_type.value} Fisher, split {source.name}, network after all experiences "
-        f"(test accuracy {trained.accuracy:.3f})"
+    table = output.table(
+        (row for t, f in enumerate(fishers) for row in layer_rows(t, f)), IMPORTANCE
     )
-    figure.savefig(folder / "importance.png", dpi=DPI, metadata={"Software": None})
-    write_environment(folder, source)
-    console.print(table.to_string(index=False, float_format="%.3g"), highlight=False)
+    pictures = [e[:][0].mean(dim=(0, 1)) for e in trained.experiences]
+    maps = [pixel_map(f, p) for f, p in zip(fishers, pictures, strict=True)]
+    figure = draw_importance(table, maps, pictures)
+    style.title(
+        figure,
+        f"Where the {cell.fisher_type} Fisher lies: {stream_title('split', source.name, 'task')}",
+        f"one network, after all experiences; its test accuracy is {trained.accuracy:.3f}",
+    )
+    output.figure(figure, "importance")
+    output.show(table, index=False)
     return table
 
 
@@ -112,11 +130,20 @@ def pixel_map(fisher: dict[str, Tensor], picture: Tensor) -> Tensor:
     return first.sum(0).view_as(picture)
 
 
-def plot(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tensor]) -> plt.Figure:
-    """Mean image and pixel importance per experience; below, what every layer holds."""
+def draw_importance(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tensor]) -> Figure:
+    """Mean image and pixel importance per experience; below, what part each layer has of F.
+
+    Args:
+        table: Rows of `importance.csv`.
+        maps: F by pixel, per experience.
+        pictures: Mean images, likewise.
+
+    Returns:
+        The figure.
+    """
     n = len(maps)
-    figure = plt.figure(figsize=(2.3 * n, 8.6), layout="constrained")
-    grid = figure.add_gridspec(3, n, height_ratios=[1, 1, 1.8])
+    figure = plt.figure(figsize=(1.9 * n + 1, 6.6), layout="constrained")
+    grid = figure.add_gridspec(3, n, height_ratios=[1, 1, 1.25])
     image, row = None, []
     for t, (pixels, picture) in enumerate(zip(maps, pictures, strict=True)):
         axis = figure.add_subplot(grid[0, t])
@@ -127,26 +154,49 @@ def plot(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tensor]) -> plt
         # Each relative to its own maximum: the experiences' F differ by orders of magnitude.
         relative = (pixels / pixels.max()).clamp_min(FLOOR)
         image = row[-1].imshow(relative, cmap="magma", norm="log", clim=(FLOOR, 1))
-        row[-1].set_title(f"sum {float(pixels.sum()):.2g}", fontsize=9)
+        row[-1].set_title(f"sum of F: {float(pixels.sum()):.2g}", fontsize=9)
         row[-1].set_axis_off()
     assert image is not None
-    figure.colorbar(image, ax=row, label="F of the first layer,\nof its largest pixel")
-    axis = figure.add_subplot(grid[2, :])
-    shares = table.pivot(index="parameter", columns="experience", values="share_of_trace")
-    shares = shares.loc[list(dict.fromkeys(table["parameter"]))]
-    places, width = np.arange(len(shares)), 0.8 / n
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, n))
-    for t in range(n):
-        axis.barh(
-            places + (t - (n - 1) / 2) * width,
-            shares[t],
-            width,
-            color=colours[t],
-            label=f"experience {t + 1}",
-        )
-    axis.set_yticks(places, shares.index, fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="share of the trace of F")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.grid(alpha=0.3, axis="x")
+    bar = figure.colorbar(image, ax=row, shrink=0.9, label="F of a pixel's weights,\nlargest = 1")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: number(value))
+    draw_shares(figure.add_subplot(grid[2, :]), table)
     return figure
+
+
+def draw_shares(axis: Axes, table: pd.DataFrame) -> None:
+    """A bar per experience that adds up to the trace of F, cut by layer.
+
+    Args:
+        axis: To draw on.
+        table: Rows of `importance.csv`.
+    """
+    layers = table.assign(layer=layer_names(table["parameter"]))
+    shares = layers.groupby(["experience", "layer"], sort=False)["share_of_trace"].sum().unstack()
+    left = np.zeros(len(shares))
+    for layer, colour in zip(shares, ("#cfe8df", "#8fcfb5", "#009e73", "#777777"), strict=False):
+        values = 100 * shares[layer].fillna(0).to_numpy()
+        axis.barh(shares.index + 1, values, left=left, color=colour, label=layer, height=0.7)
+        for place, (start, value) in enumerate(zip(left, values, strict=True)):
+            if value >= MOST_NARROW:
+                at = (start + value / 2, place + 1)
+                axis.text(*at, f"{value:.0f} %", ha="center", va="center", fontsize=8)
+        left += values
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 100), xlabel="part of the trace of F (percent)", ylabel="experience")
+    axis.set_yticks(shares.index + 1)
+    axis.grid(False)
+    axis.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def layer_names(parameters: pd.Series[str]) -> list[str]:
+    """A layer's name in words for each parameter of the network: heads and biases together."""
+    hidden = list(dict.fromkeys(p for p in parameters if "weight" in p and "classifier" not in p))
+    names = []
+    for parameter in parameters:
+        if parameter.endswith("bias"):
+            names.append("all biases")
+        elif "classifier" in parameter:
+            names.append("weights of the heads")
+        else:
+            names.append(f"weights of hidden layer {hidden.index(parameter) + 1}")
+    return names

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
-from rich.console import Console
+import pandera.pandas as pa
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ewc_plugin.fisher.scores import FisherType
-from experiments.data.sources import find_data
-from experiments.reporting.figures.style import DPI
-from experiments.results.environment import write_environment
-from experiments.results.tables import replace_file
+from experiments.reporting.figures import style
+from experiments.reporting.labels import number
+from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
 from experiments.training.trained import Trained, train
@@ -31,7 +32,25 @@ STREAMS: tuple[tuple[Benchmark, Scenario, int], ...] = (
     ("split", "task", 5),
 )
 PER_SAMPLE = [t for t in FisherType if t is not FisherType.BATCHED]
-COLOURS = {"permuted": "#009E73", "split": "#0072B2"}
+MARKERS = {"permuted": "o", "split": "s"}
+LAMBDA_TRANSLATION = pa.DataFrameSchema(
+    {
+        **columns(str, "benchmark", "dataset"),
+        **columns(int, "seed"),
+        **columns(float, "test_accuracy", check=pa.Check.in_range(0, 1)),
+        **columns(str, "fisher"),
+        **columns(float, "trace", "mean", "max", "trace_of_exact", check=pa.Check.ge(0)),
+        **columns(
+            float,
+            "same_strength_lambda",
+            "same_strength_lambda_of_f_by_its_mean",
+            check=pa.Check.ge(0),
+        ),
+    },
+    unique=["benchmark", "dataset", "seed", "fisher"],
+    strict=True,
+    name="lambda_translation.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +82,7 @@ def run(settings: LambdaTranslation) -> pd.DataFrame:
     Returns:
         A row per benchmark, seed and Fisher; also in `lambda_translation.csv`.
     """
-    console = Console()
-    source = find_data(settings.dataset, settings.data_root)
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    source, output = study_on_images(settings)
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
         for benchmark, scenario, n_experiences in STREAMS:
@@ -81,12 +97,10 @@ def run(settings: LambdaTranslation) -> pd.DataFrame:
                 hidden_size=settings.hidden_size,
             )
             rows += list(translate(cell, train(cell, source), settings))
-    table = pd.DataFrame(rows)
-    replace_file(folder / "lambda_translation.csv", table.to_csv(index=False))
-    plot(table).savefig(folder / "lambda_translation.png", dpi=DPI, metadata={"Software": None})
-    write_environment(folder, source)
+    table = output.table(rows, LAMBDA_TRANSLATION)
+    output.figure(draw_translation(table, settings), "lambda_translation")
     shown = table.groupby(["benchmark", "fisher"], sort=False).mean(numeric_only=True)
-    console.print(shown.drop(columns="seed").to_string(float_format="%.3g"), highlight=False)
+    output.show(shown.drop(columns="seed"))
     return table
 
 
@@ -123,22 +137,46 @@ def statistics(fisher: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """Trace relative to EXACT, and the lambda that is as strong, per Fisher and benchmark."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+def draw_translation(table: pd.DataFrame, settings: LambdaTranslation) -> Figure:
+    """Trace relative to EXACT, and the lambda that is as strong: a row per Fisher.
+
+    Args:
+        table: Rows of `lambda_translation.csv`.
+        settings: Whose lambda is translated.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, layout="constrained")
     names = list(dict.fromkeys(table["fisher"]))
-    columns = {
-        "trace_of_exact": "trace of F, relative to EXACT",
-        "same_strength_lambda": "lambda of the same strength",
+    shown = {
+        "trace_of_exact": "trace of F relative to that of exact labels",
+        "same_strength_lambda": "λ that makes the penalty as strong",
     }
-    for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        for i, (benchmark, rows) in enumerate(table.groupby("benchmark", sort=False)):
-            places = [names.index(name) + 0.2 * i - 0.1 for name in rows["fisher"]]
-            axis.plot(rows[column], places, "o", color=COLOURS[benchmark], label=benchmark)
-        axis.set(xscale="log", xlabel=label)
-        axis.set_yticks(range(len(names)), names)
-        axis.grid(alpha=0.3)
+    for axis, (column, label) in zip(axes, shown.items(), strict=True):
+        for (benchmark, fisher), rows in table.groupby(["benchmark", "fisher"], sort=False):
+            place = names.index(fisher) + (0.18 if benchmark == "split" else -0.18)
+            colour = style.colour_of("avalanche-ewc" if fisher == "avalanche" else "ewc", fisher)
+            look = {"marker": MARKERS[benchmark], "color": colour}
+            axis.scatter(rows[column], np.full(len(rows), place), s=20, **look)
+            middle = rows[column].median()
+            text = f"{middle:.2g}" if column == "trace_of_exact" else number(float(f"{middle:.2g}"))
+            at = (rows[column].max(), place)
+            axis.annotate(text, at, (6, 0), textcoords="offset points", va="center", fontsize=7.5)
+        style.log_axis(axis, "x")
+        low, high = table[column].min(), table[column].max()
+        axis.set(xlabel=label, xlim=(low / 2, high * 4))
+    words = [
+        f"Avalanche's, batch of {settings.batch_size}" if n == "avalanche" else n for n in names
+    ]
+    axes[0].set_yticks(range(len(names)), words)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    figure.suptitle("A point per seed")
+    handles = [
+        Line2D([], [], color="0.4", marker=MARKERS[name], linestyle="", label=words)
+        for name, words in (("permuted", "permuted MNIST, one task"), ("split", "split MNIST"))
+    ]
+    figure.legend(handles=handles, fontsize=8, ncols=2, loc="outside lower center")
+    title = f"Avalanche's λ = {number(settings.ewc_lambda)} under other Fishers"
+    n = table["seed"].nunique()
+    style.title(figure, title, f"a point per network, n = {n} each; number: median")
     return figure

@@ -11,21 +11,29 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from rich.console import Console
+import pandera.pandas as pa
+from matplotlib.figure import Figure
 
 from ewc_plugin.fisher.scores import FisherType
-from experiments.reporting.figures.over_lambda import draw_curve
-from experiments.reporting.figures.style import DPI
+from experiments.reporting.figures import style
+from experiments.reporting.labels import BENCHMARKS as BENCHMARK_WORDS
+from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
-from experiments.results.tables import replace_file
 from experiments.settings.grids import DEFAULT_EPOCHS, Job
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
-from experiments.sweeps.jobs import completed_runs
+from experiments.studies.completed import completed_study
 
 BENCHMARKS: tuple[tuple[Benchmark, Scenario], ...] = (("permuted", "domain"), ("split", "task"))
 KEY = ["benchmark", "fisher_type", "normalize"]
-COLOURS = {"predicted": "#009E73", "exact": "#CC79A7"}
 AS_IT_IS = "none"
+SMALL = 0.005  # accuracy that is lost against the best lambda
+RECOMMENDED = 0.01
+NORMALIZED_LAMBDA = pa.DataFrameSchema(
+    {**columns(str, *KEY), **CURVE_COLUMNS},
+    unique=[*KEY, "ewc_lambda"],
+    strict=True,
+    name="normalized_lambda.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -85,36 +93,49 @@ def run(settings: NormalizedLambda) -> pd.DataFrame:
     Returns:
         Average accuracy per benchmark, Fisher type, normalisation and lambda.
     """
-    console = Console(quiet=settings.quiet)
-    runs, folder = completed_runs(settings, console)
+    runs, output = completed_study(settings)
     runs = runs.assign(normalize=runs["normalize"].fillna(AS_IT_IS))
     parts = [
         by_lambda(part, "average_accuracy").assign(**dict(zip(KEY, key, strict=True)))
         for key, part in runs.groupby(KEY)
     ]
-    table = pd.concat(parts, ignore_index=True)
-    table = table[[*KEY, *(c for c in table.columns if c not in KEY)]]
-    replace_file(folder / "normalized_lambda.csv", table.to_csv(index=False))
-    plot(table).savefig(folder / "normalized_lambda.png", dpi=DPI, metadata={"Software": None})
-    console.print(table.to_string(index=False), highlight=False)
+    table = output.table(pd.concat(parts, ignore_index=True), NORMALIZED_LAMBDA)
+    output.figure(draw_losses(table), "normalized_lambda")
+    output.show(table, "%.4f", index=False)
     return table
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """A row per benchmark; F as it is on the left, divided by its mean on the right."""
-    figure, axes = plt.subplots(
-        len(BENCHMARKS), 2, figsize=(9, 6.5), sharex="col", sharey="row", layout="constrained"
-    )
+def draw_losses(table: pd.DataFrame) -> Figure:
+    """Accuracy lost against the best lambda of the same line: as it is, and divided by its mean.
+
+    Args:
+        table: Rows of `normalized_lambda.csv`.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4), sharey=True, layout="constrained")
     titles = {AS_IT_IS: "F as it is", "mean": "F divided by its mean"}
-    for (benchmark, fisher_type, normalize), curve in table.groupby(KEY):
-        row = [name for name, _ in BENCHMARKS].index(benchmark)
-        axis = axes[row, list(titles).index(normalize)]
-        axis.set_xscale("log")
-        draw_curve(axis, curve, fisher_type, COLOURS[fisher_type])
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        axis.set_title(f"{benchmark} MNIST, {titles[normalize]}", fontsize=10)
-        axis.set_ylabel("average accuracy (validation)" if normalize == AS_IT_IS else "")
-        axis.set_xlabel("ewc_lambda")
-    figure.suptitle(f"mean over {int(table['n'].max())} seeds, 95 % interval")
+    for axis, (normalize, words) in zip(axes, titles.items(), strict=True):
+        part = table[table["normalize"] == normalize]
+        ends = []
+        for (benchmark, fisher_type), curve in part.groupby(["benchmark", "fisher_type"]):
+            lost = 100 * (curve["mean"].max() - curve["mean"])
+            colour = style.FISHER_COLOURS[fisher_type]
+            line = "-o" if benchmark == "permuted" else "--s"
+            axis.plot(curve["ewc_lambda"], lost, line, color=colour, markersize=4)
+            name = f"{BENCHMARK_WORDS[benchmark]}, {fisher_type}"
+            ends.append(style.EndLabel(name, float(lost.iloc[-1]), colour))
+        style.log_axis(axis, "x", part["ewc_lambda"])
+        types = " and ".join(sorted(part["fisher_type"].unique()))
+        axis.set(title=f"{words} ({types})", xlabel="λ (weight of the penalty)")
+        axis.axhspan(-1, 100 * SMALL, color=style.INK, alpha=0.06, lw=0)
+        axis.set_ylim(9, -0.4)
+        style.label_ends(axis, ends)
+    axes[1].axvline(RECOMMENDED, color=style.INK, linestyle=":", lw=1)
+    axes[0].set_ylabel("accuracy lost against the best λ\nof the same line (percentage points)")
+    n = int(table["n"].max())
+    note = f"validation images, mean of n = {n} seeds; grey: within {100 * SMALL:g} points of the "
+    note += f"best; dotted: λ = {RECOMMENDED:g}"
+    style.title(figure, "Does one λ serve for every stream and Fisher type?", note)
     return figure

@@ -26,12 +26,16 @@ from typing import Literal, get_args
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import pandera.pandas as pa
 import torch
 import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.results.environment import write_environment
-from experiments.results.tables import replace_file
+from experiments.reporting.figures import style
+from experiments.reporting.study_output import columns, study_output
+from experiments.results import tables
 from experiments.timing.fisher_engines import (
     ENGINES,
     NETWORKS,
@@ -52,6 +56,39 @@ _PEAKS = 3  # fresh processes: what the allocator rounds up differs from one to 
 Kind = Literal["predicted", "exact"]
 KINDS = get_args(Kind)
 MEASURED = ["device", "network", "kind"]  # together, so that multiples are of one unit
+
+
+_MULTIPLES = ("multiple_q1", "multiple_q3", "multiple_min", "multiple_max")
+FISHER_SPEED = pa.DataFrameSchema(
+    {
+        **columns(str, "network"),
+        **columns(str, "kind", check=pa.Check.isin(KINDS)),
+        **columns(str, "engine"),
+        **columns(str, "version", nullable=True),
+        **columns(str, "device"),
+        **columns(int, "samples", "rounds", check=pa.Check.ge(1)),
+        **columns(
+            str,
+            "status",
+            check=pa.Check.isin([
+                *("ok", "approximation", "wrong values"),
+                *("not offered", "failed", "absent"),
+            ]),
+        ),
+        **columns(str, "note", nullable=True),
+        **columns(float, "relative_error", "relative_error_float64", nullable=True),
+        **columns(float, "seconds_per_sample", nullable=True, check=pa.Check.gt(0)),
+        **columns(
+            float,
+            *("multiple_of_gradient_pass", *_MULTIPLES),
+            *("peak_mib", "peak_multiple"),
+            nullable=True,
+        ),
+    },
+    unique=["network", "kind", "engine", "device"],
+    strict=True,
+    name="fisher_speed.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -96,24 +133,20 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
         for kind in settings.kinds:
             console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
             rows += _measure(network, kind, settings)
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = _with_kept(pd.DataFrame(rows), folder / "fisher_speed.csv")
-    replace_file(folder / "fisher_speed.csv", table.to_csv(index=False))
-    write_environment(folder, None)
-    plot(table, folder / "fisher_speed.png")
-    columns = ["network", "kind", "engine", "status", "multiple", "peak_multiple", "error"]
-    shown = table.reindex(columns=columns)
-    console.print(shown.to_string(index=False, float_format="{:.3g}".format))
-    console.print(f"Table and plot: {folder}")
+    output = study_output(settings.out)
+    table = output.table(_with_kept(pd.DataFrame(rows), output.folder), FISHER_SPEED)
+    output.figure(draw_speeds(table), "fisher_speed")
+    names = ("network", "kind", "engine", "status", "multiple_of_gradient_pass", "peak_multiple")
+    output.show(table[[*names, "relative_error"]], index=False)
+    console.print(f"Table and figure: {output.folder}")
     return table
 
 
-def _with_kept(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The new rows, and those that `path` holds of what was not measured anew."""
-    if not path.exists():
+def _with_kept(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """The new rows, and those that the folder's table holds of what was not measured anew."""
+    held = tables.read(folder, FISHER_SPEED)
+    if held.empty:
         return table
-    held = pd.read_csv(path)
     new = set(table[MEASURED].itertuples(index=False, name=None))
     kept = [cell not in new for cell in held[MEASURED].itertuples(index=False, name=None)]
     both = pd.concat([held[kept], table], ignore_index=True) if any(kept) else table
@@ -151,13 +184,17 @@ def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dic
             "device": settings.device, "samples": samples, "rounds": settings.rounds,
         }  # fmt: skip
         rows[name] = row
-        row["status"], row["note"], row["error"] = _try(engine, network, kind, settings, reference)
+        row["status"], row["note"], row["relative_error"] = _try(
+            engine, network, kind, settings, reference
+        )
         if row["status"] in ("ok", "wrong values", "approximation"):
             task = make_task(network, kind, samples=samples, device=settings.device)
             timed[name] = engine.prepare(task), samples
     _time(timed, rows, settings)
     if OURS in rows:
-        rows[OURS]["error_float64"] = _float64_error(network, kind, reference, settings.device)
+        rows[OURS]["relative_error_float64"] = _float64_error(
+            network, kind, reference, settings.device
+        )
     if settings.memory:
         for name in timed:
             compiled = "compiled" in name  # its peak would be the compiler's
@@ -202,10 +239,10 @@ def _try(
         return "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", None
     if engine is ENGINES[UNIT]:
         return "ok", "", None
-    difference = relative_error(result, reference)
+    error = relative_error(result, reference)
     if not engine.exact:
-        return "approximation", "", difference
-    return ("ok" if difference < WRONG else "wrong values"), "", difference
+        return "approximation", "", error
+    return ("ok" if error < WRONG else "wrong values"), "", error
 
 
 def _time(
@@ -234,7 +271,7 @@ def _time(
         multiples = pd.Series(ratios[name][1:])  # the first warms up
         rows[name] |= {
             "seconds_per_sample": statistics.median(times[name][1:]),
-            "multiple": multiples.median(),
+            "multiple_of_gradient_pass": multiples.median(),
             "multiple_q1": multiples.quantile(0.25),
             "multiple_q3": multiples.quantile(0.75),
             "multiple_min": multiples.min(),
@@ -274,7 +311,7 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
     call = ENGINES[engine].prepare(task)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        before = float(torch.cuda.memory_allocated())
+        before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self")
@@ -301,43 +338,67 @@ def _high_water() -> float:
     raise RuntimeError("/proc/self/status has no VmHWM.")
 
 
-def plot(table: pd.DataFrame, path: Path) -> None:
-    """Draws multiples of the gradient pass, a panel per label type, with quartiles as bars."""
-    kinds = list(dict.fromkeys(table["kind"]))
+def draw_speeds(table: pd.DataFrame) -> Figure:
+    """A row of panels per label type, a panel per network, a line per engine.
+
+    Args:
+        table: Rows of `fisher_speed.csv`.
+
+    Returns:
+        The figure.
+    """
+    table = table[(table["engine"] != UNIT) & table["multiple_of_gradient_pass"].notna()]
+    kinds, networks = (list(dict.fromkeys(table[name])) for name in ("kind", "network"))
+    engines = {kind: _engines_by_speed(table[table["kind"] == kind]) for kind in kinds}
     figure, axes = plt.subplots(
-        len(kinds), 1, figsize=(9, 3.6 * len(kinds)), squeeze=False, layout="constrained", dpi=150
+        *(len(kinds), len(networks)),
+        figsize=(1.9 + 1.85 * len(networks), 1.2 + 0.26 * sum(map(len, engines.values()))),
+        height_ratios=[len(engines[kind]) for kind in kinds],
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    engines = [name for name in dict.fromkeys(table["engine"]) if name != UNIT]
-    colours = dict(zip(engines, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    counts = " or ".join(str(int(n)) for n in sorted(table["rounds"].dropna().unique()))
-    for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        part = table[(table["kind"] == kind) & table["multiple"].notna()]
-        networks = list(dict.fromkeys(part["network"]))
-        for i, name in enumerate(engines):
-            rows = part[part["engine"] == name]
-            if rows.empty:
-                continue
-            offset = (i - len(engines) / 2) * 0.07
-            x = [networks.index(network) + offset for network in rows["network"]]
-            spread = [
-                rows["multiple"] - rows["multiple_q1"],
-                rows["multiple_q3"] - rows["multiple"],
-            ]
-            axis.errorbar(
-                x, rows["multiple"], yerr=[s.clip(lower=0).to_numpy() for s in spread], fmt="o",
-                markersize=5, color=colours[name], label=name,
-            )  # fmt: skip
-            wrong = rows[rows["status"] != "ok"]
-            crossed = [networks.index(network) + offset for network in wrong["network"]]
-            axis.plot(crossed, wrong["multiple"], "x", color="black", markersize=9)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(networks)), networks)
-        axis.set_ylabel("multiple of the gradient pass")
-        axis.set_title(f"{kind} (n = {counts}; crossed out: not exact)")
-        axis.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    for row, kind in zip(axes, kinds, strict=True):
+        for axis, network in zip(row, networks, strict=True):
+            part = table[(table["kind"] == kind) & (table["network"] == network)]
+            _draw_network(axis, part, engines[kind])
+            axis.set_title(network)
+        row[0].set_yticks(range(len(engines[kind])), engines[kind])
+        row[0].set_ylim(len(engines[kind]) - 0.5, -0.5)
+        words = "all classes (exact)" if kind == "exact" else kind
+        row[0].set_ylabel(f"labels: {words}")
+    counts = sorted({int(n) for n in table["rounds"].dropna()})
+    rounds = " or ".join(map(str, counts))
+    title = "Time of the diagonal Fisher as a multiple of one gradient pass"
+    note = f"median of {rounds} rounds, bar: quartiles; hollow: another quantity or wrong values"
+    style.title(figure, title, note)
+    return figure
+
+
+def _engines_by_speed(rows: pd.DataFrame) -> list[str]:
+    """Ours first, then by the median over the networks."""
+    medians = rows.groupby("engine")["multiple_of_gradient_pass"].median().sort_values()
+    return sorted(medians.index, key=lambda name: (name != OURS, medians[name]))
+
+
+def _draw_network(axis: Axes, rows: pd.DataFrame, engines: list[str]) -> None:
+    for row in rows.to_dict("records"):
+        place, at = engines.index(row["engine"]), row["multiple_of_gradient_pass"]
+        colour = ENGINE_COLOURS.get(row["engine"], style.PALETTE["grey"][0])
+        axis.hlines(place, row["multiple_q1"], row["multiple_q3"], color=colour, lw=2.5, alpha=0.5)
+        fill = colour if row["status"] == "ok" else "white"
+        axis.plot(at, place, "o", color=colour, markerfacecolor=fill, markersize=5)
+        text = f"{at:.2f}" if at < 10 else f"{at:.0f}"
+        axis.annotate(text, (at, place), (6, 0), textcoords="offset points", va="center", size=7)
+    axis.axvline(1, color=style.INK, linewidth=0.8)
+    style.log_axis(axis, "x", (1, 10, 100))
+    axis.set_xlim(0.5, 1500)
+
+
+ENGINE_COLOURS = {
+    OURS: style.METHOD_COLOURS["ewc"],
+    "Avalanche EWC": style.METHOD_COLOURS["avalanche-ewc"],
+}
 
 
 if __name__ == "__main__":

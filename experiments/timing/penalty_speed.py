@@ -12,27 +12,28 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pandera.pandas as pa
 import torch
 from avalanche.logging import BaseLogger
 from avalanche.models import SimpleCNN, SimpleMLP
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
 from avalanche.training.utils import ParamData
-from rich.console import Console
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty
 from ewc_plugin.avalanche.placement import InLoss
-from experiments.reporting.figures.style import DPI
-from experiments.results.environment import write_environment
-from experiments.results.tables import replace_file
+from experiments.reporting.figures import style
+from experiments.reporting.study_output import columns, study_output
+from experiments.results import tables
 from experiments.training.run import OPTIMIZERS, state_bytes
 
 MIB = 2**20
@@ -40,13 +41,27 @@ KEY = ["model", "optimizer", "batch_size", "past_experiences"]
 LAMBDA = 1e-3
 ONE_KERNEL = "one compiled kernel"
 COMPILERS = ("c++", "g++", "clang++")  # torch.compile needs one of them on the CPU
-COLOURS = {
-    "in the gradient": "#009E73",
-    "in the loss": "#56B4E9",
-    "implicit step": "#D55E00",
-    ONE_KERNEL: "#999999",
-    "Avalanche": "#0072B2",
-}
+_POSITIVE = pa.Check.gt(0)
+PENALTY_SPEED = pa.DataFrameSchema(
+    {
+        **columns(str, "model"),
+        **columns(int, "parameters", check=_POSITIVE),
+        **columns(str, "optimizer"),
+        **columns(int, "batch_size", "threads", check=_POSITIVE),
+        **columns(str, "method"),
+        **columns(int, "past_experiences", check=_POSITIVE),
+        **columns(float, "step_ms", "ratio", "ratio_q25", "ratio_q75", check=_POSITIVE),
+        # Empty without a compiler; older tables have none.
+        **columns(
+            *(float, "of_kernel", "of_kernel_q25", "of_kernel_q75"), nullable=True, required=False
+        ),
+        **columns(float, "state_mib", check=pa.Check.ge(0)),
+        **columns(int, "rounds", check=_POSITIVE),
+    },
+    unique=[*KEY, "method", "threads"],
+    strict=True,
+    name="penalty_speed.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -135,12 +150,9 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
     Returns:
         A row per model, optimizer, batch size, method and number of past experiences.
     """
-    console = Console()
     torch.set_num_threads(settings.threads)
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "penalty_speed.csv"
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+    output = study_output(settings.out)
+    table = tables.read(output.folder, PENALTY_SPEED)
     held = set(table[KEY].itertuples(index=False, name=None))
     for cell in product(
         settings.models, settings.optimizers, settings.batch_sizes, settings.past_experiences
@@ -148,12 +160,11 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
         if cell in held:
             continue
         new = pd.DataFrame(measure(settings, *cell))
-        console.print(new.to_string(index=False))
+        output.show(new, "%.4g", index=False)
         table = pd.concat([table, new], ignore_index=True) if len(table) else new
         table = table.sort_values(KEY, kind="stable", ignore_index=True)
-        replace_file(path, table.to_csv(index=False))
-    write_environment(folder, None)
-    plot(table).savefig(folder / "penalty_speed.png", dpi=DPI, metadata={"Software": None})
+        output.table(table, PENALTY_SPEED)
+    output.figure(draw_steps(table), "penalty_speed")
     return table
 
 
@@ -173,7 +184,7 @@ def measure(
         A row per method. `ratio` is its step beside a plain step, `of_kernel` beside a step whose
         gradients one compiled kernel changes, both of neighbours in time.
     """
-    model, x = make_model(name, batch_size)
+    model, x = model_and_batch(name, batch_size)
     batch = [x, torch.randint(0, 10, (len(x),))]
     parameters = sum(p.numel() for p in model.parameters())
     make = OPTIMIZERS[optimizer]
@@ -228,7 +239,7 @@ def _state_bytes(plugin: Any) -> int:
     return plugin.penalty.nbytes if isinstance(plugin, _OneKernel) else state_bytes(plugin)
 
 
-def make_model(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+def model_and_batch(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
     """A network and a batch for it."""
     if name == "cnn":
         return SimpleCNN(), torch.randn(batch_size, 3, 32, 32)
@@ -298,46 +309,53 @@ def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
     return (time.process_time() - start) / steps
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """The ratio to a plain step over the number of past experiences, a panel per model."""
+def draw_steps(table: pd.DataFrame) -> Figure:
+    """The multiple of a plain step over the number of past experiences, a panel per setting.
+
+    Args:
+        table: Rows of `penalty_speed.csv`.
+
+    Returns:
+        The figure.
+    """
     cells = list(table.groupby(["model", "optimizer", "batch_size"], sort=False))
-    columns = len(table[["optimizer", "batch_size"]].drop_duplicates())
+    columns = min(3, len(cells))
     n_rows = -(-len(cells) // columns)
     figure, axes = plt.subplots(
-        n_rows,
-        columns,
-        figsize=(4.2 * columns, 2.6 * n_rows),
-        sharex=True,
+        *(n_rows, columns),
+        figsize=(4.4 * columns, 3.0 * n_rows + 0.6),
         squeeze=False,
         layout="constrained",
     )
     for axis in axes.flat[len(cells) :]:
-        axis.set_axis_off()
-    for axis, ((model, optimizer, batch_size), rows) in zip(axes.flat, cells, strict=False):
-        for method, line in rows.groupby("method", sort=False):
-            errors = [line["ratio"] - line["ratio_q25"], line["ratio_q75"] - line["ratio"]]
-            axis.errorbar(
-                line["past_experiences"],
-                line["ratio"],
-                errors,
-                marker="o",
-                color=COLOURS[method],
-                label=method,
-                capsize=3,
-            )
-        axis.axhline(1.1, color="black", lw=0.8, ls=":")
-        axis.set(xscale="log", yscale="log", title=f"{model}, {optimizer}, {batch_size}")
-        axis.grid(alpha=0.3, which="both")
-        axis.set_ylabel("of a plain step")
-    handles = {
-        label: handle
-        for axis in axes.flat
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
-    for axis in axes[-1]:
+        axis.remove()
+    for i, (axis, ((model, optimizer, size), rows)) in enumerate(
+        zip(axes.flat, cells, strict=False)
+    ):
+        _draw_setting(axis, rows)
+        axis.set_title(f"{model}, {optimizer}, mini-batch {size}")
         axis.set_xlabel("past experiences")
-    figure.suptitle(
-        "Step time with a penalty (median, quartiles; dotted: 1.10)\nnetwork, optimizer, mini-batch"
-    )
+        if i % columns == 0:
+            axis.set_ylabel("multiple of a step without penalty")
+    counts = " or ".join(str(n) for n in sorted(table["rounds"].unique()))
+    note = f"median of {counts} rounds, bar: quartiles; dotted: 1.1"
+    style.title(figure, "Time of a training step with a penalty", note)
     return figure
+
+
+def _draw_setting(axis: Axes, rows: pd.DataFrame) -> None:
+    methods = list(dict.fromkeys(rows["method"]))
+    ends = []
+    for i, method in enumerate(methods):
+        line = rows[rows["method"] == method].sort_values("past_experiences")
+        x = line["past_experiences"] * 1.06 ** (i - (len(methods) - 1) / 2)
+        colour = style.PENALTY_COLOURS[method]
+        axis.plot(x, line["ratio"], "-o", color=colour, markersize=4)
+        axis.vlines(x, line["ratio_q25"], line["ratio_q75"], color=colour, lw=2.5, alpha=0.4)
+        ends.append(style.EndLabel(method, float(line["ratio"].iloc[-1]), colour))
+    axis.axhline(1.1, color=style.INK, lw=0.8, ls=":")
+    style.log_axis(axis, "x", rows["past_experiences"])
+    axis.set_xlim(0.75 * rows["past_experiences"].min(), 1.35 * rows["past_experiences"].max())
+    axis.set_ylim(0.95 * min(rows["ratio"].min(), 1.0), 1.1 * max(rows["ratio"].max(), 1.1))
+    style.plain_log_y(axis)
+    style.label_ends(axis, ends)

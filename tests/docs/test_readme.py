@@ -10,12 +10,6 @@ import torch
 from avalanche.models import SimpleMLP
 
 from ewc_plugin import DiagonalEWCPlugin
-from experiments.data.sources import find_data
-from experiments.results import schemas, statistics, tables
-from experiments.results.statistics import chosen_lambdas
-from experiments.settings.run import RunSettings
-from experiments.settings.tuned import CHOSEN_LAMBDA, TUNING_SEEDS
-from experiments.training.run import run
 from support.paths import ROOT
 from support.plugin_streams import N_FEATURES, Blobs
 
@@ -147,63 +141,3 @@ def test_the_readme_shows_the_committed_tables():
 
 def test_the_readme_is_one_reading():
     assert 100 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
-@pytest.mark.results
-@pytest.mark.parametrize("folder", ["main", "tuning", "tuning_digits"])
-def test_committed_tables_fit_their_schemas_and_each_other(folder):
-    found = tables.load(ROOT / "results" / folder)
-    runs = found["runs"]
-    assert (runs["status"] == "ok").all()
-    assert set(found["accuracy"]["run_id"]) == set(runs["run_id"])
-    again = statistics.summarise(runs)
-    pd.testing.assert_frame_equal(again, found["summary"])
-
-
-@pytest.mark.results
-@pytest.mark.parametrize("folder", ["tuning", "tuning_digits"])
-def test_lambdas_are_those_that_were_best_on_validation_data(folder):
-    found = tables.load(ROOT / "results" / folder)
-    assert found["runs"]["validation"].all()
-    assert set(found["runs"]["seed"]) == set(TUNING_SEEDS)
-    for row in chosen_lambdas(found["summary"]).itertuples():
-        key = (row.benchmark, row.dataset, row.scenario, row.method)
-        assert CHOSEN_LAMBDA[key] == row.ewc_lambda, key
-
-
-@pytest.mark.results
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "run_id",
-    ["split-digits-task-ewc-769d727abb-s100", "split-digits-task-avalanche-ewc-00672cccca-s102"],
-)
-def test_a_committed_run_made_again_has_the_committed_accuracies(run_id):
-    # Digits, since they need no download. Processors and versions of torch round differently, which
-    # has moved these losses by up to 1e-6 and no accuracy; permuted digits, which train
-    # longer, have moved by several images. One image may change sides in each entry of R.
-    found = tables.load(ROOT / "results" / "tuning_digits")
-    (row,) = found["runs"][found["runs"]["run_id"] == run_id].to_dict("records")
-    names = [name for name in schemas.SETTING_NAMES if name in row]
-    cell = RunSettings(**{name: None if pd.isna(row[name]) else row[name] for name in names})
-    assert cell.run_id == run_id  # the settings still mean what they did
-    result = run(cell, find_data("digits", None))
-    keys = ["train_exp", "eval_exp"]
-    again = tables.frame(result.rows, schemas.ACCURACY).set_index(keys)
-    committed = found["accuracy"][found["accuracy"]["run_id"] == run_id].set_index(keys)
-    assert list(again.index) == list(committed.index)
-    images = (again["accuracy"] - committed["accuracy"]).abs() * committed["n_samples"]
-    assert images.max() < 1.5
-    assert again["loss"].to_numpy() == pytest.approx(committed["loss"].to_numpy(), rel=1e-3)
-
-
-@pytest.mark.results
-def test_the_main_results_are_checked_against_the_built_in():
-    parity = tables.load(ROOT / "results" / "main")["parity"]
-    numerical = parity[parity["check"].str.startswith("importances")]
-    assert len(numerical) == 6
-    assert (numerical["verdict"] == "equal").all()
-    assert (numerical["difference"] <= numerical["tolerance"]).all()
-    assert len(parity) == 6 + 4  # two benchmarks: average accuracy and forgetting each
-    accuracy = parity[parity["quantity"] == "average_accuracy"].set_index("benchmark")
-    # As README.md puts it into words.
-    assert dict(accuracy["verdict"]) == {"split": "equivalent", "permuted": "undecided"}

@@ -104,19 +104,21 @@ def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsy
     printed = run_main(*arguments, "--seeds", "0", "1")
     assert "[8/8" in printed
     assert "EWC, per sample" in printed
-    assert "importances, batched, float32, against built-in at batch 128" in printed
+    assert "3 of 3 checks hold" in printed
+    assert "Split digits, domain-incremental: EWC, per sample (predicted), λ" in printed
     found = tables.load(tmp_path)
-    assert set(found) == {"accuracy", "runs", "summary", "parity"}
+    assert set(found) == {"accuracy", "runs", "summary", "comparisons", "checks"}
     assert set(found["runs"]["method"]) == {"naive", "avalanche-ewc", "ewc", "joint"}
     assert (found["runs"]["status"] == "ok").all()
-    numerical = found["parity"][found["parity"]["check"].str.startswith("importances")]
-    assert list(numerical["verdict"]) == ["equal"] * 3
-    assert numerical["difference"].iloc[0] == 0.0
+    assert list(found["checks"]["verdict"]) == ["equal"] * 3
+    assert found["checks"]["largest_relative_error"].iloc[0] == 0.0
+    assert set(found["comparisons"]["n"]) == {2}
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["dataset"] == "digits"
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "matrix-split-digits-domain.png",
         "accuracy-split-digits-domain.png",
+        "differences.png",
     }
     before = found["accuracy"]
     printed = run_main(*arguments, "--seeds", "0", "1", "2")

@@ -7,14 +7,14 @@ import torch
 from ewc_plugin.plain import EWC
 from experiments.data.sources import find_data, load_images
 from experiments.results import tables
-from experiments.studies.demonstration import (
+from experiments.studies.demonstration.fisher import FISHER, loop_fisher, time_fisher
+from experiments.studies.demonstration.study import (
     CURVES,
     Demonstration,
     make_network,
     make_tasks,
     train_all,
 )
-from experiments.studies.demonstration_fisher import FISHER, loop_fisher, time_fisher
 from support.paths import RESULTS
 from support.reference import loop_fisher as reference_fisher
 from support.reference import relative_error
@@ -71,14 +71,3 @@ def test_timed_fishers_agree(digits):
     rows = tables.frame(time_fisher(model, x, samples=5, rounds=2), FISHER)
     assert rows["n_samples"].tolist() == [5, 5, 50, 50]
     assert (rows["largest_difference"] < 1e-5).all()
-
-
-def test_committed_curves_show_what_the_penalty_does():
-    curves = tables.read(RESULTS, CURVES)
-    last = curves[curves["epoch"] == curves["epoch"].max()]
-    final = last.pivot_table(index="method", columns="eval_task", values="accuracy")
-    assert final.loc["ewc", 0] > final.loc["ewc-renewed", 0] > final.loc["sgd", 0]
-    assert final.loc["ewc", 2] < final.loc["sgd", 2]  # what it costs on the last task
-    fisher = tables.read(RESULTS, FISHER)
-    assert (fisher["ratio_q25"] > 1).all()
-    assert (fisher["largest_difference"] < 1e-4).all()

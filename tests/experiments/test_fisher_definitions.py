@@ -126,15 +126,3 @@ def test_rows_of_a_training_run():
     assert (own[["variance_difference", "curvature_difference"]] < 1e-12).all(axis=None)
     assert (own["cosine_with_own"] - 1).abs().max() < 1e-12
     assert table["package_difference"].max() < 1e-11
-
-
-def test_committed_table_holds_the_identities_to_rounding():
-    table = tables.read(RESULTS, IDENTITIES)
-    own = table[table["labels"] == "own"]
-    assert own["squared_mean_share"].max() < 1e-28
-    assert own[["variance_difference", "curvature_difference"]].max(axis=None) < 1e-12
-    assert table["package_difference"].max() < 1e-12
-    linear = table["problem"] != "tanh network"  # there the second derivative knows no labels
-    assert (table.loc[linear, "curvature_of_own"] - 1).abs().max() < 1e-9
-    end = table[(table["step"] == 3000) & ~linear].groupby("labels")["mean_square_of_own"].mean()
-    assert max(end["predicted"], end["empirical"]) < 0.01

@@ -3,9 +3,12 @@
 import pandas as pd
 import pytest
 
+from experiments.results import tables
 from experiments.timing import fisher_speed
 from experiments.timing.fisher_engines import OURS, UNIT
-from experiments.timing.fisher_speed import FisherSpeedSettings, _with_kept, run
+from experiments.timing.fisher_speed import FISHER_SPEED, FisherSpeedSettings, _with_kept, run
+
+MULTIPLE = "multiple_of_gradient_pass"
 
 
 def test_table_holds_what_was_measured(tmp_path):
@@ -20,14 +23,14 @@ def test_table_holds_what_was_measured(tmp_path):
     )
     table = run(settings).set_index("engine")
     assert list(table.index) == [UNIT, *engines]
-    assert table.loc[UNIT, "multiple_min"] <= table.loc[UNIT, "multiple"]
-    assert table.loc[OURS, "error"] < 1e-4
-    assert table.loc[OURS, "error_float64"] < 1e-12
+    assert table.loc[UNIT, "multiple_min"] <= table.loc[UNIT, MULTIPLE]
+    assert table.loc[OURS, "relative_error"] < 1e-4
+    assert table.loc[OURS, "relative_error_float64"] < 1e-12
     assert table.loc["sample loop", "status"] == "ok"
-    assert table.loc["sample loop", "multiple"] > 2 * table.loc[OURS, "multiple"]
+    assert table.loc["sample loop", MULTIPLE] > 2 * table.loc[OURS, MULTIPLE]
     assert table.loc["nngeometry", "status"] in ("absent", "not offered")
     stored = pd.read_csv(tmp_path / "fisher_speed.csv")
-    assert stored["multiple"].to_list()[:3] == pytest.approx(table["multiple"].to_list()[:3])
+    assert stored[MULTIPLE].to_list()[:3] == pytest.approx(table[MULTIPLE].to_list()[:3])
     assert (tmp_path / "fisher_speed.png").stat().st_size > 10_000
 
 
@@ -40,26 +43,40 @@ def test_a_machine_that_slows_down_changes_no_multiple(monkeypatch):
     rows = {name: {} for name in timed}
     fisher_speed._time(timed, rows, FisherSpeedSettings(rounds=4))
     for name, multiple in ((UNIT, 1), (OURS, 1.5)):
-        for column in ("multiple", "multiple_q1", "multiple_q3", "multiple_min", "multiple_max"):
+        for column in (
+            MULTIPLE,
+            "multiple_q1",
+            "multiple_q3",
+            "multiple_min",
+            "multiple_max",
+        ):
             assert rows[name][column] == pytest.approx(multiple)
 
 
 def test_what_is_not_measured_anew_is_kept_in_its_place(tmp_path):
+    blank = dict.fromkeys(FISHER_SPEED.columns) | {"samples": 1, "rounds": 1, "status": "ok"}
+
     def rows(multiple, *cells):
         return pd.DataFrame([
-            {"network": n, "kind": k, "device": d, "engine": e, "multiple": multiple}
+            {
+                **blank,
+                "network": n,
+                "kind": k,
+                "device": d,
+                "engine": e,
+                MULTIPLE: multiple,
+            }
             for n, k, d in cells
             for e in (UNIT, OURS)
         ])
 
-    path = tmp_path / "fisher_speed.csv"
     cells = [(n, k, "cpu") for n in ("mlp-512", "simple-cnn") for k in ("predicted", "exact")]
-    rows(1.5, *cells).to_csv(path, index=False)
-    table = _with_kept(rows(2.5, ("mlp-512", "predicted", "cpu")), path)
-    assert list(table["multiple"]) == [2.5] * 2 + [1.5] * 6
-    table = _with_kept(rows(2.5, ("simple-cnn", "predicted", "cpu")), path)
-    assert list(table["multiple"]) == [1.5] * 4 + [2.5] * 2 + [1.5] * 2
-    table = _with_kept(rows(2.5, ("mlp-512", "exact", "cuda")), path)
+    tables.write(tables.check(rows(1.5, *cells), FISHER_SPEED), tmp_path, FISHER_SPEED)
+    table = _with_kept(rows(2.5, ("mlp-512", "predicted", "cpu")), tmp_path)
+    assert list(table[MULTIPLE]) == [2.5] * 2 + [1.5] * 6
+    table = _with_kept(rows(2.5, ("simple-cnn", "predicted", "cpu")), tmp_path)
+    assert list(table[MULTIPLE]) == [1.5] * 4 + [2.5] * 2 + [1.5] * 2
+    table = _with_kept(rows(2.5, ("mlp-512", "exact", "cuda")), tmp_path)
     assert list(table["device"]) == ["cpu"] * 8 + ["cuda"] * 2
     assert list(table["engine"]) == [UNIT, OURS] * 5
 

@@ -8,12 +8,10 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.command_line import parse
-from experiments.results.store import read_results
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep
 from experiments.settings.run import RunSettings
 from experiments.sweeps.dry_run import estimated_seconds
 from experiments.sweeps.queue import Task, next_task, work
-from support.paths import RESULTS
 
 NO_LAMBDA = {"methods": ("naive",), "seeds": (0,)}
 
@@ -72,13 +70,6 @@ def test_what_has_no_meaning_collapses():
     both = Sweep(benchmark=("split", "permuted"), scenario=("class", "domain"), **NO_LAMBDA)
     assert both.streams == [("split", "class"), ("split", "domain"), ("permuted", "domain")]
     assert "class-incremental" in both.left_out
-
-
-@pytest.mark.parametrize("folder", ["main", "implicit_step"])
-def test_committed_ids_follow_from_their_settings(folder):
-    accuracy, runs = read_results(RESULTS / folder)
-    assert len(runs) >= 24
-    assert set(accuracy["run_id"]) == set(runs["run_id"])
 
 
 def test_ids_stay_as_they_are():

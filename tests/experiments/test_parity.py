@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from experiments.data.sources import find_data
-from experiments.results import tables
+from experiments.reporting.figures.over_lambda import METRICS
+from experiments.results import schemas, tables
 from experiments.settings.run import RunSettings
 from experiments.studies.parity import study as parity
-from experiments.studies.parity.curves import LAMBDAS, METRICS, WAYS, Curves, curves, plot
-from experiments.studies.parity.numerical import sample_loop
+from experiments.studies.parity.curves import LAMBDAS, WAYS, Curves, curves, draw_ways
+from experiments.studies.parity.numerical import beside_a_sample_loop
 from experiments.studies.parity.whole_runs import same_definition, same_mathematics, trace_of
 from experiments.training.run import run
-from support.paths import RESULTS
 
 DIGITS = find_data("digits", None)
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "ewc_lambda": 5.0}
@@ -44,17 +44,18 @@ def test_batched_runs_are_the_built_ins_to_the_last_bit(changes):
     rows = list(same_definition(settings(**changes), DIGITS))
     claimed = [row for row in rows if row["tolerance"] is not None]
     assert len(claimed) == 3  # importances, penalties, weights
-    assert [row["difference"] for row in claimed] == [0.0, 0.0, 0.0]
+    assert [row["largest_relative_error"] for row in claimed] == [0.0, 0.0, 0.0]
     assert all(row["ours"] > 0 for row in claimed[:2])
-    value, gradient = (row["difference"] for row in rows[3:5])
+    value, gradient = (row["largest_relative_error"] for row in rows[3:5])
     assert value < 1e-5  # the folded penalty, in float32
     assert gradient < 1e-5
 
 
 def test_the_folded_penalty_ends_at_the_same_weights_in_float64():
     rows = list(same_definition(settings(**SGD), DIGITS, double=True))
-    assert rows[-1]["quantity"] == "weights at the end"
-    assert rows[-1]["difference"] < 1e-12
+    tables.frame(rows, schemas.CHECKS)
+    assert rows[-1]["what"] == "weights at the end"
+    assert rows[-1]["largest_relative_error"] < 1e-12
 
 
 def test_the_built_ins_draws_matter():
@@ -72,15 +73,15 @@ def test_the_built_ins_draws_matter():
 
 def test_empirical_is_the_built_in_at_batches_of_one():
     rows = list(same_mathematics(settings(fisher_type="empirical", **SGD), DIGITS, double=True))
-    assert rows[0]["difference"] <= 1e-12
+    assert rows[0]["largest_relative_error"] <= 1e-12
     assert rows[0]["verdict"] == "equal"
-    assert rows[1]["difference"] <= 1e-12
+    assert rows[1]["largest_relative_error"] <= 1e-12
 
 
 def test_predicted_is_the_sample_loops_and_empirical_where_all_is_right():
-    rows = list(sample_loop(replace(settings(), method="naive", fisher_type=None), DIGITS))
+    rows = list(beside_a_sample_loop(replace(settings(), method="naive", fisher_type=None), DIGITS))
     assert [row["verdict"] for row in rows] == ["equal"] * 3
-    assert rows[2]["n"] > 50
+    assert rows[2]["size"] > 50
 
 
 def test_importances_have_mini_batches_of_their_own():
@@ -130,6 +131,7 @@ def test_curves_have_every_way_and_count_what_diverged():
     runs = pd.DataFrame([
         {
             **vars(cell),
+            "config_hash": cell.config_hash,
             "status": "diverged" if (cell.ewc_lambda or 0) > 100 else "ok",
             "average_accuracy": 0.9,
             "forgetting": 0.1,
@@ -141,18 +143,10 @@ def test_curves_have_every_way_and_count_what_diverged():
     assert set(table.loc[table["ewc_lambda"] > 100, "diverged"]) == {2}
     assert set(table.loc[~(table["ewc_lambda"] > 100), "n"]) == {2}
     assert set(table.loc[table["fisher"] == "naive", "metric"]) == set(METRICS)
-    figure = plot(table)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert {"predicted", "predicted: diverged", "naive"} <= set(labels)
+    figure = draw_ways(runs)
+    words = {text.get_text() for text in figure.axes[0].texts}
+    assert {"predicted", "exact", "Naive"} <= words
     plt.close(figure)
-
-
-def test_the_committed_whole_runs_are_the_built_ins():
-    parity = tables.load(RESULTS / "parity")["parity"]
-    exact = parity[parity["check"].str.endswith("penalty in the built-in's order")]
-    assert set(exact["benchmark"]) == {"split", "permuted"}
-    assert (exact["difference"] == 0).all()
-    assert not (parity["verdict"] == "different").any()
 
 
 def test_a_dry_run_computes_nothing_and_names_every_part(tmp_path, capsys):

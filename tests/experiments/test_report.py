@@ -1,4 +1,4 @@
-"""The report's page, in a real browser; and what is said to be the best."""
+"""The report's page, in a real browser; tables as text; and what is said to be the best."""
 
 import dataclasses
 import html
@@ -12,14 +12,13 @@ import pandas as pd
 import pytest
 
 from experiments.__main__ import main
+from experiments.reporting.cells import summary_cells
 from experiments.reporting.html import page
-from experiments.reporting.html.tables import summary_tables
 from experiments.reporting.text_table import render, summary_table, table_of
 from experiments.results import schemas, statistics, tables
 from experiments.results.metrics import continual_metrics
 from experiments.results.statistics import best_cells
 from experiments.settings.run import RunSettings
-from support.paths import RESULTS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
@@ -68,6 +67,7 @@ def write_folder(folder, parts):
 
 PARTS = [
     run_rows("naive", [0.50, 0.60]),
+    run_rows("avalanche-ewc", [0.69, 0.78], ewc_lambda=10),
     run_rows("ewc", [0.70, 0.78], ewc_lambda=10),
     run_rows("ewc", [0.80, 0.90], ewc_lambda=100),
     run_rows("ewc", [0.0, 0.0], ewc_lambda=1e9, status="diverged"),
@@ -95,7 +95,7 @@ addEventListener("error", e => seen.problems.push(e.message));
 addEventListener("securitypolicyviolation", e => seen.problems.push(e.blockedURI));
 addEventListener("load", () => {
   const column = (table, i) => [...table.tBodies[0].rows].map(row => row.cells[i].textContent);
-  const summary = document.querySelector("table");
+  const summary = document.querySelector("h3 ~ div table");
   const heads = [...summary.tHead.rows[0].cells];
   const i = heads.findIndex(head => head.textContent === "average accuracy");
   const button = heads[i].querySelector("button");
@@ -112,6 +112,27 @@ addEventListener("load", () => {
     const shown = [theme.dataset.theme, getComputedStyle(document.body).backgroundColor];
     theme.click();
     return shown;
+  });
+  const inView = (element, box) => {
+    const r = element.getBoundingClientRect();
+    return r.width > 0 && r.left >= box.left - 1 && r.right <= box.right + 1;
+  };
+  // The difference and its interval are seen without scrolling sideways, and so is the accuracy.
+  const differences = document.querySelector("section table");
+  seen.cut = [[differences, 1], [summary, 1]].map(([table, column]) => {
+    const box = table.closest(".scroll").getBoundingClientRect();
+    return [...table.rows].filter(row => !inView(row.cells[column], box)).length;
+  });
+  seen.answer = document.querySelector(".answers").textContent.trim();
+  // No letter of a figure lies outside of it.
+  seen.outside = [...document.querySelectorAll("svg")].flatMap(svg => {
+    const box = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll("text")].filter(text => {
+      const r = text.getBoundingClientRect();
+      const room = 0.03 * box.width;  // the page's font is not the one it was laid out in
+      return r.left < box.left - room || r.right > box.right + room
+        || r.top < box.top - room || r.bottom > box.bottom + room;
+    }).map(text => text.textContent);
   });
   seen.width = [innerWidth, document.documentElement.scrollWidth];
   seen.pictures = [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width);
@@ -160,20 +181,27 @@ def test_a_browser_shows_the_page_without_an_error(report, tmp_path, width):
     assert seen["problems"] == []
     assert console == []
     assert seen["focused"]
-    accuracies = ["0.6750 ± 0.3177", "0.7700 ± 0.2541", "0.8250 ± 0.3177", "–"]
-    down = [*accuracies[2::-1], "–"]  # what is not known stays last
+    accuracies = ["0.6750 ± 0.3177", "0.7675 ± 0.2859", "0.7700 ± 0.2541", "0.8250 ± 0.3177", "–"]
+    down = [*accuracies[3::-1], "–"]  # what is not known stays last
     assert seen["sorted"] == [[True, accuracies], [True, down]]
+    assert seen["cut"] == [0, 0]
+    assert "EWC, per sample (predicted), λ = 10 can't be told from Avalanche's" in seen[
+        "answer"
+    ].replace("\N{NO-BREAK SPACE}", " ")
+    assert seen["outside"] == []
     assert seen["tables"] == [
-        ["Mean ± 95 % interval", 4],
+        ["Average accuracy: difference [95 % interval], seed by seed", 5],
+        ["Forgetting: difference [95 % interval], seed by seed", 5],
+        ["Mean ± 95 % interval", 5],
         ["Runs that did not end well", 2],
         ["other.csv", 2],
-        ["All runs", 8],
+        ["All runs", 10],
     ]
     themes, grounds = zip(*seen["grounds"], strict=True)
     assert themes == ("auto", "light", "dark")
     assert grounds[0] == grounds[1] != grounds[2]
     assert seen["width"] == [width, width]  # nothing but tables and pictures scrolls sideways
-    assert len(seen["pictures"]) == 4 + 3  # accuracy, lambda, trade-off, time; a matrix per cell
+    assert len(seen["pictures"]) == 5  # differences, accuracy, lambda, trade-off, matrices
     assert min(seen["pictures"]) > 150
     assert len(set(seen["ids"])) == len(seen["ids"])
 
@@ -186,29 +214,32 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(report):
     assert "a &amp; b" in text
 
 
-def test_pictures_for_papers_lie_beside_the_page(report):
-    files = sorted(p.name for p in report.with_name("page-figures").rglob("*.*"))
-    kinds = ("accuracy", "lambda", "matrix", "time", "trade-off")
-    assert files == [
-        f"{kind}-split-digits-task-incremental.{ending}"
-        for kind in kinds
-        for ending in ("png", "svg")
-    ]
+def test_figures_for_papers_are_written_where_they_are_asked_for(report, tmp_path):
+    assert not list(report.parent.glob("*figures*"))
+    arguments = ["report", str(report.with_name("sweep")), "--out", str(tmp_path / "page.html")]
+    assert main([*arguments, "--figures", str(tmp_path / "figures")]) == 0
+    files = sorted(p.name for p in (tmp_path / "figures").rglob("*.*"))
+    stream = "split-digits-task-incremental"
+    names = [f"{kind}-{stream}" for kind in ("accuracy", "lambda", "matrix", "trade-off")]
+    assert files == sorted(f"{n}.{e}" for n in ("differences", *names) for e in ("png", "svg"))
 
 
 def test_the_pages_summary_is_that_of_the_table(report):
     found = tables.load(report.with_name("sweep"))
-    ((_, _, shown),) = summary_tables(found["runs"])
-    means = found["summary"].set_index(["config_hash", "metric"])["mean"]
-    keys = {row[3].key for row in shown.rows}
-    assert keys == {""} | {repr(m) for (_, name), m in means.items() if name == "average_accuracy"}
+    (cells,) = summary_cells(found["runs"]).values()
+    summary = found["summary"].set_index(["config_hash", "metric"])
+    for cell in cells:
+        assert (cell.n == 0) == ((cell.config_hash, "average_accuracy") not in summary.index)
+        for metric, interval in cell.intervals.items():
+            row = summary.loc[cell.config_hash, metric]
+            assert (row["mean"], row["n"]) == (interval["mean"], interval["n"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nowhere"], "`folders` must hold result tables (*.csv), got nowhere"),
-        (["results/main", "--out", "/proc/no/page.html"], "`out` must be a file that can be"),
+        (["results/tuning", "--out", "/proc/no/page.html"], "`out` must be a file that can be"),
     ],
 )
 def test_bad_input_gets_a_clear_line(arguments, said, capsys):
@@ -256,11 +287,11 @@ def test_the_table_in_each_notation():
     runs = frame_of(
         run_rows("ewc", [0.60, 0.70, 0.80], ewc_lambda=1e6), run_rows("naive", [0.50, 0.60, 0.70])
     )
-    table = summary_table(statistics.summarise(runs), runs)
+    table = summary_table(runs)
     assert render(table, "markdown").splitlines()[2:] == [
-        "| split digits, task-incremental | Naive |  |  | 0.7000 ± 0.1242 | 0.3000 ± 0.2484 | "
+        "| Split digits, task-incremental | Naive |  |  | 0.7000 ± 0.1242 | 0.3000 ± 0.2484 | "
         "0.8500 ± 0.0000 | 3 |",
-        "| split digits, task-incremental | EWC, per sample | predicted | 1e+06 | "
+        "| Split digits, task-incremental | EWC, per sample | predicted | 1e6 | "
         "**0.7500 ± 0.1242** | **0.2000 ± 0.2484** | 0.8500 ± 0.0000 | 3 |",
     ]
     latex = render(table, "latex")
@@ -270,37 +301,35 @@ def test_the_table_in_each_notation():
         r"benchmark & method & Fisher & $\lambda$ & average accuracy & forgetting & "
         r"learning accuracy & n \\",
         r"\midrule",
-        r"split digits, task-incremental & Naive &  &  & 0.7000 $\pm$ 0.1242 & "
+        r"Split digits, task-incremental & Naive &  &  & 0.7000 $\pm$ 0.1242 & "
         r"0.3000 $\pm$ 0.2484 & 0.8500 $\pm$ 0.0000 & 3 \\",
         r" & EWC, per sample & predicted & $10^{6}$ & \textbf{0.7500 $\pm$ 0.1242} & "
         r"\textbf{0.2000 $\pm$ 0.2484} & 0.8500 $\pm$ 0.0000 & 3 \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    assert render(table, "csv").splitlines()[2].split(",")[5:7] == ["1e+06", "0.7500 ± 0.1242"]
+    assert render(table, "csv").splitlines()[2].split(",")[5:7] == ["1e6", "0.7500 ± 0.1242"]
 
 
-@pytest.mark.parametrize(
-    ("folder", "of", "first"),
-    [
-        ("parity", "parity", "| benchmark | compared | metric |"),
-        ("reproduce/baselines", "reproduce", "| experiment | arm | published |"),
-    ],
-)
-def test_the_table_of_a_comparison_has_a_line_per_row(folder, of, first):
-    folder = RESULTS / folder
-    text = render(table_of(folder, of), "markdown").splitlines()
-    assert text[0].startswith(first)
-    found = tables.load(folder)[of]
-    if of == "parity":
-        found = found[found["quantity"].isin(("average_accuracy", "forgetting"))]
-    assert len(text) == 2 + len(found)
-    for line, row in zip(text[2:], found.itertuples(), strict=True):
-        assert line.endswith(f"| {row.n} | {row.verdict if of == 'parity' else row.reproduced} |")
-        if pd.notna(row.difference):
-            assert f"| {row.difference:+.4f} [" in line
+def test_the_terminal_says_the_answer_first_and_breaks_no_word(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["compare", str(report.with_name("sweep"))]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("Split digits, task-incremental: EWC, per sample (predicted), λ")
+    assert max(map(len, lines)) <= 100
+    words = set(printed.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert {"Avalanche's", "difference", "undecided", "+0.0025", "[−0.0293,", "forgetting"} <= words
 
 
-def test_the_table_of_a_folder_without_it_is_refused():
-    with pytest.raises(ValueError, match=r"`folder` must hold reproduce\.csv, got .*main without"):
-        table_of(RESULTS / "main", "reproduce")
+def test_a_comparison_as_a_table_has_a_line_per_pair_and_metric(report):
+    folder = report.with_name("sweep")
+    text = render(table_of(folder, "comparisons"), "markdown").splitlines()
+    assert text[0].startswith("| stream | compared | metric | difference |")
+    found = statistics.paired_differences(tables.load(folder)["runs"])
+    assert len(text) == 2 + len(found) == 2 + 2 * 5
+
+
+def test_the_table_of_a_folder_without_it_is_refused(report):
+    with pytest.raises(ValueError, match=r"`folder` must hold reproduce\.csv, got .*sweep without"):
+        table_of(report.with_name("sweep"), "reproduce")

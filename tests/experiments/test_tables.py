@@ -8,7 +8,10 @@ import pytest
 from scipy import stats
 
 from experiments.results import schemas, statistics, tables
+from experiments.results.metrics import METRICS
+from experiments.results.record import run_record
 from experiments.results.tables import TableError
+from experiments.settings.run import RunSettings
 
 ROW = {
     "run_id": "a",
@@ -99,24 +102,75 @@ def test_one_seed_has_a_mean_and_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("differences", "verdict"),
+    ("differences", "differs", "within"),
     [
-        ([0.001, -0.001, 0.002, 0.000], "equivalent"),
-        ([0.020, 0.022, 0.021, 0.023], "better"),
-        ([-0.020, -0.022, -0.021, -0.023], "worse"),
-        ([0.05, -0.05, 0.04, -0.04], "undecided"),
-        ([0.004, 0.005, 0.006, 0.005], "equivalent"),  # a difference too small to matter
-        ([0.02], "undecided"),
+        ([0.001, -0.001, 0.002, 0.000], "no", "yes"),
+        ([0.020, 0.022, 0.021, 0.023], "yes", "no"),
+        ([0.05, -0.05, 0.04, -0.04], "no", "no"),
+        ([0.004, 0.005, 0.006, 0.005], "yes", "yes"),  # a difference too small to matter
+        ([0.02], "unknown", "unknown"),
     ],
 )
-def test_equivalence_verdicts(differences, verdict):
-    assert statistics.equivalence(np.array(differences)) == verdict
+def test_a_difference_may_differ_and_lie_within_the_margin(differences, differs, within):
+    assert statistics.differs(np.array(differences)) == differs
+    assert statistics.within_margin(np.array(differences)) == within
 
 
-def test_equivalence_is_the_two_one_sided_tests():
+def test_within_the_margin_is_the_two_one_sided_tests():
     rng = np.random.default_rng(0)
     for _ in range(200):
         d = rng.normal(0.004, 0.006, size=5)
         low = stats.ttest_1samp(d, -statistics.MARGIN, alternative="greater").pvalue
         high = stats.ttest_1samp(d, statistics.MARGIN, alternative="less").pvalue
-        assert (statistics.equivalence(d) == "equivalent") == (max(low, high) < 0.05)
+        assert (statistics.within_margin(d) == "yes") == (max(low, high) < 0.05)
+        two_sided = stats.ttest_1samp(d, 0).pvalue
+        assert (statistics.differs(d) == "yes") == (two_sided < 0.05)
+
+
+def run_of(method, seed, accuracy, **changes):
+    """A row of `runs.csv`."""
+    penalty = {"ewc_lambda": 1.0, "mode": "separate"} if "ewc" in method else {}
+    kind = {"fisher_type": "predicted"} if method == "ewc" else {}
+    cell = RunSettings("split", "digits", "task", method, seed, **{**penalty, **kind, **changes})
+    metrics = {**dict.fromkeys(METRICS, 0.1), "average_accuracy": accuracy}
+    return run_record(cell, "ok", "", metrics=metrics)
+
+
+def test_pairs_are_those_of_one_seed_and_one_setting():
+    runs = tables.frame(
+        [
+            *(run_of("ewc", seed, 0.90 + 0.01 * seed) for seed in (0, 1, 2)),
+            *(run_of("avalanche-ewc", seed, 0.89 + 0.01 * seed) for seed in (1, 2, 3)),
+            run_of("avalanche-ewc", 0, 0.1, batch_size=7),  # another setting: no pair
+            run_of("avalanche-ewc", 0, 0.1, mode="online", decay_factor=1.0),  # another form
+            run_of("naive", 0, 0.5),
+            run_of("joint", 0, 0.99),  # the upper bound does not compete
+        ],
+        schemas.RUNS,
+    )
+    found = statistics.paired_differences(runs)
+    accuracy = found[found["metric"] == "average_accuracy"]
+    pairs = accuracy.set_index(["method", "mode", "other_method"])
+    assert set(pairs.index) == {
+        ("ewc", "separate", "avalanche-ewc"),
+        ("ewc", "separate", "naive"),
+        ("avalanche-ewc", "online", "naive"),
+    }
+    row = pairs.loc[("ewc", "separate", "avalanche-ewc")]
+    assert (row["n"], row["unit"], row["batch_size"]) == (2, "fraction", 128)
+    assert row["difference"] == pytest.approx(0.01)
+    assert (row["other_ewc_lambda"], row["other_mode"]) == (1.0, "separate")
+    assert pairs.loc[("ewc", "separate", "naive"), "differs"] == "unknown"
+
+
+def test_a_summary_says_every_setting_and_unit():
+    runs = tables.frame([run_of("naive", seed, 0.5, batch_size=7) for seed in (0, 1)], schemas.RUNS)
+    summary = statistics.summarise(runs).set_index("metric")
+    assert set(schemas.SETTING_NAMES) - {"seed"} <= set(summary.columns)
+    assert set(summary["batch_size"]) == {7}
+    assert set(summary["validation"]) == {False}
+    units = summary["unit"]
+    assert (units["average_accuracy"], units["train_s"], units["penalty_state_mb"]) == (
+        *("fraction", "s"),
+        "MiB",
+    )

@@ -1,159 +1,254 @@
-"""The pictures: accuracy matrices, and average accuracy as experiences come."""
+"""Accuracy matrices, and average accuracy as experiences come."""
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from experiments.reporting.figures.style import COLOURS, DPI, MARKERS, MOST_BANDS, STYLE
-from experiments.reporting.labels import LABELS, cell_labels
-from experiments.results.metrics import Matrix, seen_accuracy
+from experiments.reporting.figures import style
+from experiments.reporting.labels import cell_labels, method_place, without_common, wrapped
+from experiments.results.metrics import accuracy_matrix, seen_accuracy
 from experiments.results.statistics import interval
 
-GROUP = ["benchmark", "dataset", "scenario"]
+MOST_BANDS = 4  # more curves in a panel have none
+MOST_MATRICES = 8
+MOST_NUMBERS = 12  # experiences; a larger matrix has colours alone
 
 
-CELL_OF_GROUP = ["method", "fisher_type", "ewc_lambda", "config_hash"]
+@dataclass(frozen=True)
+class CellMatrices:
+    """The accuracies of a cell of the grid.
+
+    Attributes:
+        label: Method and settings.
+        family: The same without lambda.
+        kind: Fisher type, or the method where it has none.
+        colour: In every figure.
+        ewc_lambda: NaN where the method has none.
+        matrices: R of every seed, [n, T + 1, T].
+    """
+
+    label: str
+    family: str
+    kind: str
+    colour: str
+    ewc_lambda: float
+    matrices: np.ndarray
+
+    @property
+    def last(self) -> float:
+        """Average accuracy at the end, mean over seeds."""
+        return float(np.nanmean(self.matrices[:, -1]))
 
 
-TITLE_WIDTH = 32  # letters above a matrix
-
-
-Cells = dict[str, tuple[str, np.ndarray]]  # label -> method, R of every seed [n, T + 1, T]
-
-
-def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws both pictures of every benchmark and scenario in the tables.
+def matrices_of(accuracy: pd.DataFrame, runs: pd.DataFrame) -> list[CellMatrices]:
+    """The cells of one stream in the methods' usual order, lambda ascending.
 
     Args:
         accuracy: Rows of `accuracy.csv`.
-        runs: Rows of `runs.csv`; only complete runs are drawn.
-        folder: Where the PNG files go; made if it isn't there.
+        runs: Rows of `runs.csv` of one stream; those with status `ok` are folded.
 
     Returns:
-        The files.
+        A cell per `config_hash`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    done = runs.loc[runs["status"] == "ok", ["run_id", "config_hash"]]
-    rows = accuracy.merge(done, on="run_id")
-    files = []
-    labels = cell_labels(runs)
-    for key, group in rows.groupby(GROUP, sort=False):
-        name, title = "-".join(map(str, key)), f"{key[0]} {key[1]}, {key[2]}-incremental"
-        cells = matrices_of(group, labels)
-        for kind, draw in (("matrix", draw_matrices), ("accuracy", draw_curves)):
-            with plt.rc_context(STYLE):
-                figure = draw(cells, title)
-                files.append(folder / f"{kind}-{name}.png")
-                figure.savefig(files[-1], dpi=DPI, bbox_inches="tight", metadata={"Software": None})
-                plt.close(figure)
-    return files
+    labels, families = cell_labels(runs), cell_labels(runs, with_lambda=False)
+    by_run = dict(tuple(accuracy.groupby("run_id", sort=False)))
+    found = []
+    for config_hash, cell in runs[runs["status"] == "ok"].groupby("config_hash"):
+        first = cell.iloc[0]
+        rows = [by_run[run_id] for run_id in cell["run_id"] if run_id in by_run]
+        if rows:
+            known = pd.notna(first["fisher_type"])
+            found.append((
+                (method_place(first["method"]), families[config_hash], first["ewc_lambda"]),
+                CellMatrices(
+                    label=labels[config_hash],
+                    family=families[config_hash],
+                    kind=first["fisher_type"] if known else first["method"],
+                    colour=style.colour_of(first["method"], first["fisher_type"]),
+                    ewc_lambda=first["ewc_lambda"],
+                    matrices=np.stack([
+                        accuracy_matrix(r["train_exp"], r["eval_exp"], r["accuracy"]) for r in rows
+                    ]),
+                ),
+            ))
+    return [cell for _, cell in sorted(found, key=lambda entry: entry[0])]
 
 
-def matrices_of(group: pd.DataFrame, labels: dict[str, str]) -> Cells:
-    """Per label of a cell its method and its matrices over seeds."""
-    cells = {}
-    order = sorted(
-        group.groupby(CELL_OF_GROUP, dropna=False), key=lambda kv: list(LABELS).index(kv[0][0])
-    )
-    for (method, _, _, config_hash), cell in order:
-        matrices = np.stack([_matrix(run) for _, run in cell.groupby("run_id")])
-        cells[labels[config_hash]] = (method, matrices)
-    return cells
+def best_of_each_family(cells: Sequence[CellMatrices]) -> list[CellMatrices]:
+    """Of cells that differ in lambda alone the best; of these the `MOST_MATRICES` best."""
+    best: dict[str, CellMatrices] = {}
+    for cell in cells:
+        if cell.family not in best or cell.last > best[cell.family].last:
+            best[cell.family] = cell
+    kept = sorted(best.values(), key=lambda cell: -cell.last)[:MOST_MATRICES]
+    return [cell for cell in cells if any(cell is one for one in kept)]
 
 
-def _matrix(run: pd.DataFrame) -> Matrix:
-    n = int(run["eval_exp"].max()) + 1
-    matrix = np.full((n + 1, n), np.nan)
-    matrix[run["train_exp"] + 1, run["eval_exp"]] = run["accuracy"]
-    return matrix
+def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
+    """R of every cell, the mean over seeds, beside each other; of many cells, the best.
 
+    Args:
+        cells: Of one stream.
+        title: What they are of.
 
-def draw_matrices(cells: Cells, title: str) -> plt.Figure:
-    """R of every cell, the mean over seeds, beside each other."""
-    columns = min(len(cells), 4)
-    rows = -(-len(cells) // columns)
+    Returns:
+        The figure.
+    """
+    shown = best_of_each_family(cells)
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.0 * columns + 0.8, 3.3 * rows),
+        *(rows, columns),
+        figsize=(2.9 * columns + 0.9, 3.3 * rows + 0.6),
         squeeze=False,
-        layout="constrained",
+        layout="compressed",
     )
-    for axis in axes.flat[len(cells) :]:
-        axis.set_axis_off()
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
     image = None
-    for i, (axis, (label, (_, matrices))) in enumerate(zip(axes.flat, cells.items(), strict=False)):
-        image = draw_matrix(axis, label, matrices)
-        if i % columns == 0:
-            axis.set_ylabel("trained through experience")
+    for i, (axis, cell) in enumerate(zip(axes.flat, shown, strict=False)):
+        image = draw_matrix(axis, cell)
+        axis.set_ylabel("trained through" if i % columns == 0 else "")
         axis.set_xlabel("tested on experience")
     assert image is not None
-    figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy (mean over seeds)")
-    figure.suptitle(title)
+    figure.colorbar(image, ax=list(axes.flat[: len(shown)]), shrink=0.7, label="accuracy")
+    note = "mean over seeds"
+    if len(shown) < len(cells):
+        note += f"; {len(shown)} of {len(cells)} cells: each method and type at its best λ"
+    style.title(figure, f"Accuracy after each experience: {title}", note)
     return figure
 
 
-def draw_matrix(axis: Axes, label: str, matrices: np.ndarray) -> Any:
-    """The mean of R over seeds [n, T + 1, T], every number written into it; returns the image."""
-    mean = matrices.mean(axis=0)
-    image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis")
-    for (row, column), value in np.ndenumerate(mean):
-        if np.isfinite(value):
-            colour = "white" if value < 0.6 else "black"
-            axis.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7
-            )
+def draw_matrix(axis: Axes, cell: CellMatrices) -> Any:
+    """The mean of R over seeds, its numbers written into it; returns the image."""
+    mean = cell.matrices.mean(axis=0)
     n = mean.shape[1]
-    axis.set_title(f"{textwrap.fill(label, TITLE_WIDTH)}\nn = {len(matrices)}", fontsize=9)
-    axis.set_xticks(range(n), [str(j + 1) for j in range(n)])
-    axis.set_yticks(range(n + 1), ["none", *(str(j + 1) for j in range(n))])
+    image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis")
+    size = 7 if n <= 6 else 4.6
+    for (row, column), value in np.ndenumerate(mean):
+        if np.isfinite(value) and n <= MOST_NUMBERS:
+            colour = "white" if value < 0.6 else "black"
+            text = f"{value:.2f}" if n <= 6 else f"{100 * value:.0f}"
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+    axis.set_title(f"{wrapped(cell.label, 30)}\nn = {len(cell.matrices)}", fontsize=9)
+    ticks = range(n) if n <= MOST_NUMBERS else range(0, n, -(-n // 10))
+    axis.set_xticks(ticks, [str(j + 1) for j in ticks])
+    axis.set_yticks([0, *(j + 1 for j in ticks)], ["none", *(str(j + 1) for j in ticks)])
     axis.spines[:].set_visible(False)
+    axis.grid(False)
     return image
 
 
-def draw_curves(cells: Cells, title: str) -> plt.Figure:
-    """Average accuracy on the experiences seen, as they come."""
-    per_method = pd.Series([method for method, _ in cells.values()]).value_counts()
-    many = len(cells) > MOST_BANDS
-    figure, axis = plt.subplots(figsize=(9.8 if many else 5.4, 4.2), layout="constrained")
-    drawn: dict[str, int] = {}
-    for label, (method, matrices) in cells.items():
-        i = drawn[method] = drawn.get(method, -1) + 1
-        shade = 1.0 - 0.7 * i / per_method[method]
-        style = {"color": COLOURS[method], "alpha": shade, "marker": MARKERS[i % len(MARKERS)]}
-        _draw_curve(axis, label, matrices, style, band=not many)
-    axis.set_xlabel("experiences trained on")
-    axis.set_ylabel("average accuracy on those seen")
-    axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
-    axis.grid(alpha=0.12)
-    if many:
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axis.set_title(f"{title}\nmean over seeds", fontsize=10)
-    else:
-        axis.legend(fontsize=8)
-        axis.set_title(f"{title}\nmean over seeds, band: 95 % interval", fontsize=10)
+def draw_curves(cells: Sequence[CellMatrices], title: str) -> Figure:
+    """Average accuracy on the experiences seen, as they come.
+
+    Args:
+        cells: Of one stream.
+        title: What they are of.
+
+    Returns:
+        The figure: a panel per method and Fisher type where one can't hold all lines.
+    """
+    panels = panels_of(cells)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        *(rows, columns),
+        figsize=(5.6 if columns == 1 else 4.4 * columns, 3.4 * rows + 0.7),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    means = [m for panel in panels for cell in panel for m in _curves(cell).mean(axis=0)]
+    for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
+        axis.set_ylim(style.limits(means))
+        _draw_panel(axis, panel)
+        axis.set_xlabel("experiences trained on")
+        if i % columns == 0:
+            axis.set_ylabel("average accuracy on those seen")
+    few = max(map(len, panels)) <= MOST_BANDS
+    counts = sorted({len(cell.matrices) for cell in cells})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    note = f"mean over seeds ({n}){', band: 95 % interval' if few else ''}"
+    shown = len({id(cell) for panel in panels for cell in panel})
+    if shown < len(cells):
+        note += f"; the best {shown} of {len(cells)} cells"
+    style.title(figure, f"Average accuracy as experiences come: {title}", note)
     return figure
 
 
-def _draw_curve(
-    axis: Axes, label: str, matrices: np.ndarray, style: dict[str, Any], *, band: bool
-) -> None:
-    curves = np.stack([seen_accuracy(matrix) for matrix in matrices])  # [n, T]
-    n_experiences = curves.shape[1]
-    label = f"{label} (n = {len(curves)})"
-    if np.isnan(curves[:, :-1]).all():  # trained on everything at once: a level, not a curve
-        axis.axhline(curves[:, -1].mean(), color=style["color"], linestyle="--", label=label)
-        return
-    bands = [interval(curves[:, i]) for i in range(n_experiences)]
-    x = np.arange(1, n_experiences + 1)
-    axis.plot(x, [b["mean"] for b in bands], label=label, **style)
-    if band and len(curves) > 1:
-        low, high = ([b[k] for b in bands] for k in ("ci_low", "ci_high"))
-        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+def panels_of(cells: Sequence[CellMatrices]) -> list[list[CellMatrices]]:
+    """All cells in one panel if it can hold them, else one per kind, each with the levels.
+
+    Args:
+        cells: Of one stream.
+
+    Returns:
+        At most `MOST_LINES` cells a panel. Where there are more families than that, the best cell
+        of each of the best.
+    """
+    if len({cell.family for cell in cells}) > style.MOST_LINES:
+        cells = best_of_each_family(cells)
+    if len(cells) <= style.MOST_LINES:
+        return [list(cells)]
+    levels = [cell for cell in cells if math.isnan(cell.ewc_lambda)][: style.MOST_LINES // 2]
+    room = style.MOST_LINES - len(levels)
+    kinds: dict[str, list[CellMatrices]] = {}
+    for cell in cells:
+        if not any(cell is level for level in levels):
+            kinds.setdefault(cell.kind, []).append(cell)
+    panels = []
+    for own in kinds.values():
+        n = -(-len(own) // room)
+        size = -(-len(own) // n)
+        panels += [[*levels, *own[i : i + size]] for i in range(0, len(own), size)]
+    return panels
+
+
+def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
+    band = len(cells) <= MOST_BANDS
+    own: dict[str, list[str]] = {}
+    for cell in cells:
+        own.setdefault(cell.colour, []).append(cell.label)
+    labels = []
+    n_experiences = 1
+    tried = [cell.label for cell in cells if not math.isnan(cell.ewc_lambda)]
+    common, rest = without_common(tried)
+    names = dict(zip(tried, rest, strict=True))
+    axis.set_title(wrapped(common, 48))
+    for cell in cells:
+        mates = own[cell.colour]
+        colour = style.shades(cell.colour, len(mates))[mates.index(cell.label)]
+        curves = _curves(cell)
+        n_experiences = max(n_experiences, cell.matrices.shape[2])
+        bands = [interval(values) for values in curves.T]
+        means, low, high = ([b[k] for b in bands] for k in ("mean", "ci_low", "ci_high"))
+        level = curves.shape[1] == 1  # trained on everything at once
+        x = [1, n_experiences] if level else np.arange(1, len(means) + 1)
+        if level:
+            means, low, high = (2 * values for values in (means, low, high))
+        look = {"linestyle": "--"} if level else {"marker": "o", "markersize": 3.5}
+        axis.plot(x, means, color=colour, **look)
+        if band and len(curves) > 1:
+            axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        labels.append(style.EndLabel(names.get(cell.label, cell.label), means[-1], colour))
+    axis.set_xlim(0.9, n_experiences + 0.1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    style.label_ends(axis, labels)
+
+
+def _curves(cell: CellMatrices) -> np.ndarray:
+    """Average accuracy on the experiences seen, [n, T]; at the end alone, [n, 1], if joint."""
+    curves = np.stack([seen_accuracy(matrix) for matrix in cell.matrices])
+    return curves[:, -1:] if np.isnan(curves[:, :-1]).all() else curves

@@ -2,92 +2,224 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from experiments.reporting.figures.style import COLOURS, FISHER_COLOURS, LINES, LONG_NAME, MARKERS
-from experiments.reporting.labels import LABELS, cell_labels
-from experiments.results.statistics import interval
+from experiments.reporting.figures import style
+from experiments.reporting.labels import (
+    cell_labels,
+    in_words,
+    method_place,
+    without_common,
+    wrapped,
+)
+from experiments.results.statistics import by_lambda, interval
+
+METRICS = ("average_accuracy", "forgetting")
+BOUNDS = {"forgetting": (-1.0, 1.0)}  # of the other metrics: 0 and 1
+MOST_BANDS = 2  # more curves in a panel have bars instead
+LINES = ("-", "--", ":", "-.")
+MARKERS = "os^Dv<>P"
 
 
 @dataclass(frozen=True)
-class Family:
-    """Cells that differ in lambda alone.
+class Line:
+    """Cells that differ in lambda alone; without a lambda, a level.
 
     Attributes:
         label: Method and settings.
         colour: Of all that is drawn of it.
-        line: Tells families of one colour apart.
-        marker: Likewise.
         runs: Rows of `runs.csv`, whatever their status.
+        line: Tells lines of one colour apart.
+        marker: Likewise.
     """
 
     label: str
     colour: str
-    line: str
-    marker: str
     runs: pd.DataFrame
+    line: str = "-"
+    marker: str = "o"
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the method has no lambda."""
+        return bool(self.runs["ewc_lambda"].isna().all())
 
 
-def families(runs: pd.DataFrame) -> list[Family]:
-    """The runs of one benchmark by all settings but lambda and seed, in the methods' order."""
+def lines_of(runs: pd.DataFrame) -> list[Line]:
+    """The runs of one stream by all settings but lambda and seed, in the methods' order."""
     labels = runs["config_hash"].map(cell_labels(runs, with_lambda=False))
-    several = runs["fisher_type"].nunique() > 1
-    found: list[Family] = []
-    order = {method: i for i, method in enumerate(LABELS)}
-    for label, rows in sorted(
-        runs.groupby(labels), key=lambda item: (order[item[1]["method"].iloc[0]], item[0])
-    ):
+    found: list[Line] = []
+    groups = sorted(
+        runs.groupby(labels), key=lambda item: (method_place(item[1]["method"].iloc[0]), item[0])
+    )
+    for label, rows in groups:
         first = rows.iloc[0]
-        by_type = several and pd.notna(first["fisher_type"])
-        colour = FISHER_COLOURS[first["fisher_type"]] if by_type else COLOURS[first["method"]]
-        i = sum(family.colour == colour for family in found)
-        line, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        found.append(Family(str(label), colour, line, marker, rows))
+        colour = style.colour_of(first["method"], first["fisher_type"])
+        i = sum(line.colour == colour for line in found)
+        place = i % len(LINES), i % len(MARKERS)
+        found.append(Line(str(label), colour, rows, LINES[place[0]], MARKERS[place[1]]))
     return found
 
 
-def draw_curve(axis: Axes, curve: pd.DataFrame, label: str, colour: str, line: str = "-") -> None:
-    """One curve of `by_lambda` with its band; crosses on the floor where all runs diverged."""
-    axis.plot(curve["ewc_lambda"], curve["mean"], line, color=colour, marker="o", label=label)
-    axis.fill_between(
-        curve["ewc_lambda"], curve["ci_low"], curve["ci_high"], color=colour, alpha=0.15, lw=0
-    )
-    lost = curve[curve["n"] == 0]
-    if len(lost):
-        floor = np.full(len(lost), axis.get_ylim()[0])
-        axis.plot(lost["ewc_lambda"], floor, "x", color=colour, label=f"{label}: diverged")
+def draw_over_lambda(runs: pd.DataFrame, title: str) -> Figure | None:
+    """Average accuracy and forgetting over lambda; None where no lambda varies.
 
+    Args:
+        runs: Rows of `runs.csv` of one stream.
+        title: What they are of.
 
-OVER_LAMBDA = ("average_accuracy", "forgetting")
-
-
-def draw_over_lambda(runs: pd.DataFrame, title: str) -> plt.Figure | None:
-    """Average accuracy and forgetting over lambda, with bands; None where no lambda varies.
-
-    Methods without lambda are levels; a lambda at which runs diverged or failed is crossed.
+    Returns:
+        The figure; of too many lines, the best.
     """
-    shown = families(runs)
-    if not any(family.runs["ewc_lambda"].nunique() > 1 for family in shown):
+    lines = lines_of(runs)
+    lines = [line for line in lines if line.is_level or line.runs["ewc_lambda"].nunique() > 1]
+    if all(line.is_level for line in lines):
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained")
-    for axis, metric in zip(axes, OVER_LAMBDA, strict=True):
-        for i, family in enumerate(shown):
-            _over_lambda(axis, family, metric, cross_height=0.02 + 0.035 * i)
-        _scale(axis, runs["ewc_lambda"].dropna())
-        axis.set(xlabel="λ", ylabel=metric.replace("_", " "))
-        axis.grid(alpha=0.12)
-    handles, names = axes[0].get_legend_handles_labels()
-    columns = 2 if max(map(len, names)) > LONG_NAME else min(len(names), 4)
-    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
-    figure.suptitle(
-        f"{title}\nmean over seeds, band: 95 % interval; ×: diverged or failed", fontsize=10
+    if len(lines) > style.MOST_LINES:
+        lines = best_lines(lines)
+    return over_lambda({"": lines}, title)
+
+
+def best_lines(lines: Sequence[Line]) -> list[Line]:
+    """At most `MOST_LINES` lines: of more, those with the highest accuracy at any lambda."""
+
+    def best(line: Line) -> float:
+        done = line.runs[line.runs["status"] == "ok"]
+        return float(done.groupby("config_hash")["average_accuracy"].mean().max())
+
+    kept = sorted(range(len(lines)), key=lambda i: -best(lines[i]))[: style.MOST_LINES]
+    return [lines[i] for i in sorted(kept)]
+
+
+def over_lambda(
+    panels: Mapping[str, Sequence[Line]], title: str, metrics: Sequence[str] = METRICS
+) -> Figure:
+    """A row per metric, a column per panel; rows share their axis.
+
+    Args:
+        panels: Lines by the title of their panel.
+        title: What is shown, and on what.
+        metrics: Columns of `runs.csv`.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(
+        len(metrics),
+        len(panels),
+        figsize=(1.2 + 4.6 * len(panels), 0.9 + 2.7 * len(metrics)),
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
     )
+    for metric, row in zip(metrics, axes, strict=True):
+        means = [m for lines in panels.values() for line in lines for m in _means(line, metric)]
+        low, high = style.limits(means, bounds=BOUNDS.get(metric, (0.0, 1.0)))
+        for axis, (name, lines) in zip(row, panels.items(), strict=True):
+            strip = 0.05 * sum(len(_lost(line)) > 0 for line in lines)  # below the data
+            axis.set_ylim(low - strip * (high - low), high)
+            draw_lines(axis, lines, metric)
+            if metric == metrics[0]:
+                axis.set_title(wrapped(name or _common(lines), 48))
+            if metric == metrics[-1]:
+                axis.set_xlabel("λ (weight of the penalty)")
+        row[0].set_ylabel(in_words(metric))
+    runs = pd.concat([line.runs for lines in panels.values() for line in lines])
+    many = any(sum(not line.is_level for line in lines) > MOST_BANDS for lines in panels.values())
+    note = f"mean over seeds ({seeds_text(runs)})"
+    if runs["seed"].nunique() > 1:
+        note += f", {'bars' if many else 'band'}: 95 % interval"
+    if (runs["status"] != "ok").any():
+        note += "; ×: a run diverged or failed"
+    style.title(figure, title, note)
     return figure
+
+
+def draw_lines(axis: Axes, lines: Sequence[Line], metric: str) -> None:
+    """Curves and levels with their intervals, their names, and crosses where a run was lost.
+
+    Args:
+        axis: Whose limits in y are set.
+        lines: What to draw.
+        metric: A column of `runs.csv`.
+    """
+    curves = [line for line in lines if not line.is_level]
+    lambdas = pd.concat([line.runs["ewc_lambda"] for line in curves]).dropna()
+    _scale(axis, lambdas)
+    labels, lost_so_far = [], 0
+    _, rest = without_common([line.label for line in curves])
+    names = dict(zip([line.label for line in curves], rest, strict=True))
+    for line in lines:
+        if line.is_level:
+            height = _draw_level(axis, line, metric)
+        else:
+            i = curves.index(line)
+            dodge = 1.05 ** (i - (len(curves) - 1) / 2) if len(curves) > MOST_BANDS else 1.0
+            height = _draw_curve(axis, line, metric, dodge, band=len(curves) <= MOST_BANDS)
+            if len(lost := _lost(line)):
+                lost_so_far += 1
+                style_of = {"color": line.colour, "transform": axis.get_xaxis_transform()}
+                at = np.full(len(lost), 0.045 * lost_so_far - 0.015)
+                axis.plot(lost * dodge, at, "x", markersize=4.5, **style_of)
+        labels.append(style.EndLabel(names.get(line.label, line.label), height, line.colour))
+    style.label_ends(axis, labels)
+
+
+def _common(lines: Sequence[Line]) -> str:
+    """What the names of the curves share."""
+    return without_common([line.label for line in lines if not line.is_level])[0]
+
+
+def _means(line: Line, metric: str) -> list[float]:
+    done = line.runs[line.runs["status"] == "ok"]
+    if line.is_level:
+        return [float(done[metric].mean())]
+    return list(_complete(line, metric)["mean"])
+
+
+def _complete(line: Line, metric: str) -> pd.DataFrame:
+    """The curve where no run was lost."""
+    curve = by_lambda(line.runs.dropna(subset=["ewc_lambda"]), metric)
+    return curve[~curve["ewc_lambda"].isin(_lost(line)) & (curve["n"] > 0)]
+
+
+def _lost(line: Line) -> np.ndarray:
+    """The lambdas at which a run did not end well."""
+    return np.sort(line.runs.loc[line.runs["status"] != "ok", "ewc_lambda"].dropna().unique())
+
+
+def _draw_level(axis: Axes, line: Line, metric: str) -> float:
+    values = line.runs.loc[line.runs["status"] == "ok", metric].dropna().to_numpy(float)
+    if not len(values):
+        return float("nan")
+    found = interval(values)
+    axis.axhline(found["mean"], color=line.colour, linestyle="--", linewidth=1.2)
+    if len(values) > 1:
+        ends, place = [found["ci_low"], found["ci_high"]], axis.get_yaxis_transform()
+        axis.plot([0.99] * 2, ends, color=line.colour, transform=place, lw=1.5)
+    return found["mean"]
+
+
+def _draw_curve(axis: Axes, line: Line, metric: str, dodge: float, *, band: bool) -> float:
+    curve = _complete(line, metric)
+    if curve.empty:
+        return float("nan")
+    x = curve["ewc_lambda"] * dodge
+    look = {"color": line.colour, "linestyle": line.line, "marker": line.marker, "markersize": 4}
+    axis.plot(x, curve["mean"], **look)
+    if band:
+        low, high = curve["ci_low"], curve["ci_high"]
+        axis.fill_between(x, low, high, color=line.colour, alpha=0.13, linewidth=0)
+    else:
+        axis.vlines(x, curve["ci_low"], curve["ci_high"], color=line.colour, lw=0.9, alpha=0.45)
+    return float(curve["mean"].iloc[-1])
 
 
 def _scale(axis: Axes, lambdas: pd.Series[float]) -> None:
@@ -97,29 +229,12 @@ def _scale(axis: Axes, lambdas: pd.Series[float]) -> None:
         axis.set_xscale("symlog", linthresh=positive.min())
         axis.set_xlim(-0.2 * positive.min(), 1.6 * positive.max())
     else:
-        axis.set_xscale("log")
+        style.log_axis(axis, "x", positive)
         axis.set_xlim(positive.min() / 1.6, 1.6 * positive.max())
 
 
-def _over_lambda(axis: Axes, family: Family, metric: str, *, cross_height: float) -> None:
-    done = family.runs[family.runs["status"] == "ok"]
-    if family.runs["ewc_lambda"].isna().all():
-        level = done[metric].mean()
-        if np.isfinite(level):
-            axis.axhline(level, color=family.colour, linestyle=family.line, label=family.label)
-        return
-    rows = [
-        {"ewc_lambda": value, **interval(cell[metric].to_numpy(float))}
-        for value, cell in done.dropna(subset=[metric]).groupby("ewc_lambda")
-    ]
-    if rows:
-        table = pd.DataFrame(rows)
-        style = {"color": family.colour, "linestyle": family.line, "marker": family.marker}
-        x = table["ewc_lambda"]
-        axis.plot(x, table["mean"], label=family.label, markersize=4, **style)
-        low, high = table["ci_low"], table["ci_high"]
-        axis.fill_between(x, low, high, color=family.colour, alpha=0.12, linewidth=0)
-    lost = family.runs.loc[family.runs["status"] != "ok", "ewc_lambda"].dropna().unique()
-    place = axis.get_xaxis_transform()  # lambda by the data, height by the frame
-    height = np.full(len(lost), cross_height)
-    axis.scatter(lost, height, s=22, marker="x", color=family.colour, transform=place)
+def seeds_text(runs: pd.DataFrame) -> str:
+    """How many seeds the cells have: `n = 3`, or `n = 3 to 15`."""
+    counts = runs.groupby("config_hash")["seed"].nunique()
+    low, high = int(counts.min()), int(counts.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"

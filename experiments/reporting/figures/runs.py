@@ -1,4 +1,4 @@
-"""Pictures of whole runs: over lambda, forgetting against learning, accuracy against time."""
+"""Figures of whole runs: forgetting against learning, paired differences."""
 
 from __future__ import annotations
 
@@ -6,73 +6,132 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.reporting.figures.over_lambda import Family, draw_over_lambda, families
-from experiments.reporting.figures.style import LONG_NAME
-
-
-def draw_trade_off(runs: pd.DataFrame, title: str) -> plt.Figure | None:
-    """Forgetting against learning accuracy: a point per run, a large one per cell's mean."""
-    return _draw_scatter(
-        runs.assign(learning=runs["learning_accuracy"]),
-        ("learning", "learning accuracy (just after each experience)"),
-        ("forgetting", "forgetting"),
-        title,
-    )
-
-
-def draw_time(runs: pd.DataFrame, title: str) -> plt.Figure | None:
-    """Average accuracy against the seconds of training and Fisher: points as above."""
-    return _draw_scatter(
-        runs.assign(seconds=runs["train_s"] + runs["fisher_s"]),
-        ("seconds", "seconds of training and Fisher"),
-        ("average_accuracy", "average accuracy"),
-        title,
-    )
+from experiments.reporting import comparison
+from experiments.reporting.figures import style
+from experiments.reporting.figures.over_lambda import (
+    Line,
+    best_lines,
+    draw_over_lambda,
+    lines_of,
+    seeds_text,
+)
+from experiments.reporting.labels import number, wrapped
+from experiments.results.statistics import MARGIN
 
 
-def _draw_scatter(
-    runs: pd.DataFrame, x: tuple[str, str], y: tuple[str, str], title: str
-) -> plt.Figure | None:
-    done = runs[(runs["status"] == "ok") & runs[x[0]].notna() & runs[y[0]].notna()]
+def draw_trade_off(runs: pd.DataFrame, title: str) -> Figure | None:
+    """Forgetting against learning accuracy: a point per run, a large one per cell's mean.
+
+    Args:
+        runs: Rows of `runs.csv` of one stream.
+        title: What they are of.
+
+    Returns:
+        The figure; None where no run has both.
+    """
+    x, y = "learning_accuracy", "forgetting"
+    done = runs[(runs["status"] == "ok") & runs[x].notna() & runs[y].notna()]
     if done.empty:
         return None
-    figure, axis = plt.subplots(figsize=(5.4, 4.5), layout="constrained")
-    for family in families(done):
-        style: dict[str, Any] = {"color": family.colour, "marker": family.marker, "linewidths": 0}
-        for i, (_, cell) in enumerate(family.runs.groupby("config_hash")):
-            a, b = cell[x[0]], cell[y[0]]
-            axis.scatter(a, b, s=14, alpha=0.45, **style)
-            label = family.label if i == 0 else None
-            axis.scatter(a.mean(), b.mean(), s=60, label=label, **style)
-        _name_lambdas(axis, family, x[0], y[0])
-    axis.set(xlabel=x[1], ylabel=y[1])
-    axis.grid(alpha=0.12)
-    axis.set_title(f"{title}\nsmall: a run, large: mean over seeds", fontsize=10)
-    _, names = axis.get_legend_handles_labels()
-    columns = 1 if max(map(len, names)) > LONG_NAME else 2
-    figure.legend(fontsize=8, loc="outside lower center", ncols=columns)
+    shown = best_lines(lines_of(done))
+    figure, axis = plt.subplots(figsize=(6.6, 4.0), layout="constrained")
+    for line in shown:
+        look: dict[str, Any] = {"color": line.colour, "marker": line.marker, "linewidths": 0}
+        axis.scatter(line.runs[x], line.runs[y], s=12, alpha=0.4, **look)
+        means = line.runs.groupby("config_hash")[[x, y]].mean()
+        axis.scatter(means[x], means[y], s=55, **look)
+        _name_lambdas(axis, line, x, y)
+    axis.set_xlim(style.limits(done[x]))
+    axis.set_ylim(style.limits(done[y], bounds=(-1, 1)))
+    axis.set(xlabel="accuracy just after each experience", ylabel="forgetting")
+    handles = [Line2D([], [], color=m.colour, marker=m.marker, linestyle="") for m in shown]
+    names = [wrapped(line.label, 26) for line in shown]
+    figure.legend(handles, names, fontsize=8, loc="outside right center")
+    note = f"small: a run; large: mean over seeds ({seeds_text(done)})"
+    style.title(figure, f"What learning costs: {title}", note)
     return figure
 
 
-def _name_lambdas(axis: Axes, family: Family, x: str, y: str) -> None:
-    """Writes lambda beside the means where a family has several."""
-    if family.runs["ewc_lambda"].nunique() > 1:
-        for value, cell in family.runs.groupby("ewc_lambda"):
-            at = (cell[x].mean(), cell[y].mean())
-            style: dict[str, Any] = {"fontsize": 6.5, "color": family.colour}
-            axis.annotate(f"{value:g}", at, (5, 4), textcoords="offset points", **style)
+def _name_lambdas(axis: Axes, line: Line, x: str, y: str) -> None:
+    """Writes lambda beside the first and the last mean where a line has several."""
+    values = sorted(line.runs["ewc_lambda"].dropna().unique())
+    if len(values) > 1:
+        means = line.runs.groupby("ewc_lambda")[[x, y]].mean()
+        axis.plot(means[x], means[y], color=line.colour, lw=0.7, alpha=0.6)
+        for value in (values[0], values[-1]):
+            look: dict[str, Any] = {"fontsize": 6.5, "color": line.colour}
+            text = f"λ = {number(value)}"
+            axis.annotate(text, means.loc[value], (5, 4), textcoords="offset points", **look)
 
 
-def figures(runs: pd.DataFrame, title: str) -> Iterator[tuple[str, plt.Figure]]:
-    """Every picture that the runs of one benchmark allow, with its name."""
-    for name, draw in (
-        ("lambda", draw_over_lambda),
-        ("trade-off", draw_trade_off),
-        ("time", draw_time),
-    ):
+def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
+    """Paired differences of average accuracy, a row each; those from Naive have their own axis.
+
+    Args:
+        comparisons: Rows of `comparisons.csv`.
+
+    Returns:
+        The figure; None where there is nothing to compare, or only methods at many lambdas each.
+    """
+    rows = comparisons[(comparisons["metric"] == "average_accuracy") & (comparisons["n"] > 1)]
+    pair = [*comparison.STREAM, "validation", "method", "other_method"]
+    if len(rows):
+        rows = rows[rows.groupby(pair)["metric"].transform("size") <= comparison.MOST_SENTENCES]
+    if rows.empty:
+        return None
+    naive = rows["other_method"] == "naive"
+    parts = [part.iloc[:MOST_ROWS] for part in (rows[~naive], rows[naive]) if len(part)]
+    figure, axes = plt.subplots(
+        *(len(parts), 1),
+        figsize=(8.6, 0.45 * sum(map(len, parts)) + 0.6 * len(parts) + 0.9),
+        height_ratios=[len(part) + 0.5 for part in parts],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, part in zip(axes[:, 0], parts, strict=True):
+        _draw_part(axis, part.to_dict("records"))
+    axes[-1, 0].set_xlabel("average accuracy of the first less that of the second, seed by seed")
+    note = f"mean and 95 % interval; grey: a difference below the margin of {MARGIN:g}"
+    style.title(figure, "Paired differences of average accuracy", note)
+    return figure
+
+
+def _draw_part(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    labels = [
+        f"{comparison.stream_of(row)}\n{comparison.side(row)} − {comparison.side(row, 'other_')}"
+        for row in rows
+    ]
+    axis.axvspan(-MARGIN, MARGIN, color=style.INK, alpha=0.07, lw=0)
+    axis.axvline(0, color=style.INK, lw=0.8)
+    for place, row in enumerate(rows):
+        colour = style.colour_of(row["method"], row["fisher_type"])
+        axis.hlines(place, row["ci_low"], row["ci_high"], color=colour, lw=2)
+        axis.plot(row["difference"], place, "o", markersize=6, color=colour)
+        text = comparison.difference_text(row["difference"], row["ci_low"], row["ci_high"])
+        text = f"{text}\nn = {row['n']}: {comparison.verdict(row)}"
+        at = axis.get_yaxis_transform()
+        axis.text(1.02, place, text, transform=at, va="center", fontsize=7.5)
+    axis.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    bounds = [[row[name] for name in ("ci_low", "ci_high", "difference")] for row in rows]
+    reach = np.abs(np.array(bounds, float))
+    reach = reach[np.isfinite(reach)].max(initial=1.5 * MARGIN)
+    axis.set_xlim(-1.1 * min(reach, 1.0), 1.1 * min(reach, 1.0))
+    axis.grid(axis="y", visible=False)
+
+
+MOST_ROWS = 20
+
+
+def figures(runs: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
+    """Every figure that the runs of one stream allow, with its name."""
+    for name, draw in (("lambda", draw_over_lambda), ("trade-off", draw_trade_off)):
         figure = draw(runs, title)
         if figure is not None:
             yield name, figure

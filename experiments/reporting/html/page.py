@@ -1,7 +1,6 @@
-"""One page with everything that results folders hold: tables that sort, pictures, settings.
+"""One page about results folders: the answers, then tables that sort, figures and settings.
 
-The page needs no network and no other file; the pictures are also written as PNG and SVG files for
-papers.
+The page needs no network and no other file.
 """
 
 from __future__ import annotations
@@ -21,26 +20,28 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.reporting import labels
-from experiments.reporting.figures import accuracy as plots
-from experiments.reporting.figures import runs as plots_runs
+from experiments.reporting import comparison
+from experiments.reporting.cells import summary_cells
 from experiments.reporting.figures import style
+from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, matrices_of
+from experiments.reporting.figures.runs import draw_differences
+from experiments.reporting.figures.runs import figures as figures_of_runs
 from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
-from experiments.results import schemas, tables
+from experiments.results import schemas, statistics, tables
 
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTIONS = {
     "accuracy": "Average accuracy on the experiences seen so far, as they come.",
-    "matrix": "Accuracy matrices R, mean over seeds: row trained through, column tested on.",
+    "matrix": "Accuracy after each experience: row trained through, column tested on.",
     "lambda": "Average accuracy and forgetting over λ.",
     "trade-off": "What learning costs: forgetting against accuracy just after each experience.",
-    "time": "Average accuracy against time. Runs share the machine: compare with care.",
+    "differences": "Paired differences of average accuracy, with their intervals.",
 }
-WIDE = ("lambda", "matrix")
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,23 @@ class Report:
     out: Path = Path("runs/report/report.html")
     """The page."""
     figures: Path | None = None
-    """Folder of the PNG and SVG files. Unset: named as the page, with "-figures"."""
+    """Folder for the same figures as PNG and SVG files, for papers. Unset: none are written."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: one SVG, or a grid of small ones."""
+    """A figure of the page."""
 
     caption: str
-    svgs: Sequence[str]
+    svg: str
     wide: bool = False
-    matrices: bool = False
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Stream:
     """What a folder has about one stream."""
 
+    id: str
     title: str
     summary: PageTable
     pictures: Sequence[Picture]
@@ -84,10 +85,14 @@ class Folder:
     environment: dict[str, str]
     others: Sequence[PageTable]
     images: Sequence[dict[str, str]]
-    benchmarks: Sequence[Benchmark] = ()
+    answers: Sequence[str] = ()
+    differences: PageTable | None = None
+    more_differences: PageTable | None = None
+    differences_picture: Picture | None = None
+    streams: Sequence[Stream] = ()
     n_runs: int = 0
     troubles: PageTable | None = None
-    parity: PageTable | None = None
+    checks: PageTable | None = None
     runs: PageTable | None = field(default=None, repr=False)
 
 
@@ -104,21 +109,20 @@ def run(settings: Report) -> Path:
         ValueError: A folder holds no table, or the page can't be written.
     """
     out, console = settings.out, Console()
-    figures = settings.figures or out.with_name(f"{out.stem}-figures")
     folders = [folder for given in settings.folders for folder in _with_tables(given)]
+    shown = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figures.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(style.STYLE):
-            shown = [_folder(folder, i, figures) for i, folder in enumerate(folders)]
-        tables.replace_file(out, _render(shown, figures))
+        for i, folder in enumerate(folders):
+            line = f"{i + 1} of {len(folders)}: {folder}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            shown.append(_folder(folder, i, settings.figures))
+        tables.replace_file(out, _render(shown))
     except OSError as error:
         raise ValueError(
             f"`out` must be a file that can be written, got {out} ({error})."
         ) from None
-    console.print(
-        f"Report: {out}   Pictures for papers: {figures}", highlight=False, soft_wrap=True
-    )
+    console.print(f"Report: {out}", highlight=False, soft_wrap=True, markup=False)
     return out
 
 
@@ -134,7 +138,7 @@ def _with_tables(folder: Path) -> list[Path]:
     return found
 
 
-def _render(folders: Sequence[Folder], figures: Path) -> str:
+def _render(folders: Sequence[Folder]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -145,27 +149,25 @@ def _render(folders: Sequence[Folder], figures: Path) -> str:
     return environment.get_template("report.html").render(
         title=f"Results of {name}",
         folders=folders,
-        figures=figures,
+        palette=style.PALETTE,
+        margin=statistics.MARGIN,
         written=datetime.now(timezone.utc).isoformat(sep=" ", timespec="minutes"),
     )
 
 
-def _folder(path: Path, index: int, figures: Path) -> Folder:
-    name = path.as_posix()
-    has_runs = all(
-        (path / str(schema.name)).exists() for schema in (schemas.RUNS, schemas.ACCURACY)
-    )
-    known = schemas.SCHEMAS if has_runs else ()
-    others = [
-        page_tables.from_frame(pd.read_csv(file, float_precision="round_trip"), file.name)
-        for file in sorted(path.glob("*.csv"))
-        if file.name not in known
-    ]
+def _folder(path: Path, index: int, figures: Path | None) -> Folder:
+    known = {str(s.name) for s in schemas.SCHEMAS.values() if (path / str(s.name)).exists()}
+    has_runs = known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
+    hidden = HIDDEN if has_runs else ()
     common: dict[str, Any] = {
-        "id": f"f{index}-{_slug(path.name)}",
-        "name": name,
+        "id": f"f{index}",
+        "name": path.as_posix(),
         "environment": _environment(path),
-        "others": others,
+        "others": [
+            page_tables.from_frame(pd.read_csv(file), file.name)
+            for file in sorted(path.glob("*.csv"))
+            if file.name not in hidden
+        ],
         "images": [
             {"name": file.name, "base64": base64.b64encode(file.read_bytes()).decode()}
             for file in sorted(path.glob("*.png"))
@@ -174,84 +176,79 @@ def _folder(path: Path, index: int, figures: Path) -> Folder:
     if not has_runs:
         return Folder(**common)
     found = tables.load(path)
-    runs = found["runs"]
-    accuracy = found["accuracy"].merge(runs[["run_id", "config_hash", "status"]], on="run_id")
-    target = figures / _slug(name)
-    target.mkdir(parents=True, exist_ok=True)
-    benchmarks = [
-        Benchmark(
-            title,
-            summary,
-            list(_pictures(title, group, accuracy, f"{common['id']}-{i}", target)),
-            page_tables.constant_settings(group),
-        )
-        for i, (title, group, summary) in enumerate(page_tables.summary_tables(runs))
-    ]
-    parity = found.get("parity")
+    runs, accuracy = found["runs"], found["accuracy"]
+    draw = Draw(common["id"], figures and figures / _slug(path.as_posix()))
+    comparisons = statistics.paired_differences(runs)
+    figure = draw_differences(comparisons)
+    checks = found.get("checks")
     return Folder(
         **common,
-        benchmarks=benchmarks,
+        answers=[words for words in comparison.answers(comparisons) if "[" in words],
+        differences=page_tables.differences_table(comparisons, "average_accuracy"),
+        more_differences=page_tables.differences_table(comparisons, "forgetting"),
+        differences_picture=draw(figure, "differences", "") if figure else None,
+        streams=list(_streams(runs, accuracy, draw)),
         n_runs=len(runs),
         troubles=page_tables.trouble_table(runs),
-        parity=None if parity is None else page_tables.parity_page_table(parity),
+        checks=None if checks is None else page_tables.checks_page_table(checks),
         runs=page_tables.runs_table(runs),
     )
 
 
-def _pictures(
-    title: str, runs: pd.DataFrame, accuracy: pd.DataFrame, name: str, target: Path
-) -> Iterator[Picture]:
-    """Draws what the runs of one benchmark allow, into the page and into files."""
-    done = accuracy[(accuracy["status"] == "ok") & accuracy["run_id"].isin(runs["run_id"])]
-    cells = plots.matrices_of(done, labels.cell_labels(runs))
-    drawn = []
-    if cells:
-        drawn.append(("accuracy", plots.draw_curves(cells, title)))
-    drawn += plots_runs.figures(runs, title)
-    for kind, figure in drawn:
-        _settle(figure)
-        _save(figure, target / f"{kind}-{_slug(title)}")
-        svg = _inline(figure, f"{name}-{kind}", f"{title}: {CAPTIONS[kind]}")
-        # A picture with its legend beside it, or with two panels, needs the page's width.
-        wide = kind in WIDE or figure.get_figwidth() > 7
-        yield Picture(CAPTIONS[kind], [svg], wide=wide)
-    if cells:
-        together = plots.draw_matrices(cells, title)
-        _settle(together)
-        _save(together, target / f"matrix-{_slug(title)}")
-        plt.close(together)
-        svgs = [
-            _inline(_one_matrix(label, matrices), f"{name}-matrix-{i}", f"{title}: R of {label}")
-            for i, (label, (_, matrices)) in enumerate(cells.items())
-        ]
-        yield Picture(CAPTIONS["matrix"], svgs, wide=True, matrices=True)
+# Shown in tables of their own.
+HIDDEN = ("accuracy.csv", "runs.csv", "summary.csv", "comparisons.csv", "checks.csv")
 
 
-def _one_matrix(label: str, matrices: Any) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(3.0, 3.4), layout="constrained")
-    plots.draw_matrix(axis, label, matrices)
-    axis.set(xlabel="tested on experience", ylabel="trained through experience")
-    return figure
+def _streams(runs: pd.DataFrame, accuracy: pd.DataFrame, draw: Draw) -> Iterator[Stream]:
+    for title, cells in summary_cells(runs).items():
+        group = runs[runs["config_hash"].isin([cell.config_hash for cell in cells])]
+        matrices = matrices_of(accuracy, group)
+        drawn: list[tuple[str, Figure]] = []
+        if matrices:
+            drawn.append(("accuracy", draw_curves(matrices, title)))
+        drawn += figures_of_runs(group, title)
+        if matrices:
+            drawn.append(("matrix", draw_matrices(matrices, title)))
+        yield Stream(
+            id=f"{draw.id}-{_slug(title)}",
+            title=title,
+            summary=page_tables.summary_table(cells),
+            pictures=[draw(figure, kind, title) for kind, figure in drawn],
+            settings=page_tables.constant_settings(group),
+        )
 
 
-def _settle(figure: plt.Figure) -> None:
-    """Arranges the figure's parts once for all its files, which takes longer than drawing them."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+@dataclass(frozen=True)
+class Draw:
+    """Puts figures into the page, and into files for papers.
+
+    Attributes:
+        id: Of the folder; begins the ids of the figures' parts.
+        target: Folder of the files; None: there are none.
+        drawn: Names of the figures so far.
+    """
+
+    id: str
+    target: Path | None
+    drawn: list[str] = field(default_factory=list)
+
+    def __call__(self, figure: Figure, kind: str, title: str) -> Picture:
+        """The figure as an SVG of the page; closes it."""
+        name = _slug(f"{kind} {title}")
+        figure.draw_without_rendering()  # arranges the parts once for all files
+        figure.set_layout_engine("none")
+        if self.target is not None:
+            self.target.mkdir(parents=True, exist_ok=True)
+            style.save_for_papers(figure, self.target / name)
+        words = html.escape(f"{title}: {CAPTIONS[kind]}".removeprefix(": "), quote=True)
+        self.drawn.append(name)
+        svg = inline_svg(figure, f"{self.id}-{len(self.drawn)}", words)
+        plt.close(figure)
+        wide = figure.get_figwidth() > WIDE
+        return Picture(CAPTIONS[kind], Markup(svg), wide)  # matplotlib escapes the words in it
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    """PNG on white, and SVG whose words are outlines, so that it looks alike everywhere."""
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=2 * style.DPI, facecolor="white", metadata={"Software": None})
-    with plt.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(svg, facecolor="white", metadata={"Date": None})
-
-
-def _inline(figure: plt.Figure, name: str, title: str) -> Markup:
-    svg = inline_svg(figure, name, html.escape(title, quote=True))
-    plt.close(figure)
-    return Markup(svg)  # ours: every word in it was escaped by matplotlib
+WIDE = 7.0  # inches; a wider figure needs the page's width
 
 
 def _environment(path: Path) -> dict[str, str]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.cells import interval_text
-from experiments.reporting.labels import LABELS
-from experiments.reporting.terminal import SHOWN
-from experiments.results import schemas, statistics
+from experiments.reporting import comparison
+from experiments.reporting.cells import SHOWN, Cell
+from experiments.reporting.labels import in_words, lambda_text, number
+from experiments.results import schemas
 from experiments.results.metrics import METRICS
-from experiments.results.statistics import best_cells
 
 SUMMARY_METRICS = (*SHOWN, "forward_transfer")
 LONG = 30  # letters; a longer text may be broken into lines
-MOST_ROWS = 3000  # of a CSV; the page says what it leaves out
+MOST_ROWS = 40  # of a CSV; the page says what it leaves out
 
 
 @dataclass(frozen=True)
@@ -56,51 +55,74 @@ class PageTable:
     note: str = ""
 
 
-def summary_tables(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, PageTable]]:
-    """Per benchmark its title, its runs, and the summary of its cells.
+def summary_table(cells: Sequence[Cell]) -> PageTable:
+    """The cells of one stream; one none of whose runs ended well is a row too, with n = 0.
 
-    A cell none of whose runs ended well is a row too, with n = 0.
+    Args:
+        cells: Of `reporting.cells.summary_cells`.
+
+    Returns:
+        The table: name and accuracy first, so that a narrow screen shows both.
     """
-    best = {metric: best_cells(runs, metric) for metric in SHOWN}
-    order = {method: i for i, method in enumerate(LABELS)}
-    for (benchmark, dataset, scenario), group in runs.groupby(schemas.CELL[:3], sort=False):
-        varied = statistics.varied_settings(group)
-        cells = sorted(
-            (cell for _, cell in group.groupby("config_hash")),
-            key=lambda cell: (order[cell["method"].iloc[0]], cell["ewc_lambda"].iloc[0]),
-        )
-        title = f"{benchmark} {dataset}, {scenario}-incremental"
-        columns = ["method", "Fisher", "λ", *varied, *SUMMARY_METRICS, "n", "lost", "seconds"]
-        numeric = [name not in ("method", "Fisher") and name not in varied for name in columns]
-        rows = [_summary_row(cell, varied, best) for cell in cells]
-        yield title, group, PageTable("Mean ± 95 % interval", _words(columns), numeric, rows)
+    settings = list(dict.fromkeys(name for cell in cells for name in cell.settings))
+    first, *others = SUMMARY_METRICS
+    columns = ["method", first, "n", *others, "λ", "Fisher", *settings, "lost", "seconds"]
+    words = {"method", "Fisher", *settings}
+    rows = []
+    for cell in cells:
+        name = [cell.method, cell.fisher_type, *filter(None, cell.settings.values())]
+        if cell.lambda_text:
+            name.append(lambda_text(cell.ewc_lambda))
+        rows.append([
+            Entry(", ".join(filter(None, name)), ", ".join(name), "name"),
+            _interval(cell, first),
+            _entry(cell.n),
+            *(_interval(cell, metric) for metric in others),
+            Entry(cell.lambda_text, _key(cell.ewc_lambda)),
+            _entry(cell.fisher_type),
+            *(_entry(cell.settings.get(name, "")) for name in settings),
+            Entry(str(cell.lost or "–"), str(cell.lost), "bad" if cell.lost else ""),
+            Entry("–" if np.isnan(cell.seconds) else f"{cell.seconds:.1f}", _key(cell.seconds)),
+        ])
+    numeric = [name not in words for name in columns]
+    return PageTable("Mean ± 95 % interval", _words(columns), numeric, rows)
 
 
-def _summary_row(
-    cell: pd.DataFrame, varied: Sequence[str], best: dict[str, set[str]]
-) -> list[Entry]:
-    first, done = cell.iloc[0], cell[cell["status"] == "ok"]
-    row = [_entry(LABELS[first["method"]]), _entry(first["fisher_type"])]
-    row += [_lambda(first["ewc_lambda"]), *(_entry(first[name]) for name in varied)]
-    for metric in SUMMARY_METRICS:
-        is_best = first["config_hash"] in best.get(metric, ())
-        row.append(_interval(done[metric].dropna().to_numpy(float), is_best))
-    lost = len(cell) - len(done)
-    seconds = (done["train_s"] + done["fisher_s"] + done["eval_s"]).mean()
-    row += [_entry(len(done)), Entry(str(lost or "–"), str(lost), "bad" if lost else "")]
-    return [*row, Entry(f"{seconds:.1f}" if pd.notna(seconds) else "–", _key(seconds))]
-
-
-def _lambda(value: float) -> Entry:
-    return Entry("" if pd.isna(value) else f"{value:g}", _key(value))
-
-
-def _interval(values: np.ndarray[Any, Any], is_best: bool) -> Entry:
-    if not len(values):
+def _interval(cell: Cell, metric: str) -> Entry:
+    if metric not in cell.intervals:
         return Entry("–", "")
-    found = statistics.interval(values)
-    text = interval_text(found["mean"], found["ci_high"])
-    return Entry(_signed(text), repr(found["mean"]), "best" if is_best else "")
+    mark = "best" if metric in cell.best else ""
+    return Entry(_signed(cell.interval(metric)), _key(cell.intervals[metric]["mean"]), mark)
+
+
+def differences_table(comparisons: pd.DataFrame, metric: str) -> PageTable | None:
+    """Paired differences of one metric: what is compared, the difference, and what it says.
+
+    Args:
+        comparisons: Rows of `comparisons.csv`.
+        metric: Of its column `metric`.
+
+    Returns:
+        The table; None without rows, or with so many lambdas that it answers nothing.
+    """
+    rows = comparisons[comparisons["metric"] == metric]
+    if not 0 < len(rows) <= MOST_ROWS:
+        return None
+    several = rows.groupby([*comparison.STREAM, "validation"]).ngroups > 1
+    texts = comparison.comparison_rows(rows)
+    entries = []
+    for text, row in zip(texts, rows.to_dict("records"), strict=True):
+        pair = f"{text['stream']}: {text['compared']}" if several else text["compared"]
+        entries.append([
+            Entry(pair, pair, "name"),
+            Entry(text["difference"], _key(row["difference"]), "pair"),
+            Entry(text["verdict"], text["verdict"], text["verdict"].split(",")[0]),
+            _entry(row["n"]),
+            Entry(text["means"], _key(row["mean"])),
+        ])
+    columns = ["first − second", "difference", "the first is", "n", "means"]
+    title = f"{in_words(metric)}: difference [95 % interval], seed by seed".capitalize()
+    return PageTable(title, columns, [False, True, False, True, True], entries)
 
 
 def trouble_table(runs: pd.DataFrame) -> PageTable | None:
@@ -111,19 +133,14 @@ def trouble_table(runs: pd.DataFrame) -> PageTable | None:
     return from_frame(lost[["run_id", "status", "reason"]], "Runs that did not end well")
 
 
-def parity_page_table(parity: pd.DataFrame) -> PageTable:
-    """The comparisons with the built-in, with their verdicts."""
-    words = parity[["benchmark", "dataset", "scenario"]].agg(" ".join, axis=1)
-    frame = parity.drop(columns=["benchmark", "dataset", "scenario"])
-    frame.insert(0, "verdict", frame.pop("verdict"))
-    frame.insert(0, "stream", words)
-    bounds = zip(frame.pop("ci_low"), frame.pop("ci_high"), strict=True)
-    frame["95 % interval"] = [_bounds(low, high) for low, high in bounds]
-    return from_frame(frame, "Ours compared with Avalanche's built-in EWC")
+def checks_page_table(checks: pd.DataFrame) -> PageTable:
+    """The equalities with the built-in, with how many hold as the title."""
+    frame = pd.DataFrame(comparison.check_rows(checks))
+    frame = frame[["what", "error", "tolerance", "verdict", "stream", *CHECK_DETAILS]]
+    return from_frame(frame, comparison.checks_text(checks))
 
 
-def _bounds(low: float, high: float) -> str | None:
-    return None if pd.isna(low) else _signed(f"[{low:+.4f}, {high:+.4f}]")
+CHECK_DETAILS = ("Fisher", "beside", "dtype", "size")
 
 
 def runs_table(runs: pd.DataFrame) -> PageTable:
@@ -154,14 +171,14 @@ def constant_settings(runs: pd.DataFrame) -> dict[str, str]:
     """The settings that all runs share."""
     names = [n for n in schemas.SETTING_NAMES if n in runs]
     return {
-        name.replace("_", " "): _entry(runs[name].iloc[0]).text
+        in_words(name): _entry(runs[name].iloc[0]).text
         for name in names
         if runs[name].nunique(dropna=False) == 1 and pd.notna(runs[name].iloc[0])
     }
 
 
 def _words(names: Sequence[str]) -> list[str]:
-    return [name.replace("_", " ") for name in names]
+    return [in_words(name) for name in names]
 
 
 def _entry(value: Any, column: str = "") -> Entry:
@@ -170,7 +187,7 @@ def _entry(value: Any, column: str = "") -> Entry:
     if isinstance(value, bool | np.bool_):
         return Entry("yes" if value else "no", str(int(value)))
     if isinstance(value, float | np.floating):
-        return Entry(_signed(f"{value:.4g}"), _key(float(value)))
+        return Entry(_signed(number(float(f"{value:.4g}"))), _key(float(value)))
     text = str(value)
     mark = text if column in ("verdict", "status") else "long" if len(text) > LONG else ""
     return Entry(text, text, mark)
@@ -182,4 +199,4 @@ def _signed(number: str) -> str:
 
 
 def _key(value: float) -> str:
-    return "" if np.isnan(value) else repr(float(value))
+    return "" if np.isnan(value) else f"{value:.7g}"

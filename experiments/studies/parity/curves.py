@@ -9,35 +9,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from rich.console import Console
+import pandera.pandas as pa
+from matplotlib.figure import Figure
 
-from experiments.reporting.figures.over_lambda import draw_curve
-from experiments.reporting.figures.style import DPI
+from experiments.reporting.figures import style
+from experiments.reporting.figures.over_lambda import METRICS, Line, over_lambda
+from experiments.reporting.labels import number, stream_title
+from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
-from experiments.results.tables import replace_file
 from experiments.settings.grids import Job
-from experiments.settings.run import Dataset, RunSettings
-from experiments.sweeps.jobs import completed_runs
+from experiments.settings.run import STREAM, Dataset, RunSettings
+from experiments.studies.completed import completed_study
 
 LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
-RANGES = {"average_accuracy": (0.6, 1.0), "forgetting": (-0.02, 0.3)}  # of the axes
-METRICS = tuple(RANGES)
 NAIVE = "naive"
-BATCHES = (32, 128)
-TYPES = {
-    "predicted": "#009E73",
-    "empirical": "#E69F00",
-    "sampled": "#CC79A7",
-    "exact": "#000000",
-}
+TYPES = ("predicted", "empirical", "sampled", "exact")
+# Mini-batches of Avalanche's importances, their order, and how their line is told apart.
 BUILTIN = {
-    (32, None): "#D55E00",
-    (32, "shuffled"): "#F0E442",
-    (128, None): "#0072B2",
-    (128, "shuffled"): "#56B4E9",
+    (32, None): ("-", "o"),
+    (32, "shuffled"): ("-", "s"),
+    (128, None): ("--", "o"),
+    (128, "shuffled"): ("--", "s"),
 }
+LAMBDA_CURVES = pa.DataFrameSchema(
+    {**columns(str, "setting", "fisher", "metric"), **CURVE_COLUMNS},
+    unique=["fisher", "metric", "ewc_lambda"],
+    strict=True,
+    name="lambda_curves.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -85,74 +85,69 @@ WAYS: dict[str, dict[str, Any]] = {
         for size, order in BUILTIN
     },
 }
-COLOURS = dict(zip(WAYS, [*TYPES.values(), *BUILTIN.values()], strict=True))
 
 
-def run_curves(settings: Curves, console: Console, *, make: bool = True) -> pd.DataFrame:
+def run_curves(settings: Curves, *, make: bool = True) -> pd.DataFrame:
     """Runs the grid; writes `lambda_curves.csv` and `lambda_curves.png`.
 
     Args:
         settings: The grid.
-        console: Where progress is shown.
         make: Whether to make runs; else those that are there have to do.
 
     Returns:
         A row per way, metric and lambda; without protection there is no lambda.
     """
-    runs, folder = completed_runs(settings, console, make=make)
-    table = curves(runs)
-    replace_file(folder / "lambda_curves.csv", table.to_csv(index=False))
-    figure = plot(table)
-    figure.savefig(folder / "lambda_curves.png", dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
+    runs, output = completed_study(settings, make=make)
+    table = output.table(curves(runs), LAMBDA_CURVES)
+    output.figure(draw_ways(runs), "lambda_curves")
     return table
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and interval of both metrics over lambda, for each way."""
-    first = runs.iloc[0]
-    setting = (
-        f"{first['n_experiences']} experiences, {first['hidden_layers']}x{first['hidden_size']}, "
-        f"{first['optimizer']} {first['learning_rate']:g}, batch {first['batch_size']}"
-    )
     parts = []
-    for name, way in {**WAYS, NAIVE: {"method": NAIVE}}.items():
-        rows = runs
-        for column, value in way.items():
-            rows = rows[rows[column].isna() if value is None else rows[column].eq(value)]
+    for name in (*WAYS, NAIVE):
+        rows = _runs_of(runs, name)
         for metric in METRICS if len(rows) else ():
-            labels = {"setting": setting, "fisher": name, "metric": metric}
-            parts.append(by_lambda(rows, metric).assign(**labels))
-    table = pd.concat(parts, ignore_index=True)
-    return table[
-        ["setting", "fisher", "metric", *table.columns.drop(["setting", "fisher", "metric"])]
-    ]
+            part = by_lambda(rows, metric)
+            parts.append(part.assign(setting=_setting(runs), fisher=name, metric=metric))
+    return pd.concat(parts, ignore_index=True)
 
 
-def plot(table: pd.DataFrame) -> plt.Figure:
-    """Ours on the left, the built-in on the right; grey from the lambda at which one diverged."""
-    figure, axes = plt.subplots(
-        len(METRICS), 2, figsize=(11, 7), sharex=True, sharey="row", layout="constrained"
+def _runs_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    for column, value in WAYS.get(name, {"method": NAIVE}).items():
+        runs = runs[runs[column].isna() if value is None else runs[column].eq(value)]
+    return runs
+
+
+def _setting(runs: pd.DataFrame) -> str:
+    first = runs.iloc[0]
+    return (
+        f"{first['n_experiences']} experiences, {first['hidden_layers']}x{first['hidden_size']}, "
+        f"{first['optimizer']} {number(first['learning_rate'])}, mini-batches of "
+        f"{first['batch_size']}"
     )
-    for metric, row in zip(METRICS, axes, strict=True):
-        row[0].set(xscale="log", ylim=RANGES[metric], ylabel=metric.replace("_", " "))
-    for (fisher, metric), curve in table.groupby(["fisher", "metric"], sort=False):
-        row = axes[METRICS.index(metric)]
-        if fisher == NAIVE:
-            for axis in row:
-                axis.axhline(curve["mean"].item(), color="grey", linestyle=":", label=NAIVE)
-            continue
-        axis = row[int(fisher not in TYPES)]
-        draw_curve(axis, curve, fisher, COLOURS[fisher])
-        lost = curve[curve["diverged"] > 0]
-        if len(lost):
-            axis.axvspan(lost["ewc_lambda"].min(), max(LAMBDAS), color="grey", alpha=0.08)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("ewc_lambda")
-    n = int(table["n"].max())
-    figure.suptitle(f"Permuted MNIST, {table['setting'].iloc[0]}; n = {n}; grey: diverges")
-    return figure
+
+
+def draw_ways(runs: pd.DataFrame) -> Figure:
+    """Ours on the left, the built-in on the right, with no protection as a level in both.
+
+    Args:
+        runs: Rows of `runs.csv`.
+
+    Returns:
+        The figure.
+    """
+    naive = Line("Naive", style.colour_of(NAIVE), _runs_of(runs, NAIVE))
+    ours = [Line(name, style.colour_of("ewc", name), _runs_of(runs, name)) for name in TYPES]
+    theirs = []
+    for (name, way), look in zip(list(WAYS.items())[len(TYPES) :], BUILTIN.values(), strict=True):
+        colour = style.shades(style.colour_of(way["method"]), 2)[way["importance_order"] is None]
+        words = name.removeprefix("built-in, ")
+        theirs.append(Line(words, colour, _runs_of(runs, name), *look))
+    panels = {
+        "This package, by Fisher type": [*ours, naive],
+        "Avalanche's EWC, by importance mini-batch and order": [*theirs, naive],
+    }
+    stream = stream_title(*(runs.iloc[0][name] for name in STREAM))
+    return over_lambda(panels, f"Accuracy over λ: {stream}\n{_setting(runs)}", METRICS)

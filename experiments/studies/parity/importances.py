@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from ewc_plugin import diagonal_fisher
 from experiments.data.sources import DataSource
 from experiments.data.streams import shared_stream
 from experiments.data.tensor_path import FastData, TensorRows, experience_rows
-from experiments.settings.run import STREAM, RunSettings
+from experiments.results.schemas import CHECKS
+from experiments.settings.run import RunSettings
 from experiments.training.networks import make_model
 
 N_BATCHED, N_SINGLE = 2000, 200  # samples that are compared
@@ -84,43 +86,77 @@ def _compare(
         forward=lambda m, batch: avalanche_forward(m, batch[0], batch[2]),
     )
     theirs = {name: builtin[name].data for name in ours}
-    dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
-    return row(
-        cell,
-        f"importances, {fisher_type}, {dtype}, against built-in at batch {batch_size}",
-        "sum of importances; largest relative difference",
-        len(rows),
-        total(ours),
-        total(theirs),
-        largest(ours, theirs),
-        tolerance,
+    return check_row(
+        replace(cell, fisher_type=fisher_type, importance_batch=None, importance_order=None),
+        what="importances",
+        against="built-in",
+        importance_batch=batch_size,
+        tensors=(ours, theirs),
+        size=len(rows),
+        size_of="samples",
+        tolerance=tolerance,
     )
 
 
-def row(
+def check_row(
     run: RunSettings,
-    check: str,
-    quantity: str,
-    n: int,
-    ours: float | None,
-    builtin: float | None,
-    difference: float,
+    *,
+    what: str,
+    against: str,
+    size: int,
+    size_of: str,
     tolerance: float | None,
+    scope: str = "one network",
+    penalty: str | None = None,
+    dtype: str = "",
+    tensors: tuple[Tensors, Tensors] | None = None,
+    error: float | None = None,
+    sums: tuple[float | None, float | None] = (None, None),
+    importance_batch: int | None = None,
 ) -> dict[str, Any]:
-    """A row of `parity.csv`; without a tolerance it is a measurement, not a verdict."""
+    """A row of `checks.csv`; without a tolerance it is a measurement, not a verdict.
+
+    Args:
+        run: Settings of the network or the run that is looked at.
+        what: Is compared.
+        against: Whose values ours are compared with.
+        size: How many samples, steps, experiences or weights were compared.
+        size_of: Which of them.
+        tolerance: Of the error.
+        scope: "one network" or "whole run".
+        penalty: How it was summed, if there is one.
+        dtype: Of the numbers; empty: that of `tensors`.
+        tensors: Ours and theirs, which give the error and the sums.
+        error: The largest relative error, without `tensors`.
+        sums: Of ours and theirs, without `tensors`.
+        importance_batch: Mini-batch of the built-in's importances, if not the run's own.
+
+    Returns:
+        The row.
+    """
+    if tensors is not None:
+        ours, theirs = tensors
+        sums = (total(ours), total(theirs))
+        error = largest(ours, theirs) if error is None else error
+        dtype = dtype or str(next(iter(theirs.values())).dtype).removeprefix("torch.")
+    assert error is not None
     verdict = "measured"
     if tolerance is not None:
-        verdict = "equal" if difference <= tolerance else "different"
+        verdict = "equal" if error <= tolerance else "different"
+    settings = {name: getattr(run, name) for name in CHECKS.columns if hasattr(run, name)}
     return {
-        **{name: getattr(run, name) for name in STREAM},
-        "check": check,
-        "quantity": quantity,
-        "n": n,
-        "ours": ours,
-        "builtin": builtin,
-        "difference": difference,
-        "ci_low": None,
-        "ci_high": None,
+        **settings,
+        "importance_batch": importance_batch or run.importance_batch,
+        "scope": scope,
+        "what": what,
+        "penalty": penalty,
+        "against": against,
+        "dtype": dtype,
+        "size": size,
+        "size_of": size_of,
+        "ours": sums[0],
+        "other": sums[1],
+        "largest_relative_error": error,
         "tolerance": tolerance,
         "verdict": verdict,
     }

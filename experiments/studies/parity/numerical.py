@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,7 @@ from experiments.data.tensor_path import TensorRows
 from experiments.settings.run import RunSettings
 from experiments.studies.parity.importances import (
     FLOAT64_TOLERANCE,
-    largest,
-    row,
-    total,
+    check_row,
     trained_network,
 )
 from experiments.studies.parity.whole_runs import same_definition, same_mathematics
@@ -75,7 +74,7 @@ def checks(source: DataSource, *, hidden_size: int, seed: int) -> dict[str, Rows
             found[name] = functools.partial(same_definition, run, source, double=dtype == "float64")
     found |= _empirical(seed)
     looked_at = RunSettings("split", source.name, "domain", "naive", seed, hidden_size=64)  # type: ignore[arg-type]
-    found["loop"] = functools.partial(sample_loop, looked_at, source)
+    found["loop"] = functools.partial(beside_a_sample_loop, looked_at, source)
     return found
 
 
@@ -100,7 +99,7 @@ def _empirical(seed: int) -> dict[str, Rows]:
     return found
 
 
-def sample_loop(run: RunSettings, source: DataSource) -> Iterator[dict[str, Any]]:
+def beside_a_sample_loop(run: RunSettings, source: DataSource) -> Iterator[dict[str, Any]]:
     """PREDICTED beside a plain loop over samples; beside EMPIRICAL where every prediction is right.
 
     Args:
@@ -108,12 +107,15 @@ def sample_loop(run: RunSettings, source: DataSource) -> Iterator[dict[str, Any]
         source: Where the images are.
 
     Yields:
-        Rows of `parity.csv`; `builtin` holds the loop's, or EMPIRICAL's.
+        Rows of `checks.csv`.
     """
     model, rows = trained_network(run, source)
     model.eval()
     some = rows.part(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)))
     x, y, task = some[: 4 * N_LOOP]
+    check = functools.partial(
+        check_row, replace(run, fisher_type="predicted"), what="importances", size_of="samples"
+    )
     for dtype, tolerance in (
         (torch.float32, FLOAT32_TOLERANCE),
         (torch.float64, FLOAT64_TOLERANCE),
@@ -122,26 +124,16 @@ def sample_loop(run: RunSettings, source: DataSource) -> Iterator[dict[str, Any]
         inputs = x.to(dtype)
         looped = _loop(model, inputs[:N_LOOP], task[:N_LOOP])
         batch = TensorRows(inputs[:N_LOOP], y[:N_LOOP], task[:N_LOOP])
-        ours = _fisher(model, batch, "predicted")
-        check = (
-            f"importances, predicted, {str(dtype).removeprefix('torch.')}, against a sample loop"
-        )
-        quantity = "sum of importances; largest relative difference"
-        difference = largest(ours, looped)
-        yield row(run, check, quantity, N_LOOP, total(ours), total(looped), difference, tolerance)
+        both = _fisher(model, batch, "predicted"), looped
+        yield check(against="sample loop", tensors=both, size=N_LOOP, tolerance=tolerance)
     with torch.no_grad():
         right = avalanche_forward(model, inputs, task).argmax(1) == y
     batch = TensorRows(inputs[right], y[right], task[right])
-    predicted, empirical = (_fisher(model, batch, t) for t in ("predicted", "empirical"))
-    yield row(
-        run,
-        "importances, predicted against empirical, float64, where every prediction is right",
-        quantity,
-        int(right.sum()),
-        total(predicted),
-        total(empirical),
-        largest(predicted, empirical),
-        0.0,
+    yield check(
+        against="empirical, where every prediction is right",
+        tensors=(_fisher(model, batch, "predicted"), _fisher(model, batch, "empirical")),
+        size=int(right.sum()),
+        tolerance=0.0,
     )
 
 

@@ -15,8 +15,8 @@ import pandas as pd
 from rich.console import Console
 
 from experiments.data.sources import DataSource, find_data
-from experiments.reporting.figures.accuracy import plot_all
-from experiments.reporting.terminal import print_parity
+from experiments.reporting.figures.folder import plot_all
+from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import schemas, tables
 from experiments.results.statistics import chosen_lambdas, paired_differences
 from experiments.results.store import read_results
@@ -100,13 +100,13 @@ def _grid(
 
 
 def run(settings: Parity) -> pd.DataFrame:
-    """Makes what is missing; writes `parity.csv`, the run tables and the pictures.
+    """Makes what is missing; writes comparisons, checks, the run tables and the figures.
 
     Args:
         settings: What to compare.
 
     Returns:
-        Rows of `parity.csv`.
+        Rows of `comparisons.csv`.
     """
     console = Console(quiet=settings.quiet)
     folder = settings.folder
@@ -121,16 +121,18 @@ def run(settings: Parity) -> pd.DataFrame:
         raise SystemExit(0)
     rows = _numerical(settings, source, console)
     if "curves" in settings.parts:
-        run_curves(curves, console, make=make)
+        run_curves(curves, make=make)
     if "behaviour" in settings.parts:
         completed_runs(tuning, console, make=make)
         runs, _ = completed_runs(settings, console, make=make)
         plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / "plots")
-    runs = tables.read(folder, schemas.RUNS)
-    table = tables.frame([*rows, *(paired_differences(runs) if len(runs) else ())], schemas.PARITY)
-    tables.write(table, folder, schemas.PARITY)
-    print_parity(table, console)
-    return table
+    comparisons = paired_differences(tables.read(folder, schemas.RUNS))
+    if len(comparisons):
+        tables.write(comparisons, folder, schemas.COMPARISONS)
+        print_comparisons(comparisons, console)
+    if rows:
+        print_checks(tables.write_rows(rows, folder, schemas.CHECKS), console)
+    return comparisons
 
 
 def _show_plans(

@@ -6,7 +6,8 @@ the same to the last bit; and ours as it is, whose folded penalty differs by rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,10 +27,9 @@ from experiments.settings.run import RunSettings
 from experiments.studies.parity.importances import (
     FLOAT64_TOLERANCE,
     Tensors,
+    check_row,
     float64_by_default,
     largest,
-    row,
-    total,
 )
 from experiments.training.avalanche_ewc import BuiltinEWC
 from experiments.training.networks import MultiHead, make_model
@@ -241,87 +241,75 @@ def _in_float64(model: nn.Module) -> nn.Module:
     return nn.Sequential(ToFloat64(), model)
 
 
+IN_ORDER, FOLDED = "in the built-in's order", "folded"
+
+
 def same_definition(
     run: RunSettings, source: DataSource, *, double: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `parity.csv`: `batched` against the built-in, over a whole run."""
+    """Rows of `checks.csv`: `batched` against the built-in, over a whole run."""
     builtin, ordered, folded = (
         trace_of(kind, run, source, double=double)
         for kind in ("built-in", "in its order", "folded")
     )
-    check = f"whole run, batched, {_words(run, double)}"
-    steps = len(builtin.penalties)
-    exact = f"{check}, penalty in the built-in's order"
-    yield _importances_row(run, exact, ordered, builtin, 0.0)
-    differences = [abs(a - b) for a, b in zip(ordered.penalties, builtin.penalties, strict=True)]
-    yield row(
-        run,
-        exact,
-        "penalty at every step",
-        steps,
-        sum(ordered.penalties),
-        sum(builtin.penalties),
-        max(differences),
-        0.0,
+    check = _checker(run, double)
+    steps = {"size": len(builtin.penalties), "size_of": "steps"}
+    yield _importances(check, ordered, builtin, penalty=IN_ORDER, tolerance=0.0)
+    pairs = list(zip(ordered.penalties, builtin.penalties, strict=True))
+    yield check(
+        what="penalty at every step",
+        penalty=IN_ORDER,
+        **steps,
+        sums=(sum(ordered.penalties), sum(builtin.penalties)),
+        error=max(abs(a - b) for a, b in pairs) / (max(builtin.penalties) or 1.0),
+        tolerance=0.0,
     )
-    yield _weights_row(run, exact, ordered, builtin, 0.0)
-    at = f"{check}, folded penalty at the same weights"
-    for quantity, error in (
-        ("largest relative difference of the value in any step", ordered.value_error),
-        ("largest relative difference of the gradient in any step", ordered.gradient_error),
-    ):
-        yield row(run, at, quantity, steps, None, None, error, None)
-    yield _weights_row(run, f"{check}, folded penalty, run on its own", folded, builtin, None)
+    yield _weights(check, ordered, builtin, penalty=IN_ORDER, tolerance=0.0)
+    for what, error in (("value", ordered.value_error), ("gradient", ordered.gradient_error)):
+        what = f"penalty's {what} at the same weights"
+        yield check(what=what, penalty=FOLDED, **steps, error=error, tolerance=None)
+    yield _weights(check, folded, builtin, penalty=FOLDED, tolerance=None)
 
 
 def same_mathematics(
     run: RunSettings, source: DataSource, *, double: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `parity.csv`: `empirical` against the built-in with mini-batches of one sample."""
+    """Rows of `checks.csv`: `empirical` against the built-in with mini-batches of one sample."""
     single = replace(run, method="avalanche-ewc", fisher_type=None, importance_batch=1)
     builtin = trace_of("built-in", single, source, double=double)
     ours = trace_of("in its order", run, source, double=double)
-    check = f"whole run, empirical, {_words(run, double)}, built-in's importances at batch 1"
+    check = functools.partial(_checker(run, double), importance_batch=1, penalty=IN_ORDER)
     tolerance = FLOAT64_TOLERANCE if double else None
-    yield _importances_row(run, check, ours, builtin, tolerance)
-    yield _weights_row(run, check, ours, builtin, None)
+    yield _importances(check, ours, builtin, tolerance=tolerance)
+    yield _weights(check, ours, builtin, tolerance=None)
 
 
-def _importances_row(
-    run: RunSettings, check: str, ours: Trace, builtin: Trace, tolerance: float | None
+def _checker(run: RunSettings, double: bool) -> Callable[..., dict[str, Any]]:
+    dtype = "float64" if double else "float32"
+    return functools.partial(check_row, run, scope="whole run", against="built-in", dtype=dtype)
+
+
+def _importances(
+    check: Callable[..., dict[str, Any]], ours: Trace, builtin: Trace, **more: Any
 ) -> dict[str, Any]:
     pairs = list(zip(ours.importances, builtin.importances, strict=True))
-    last, last_builtin = pairs[-1]
-    return row(
-        run,
-        check,
-        "importances after every experience",
-        len(pairs),
-        total(last),
-        total(last_builtin),
-        max(largest(a, b) for a, b in pairs),
-        tolerance,
+    return check(
+        what="importances after every experience",
+        size=len(pairs),
+        size_of="experiences",
+        tensors=pairs[-1],
+        error=max(largest(a, b) for a, b in pairs),
+        **more,
     )
 
 
-def _weights_row(
-    run: RunSettings, check: str, ours: Trace, builtin: Trace, tolerance: float | None
+def _weights(
+    check: Callable[..., dict[str, Any]], ours: Trace, builtin: Trace, **more: Any
 ) -> dict[str, Any]:
-    return row(
-        run,
-        check,
-        "weights at the end",
-        sum(w.numel() for w in builtin.weights.values()),
-        total(ours.weights),
-        total(builtin.weights),
-        largest(ours.weights, builtin.weights),
-        tolerance,
+    return check(
+        what="weights at the end",
+        size=sum(w.numel() for w in builtin.weights.values()),
+        size_of="weights",
+        tensors=(ours.weights, builtin.weights),
+        **more,
     )
-
-
-def _words(run: RunSettings, double: bool) -> str:
-    rate = f"{run.optimizer} {run.learning_rate:g}"
-    drop = f", dropout {run.dropout:g}" if run.dropout else ""
-    size = f"{run.hidden_layers}x{run.hidden_size}, batch {run.batch_size}"
-    dtype = "float64" if double else "float32"
-    return f"{run.mode}, {rate}{drop}, {size}, λ = {run.ewc_lambda:g}, {dtype}"

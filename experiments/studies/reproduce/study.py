@@ -14,13 +14,14 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
-from experiments.reporting.figures.accuracy import plot_all
+from experiments.reporting.figures.folder import plot_all
+from experiments.reporting.figures.style import save
 from experiments.results import schemas, tables
 from experiments.settings.grids import Job
 from experiments.settings.run import Dataset, RunSettings
-from experiments.studies.reproduce.figures import plot_protocol
+from experiments.studies.reproduce.figures import TASKS_DRAWN, draw_tasks
 from experiments.studies.reproduce.protocol import Protocol, load_protocol
-from experiments.studies.reproduce.table import reproduce_table
+from experiments.studies.reproduce.table import arms_table
 from experiments.sweeps.jobs import completed_runs
 
 Name = Literal["kirkpatrick2017", "vandeven2022", "vandeven2025", "baselines"]
@@ -71,10 +72,10 @@ def run(settings: Reproduce) -> pd.DataFrame:
         return _search(settings, console)
     console.print(f"{protocol.source}\n{protocol.in_words()}", highlight=False, markup=False)
     runs, folder = completed_runs(settings, console, make=not settings.tables_only)
-    return write(protocol, runs, folder, console)
+    return report(protocol, runs, folder, console)
 
 
-def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console) -> pd.DataFrame:
+def report(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console) -> pd.DataFrame:
     """Writes and prints what the runs say of the protocol.
 
     Args:
@@ -86,12 +87,13 @@ def write(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console
     Returns:
         Rows of `reproduce.csv`.
     """
-    table = reproduce_table(protocol, runs)
+    table = arms_table(protocol, runs)
     tables.write(table, folder, schemas.REPRODUCE)
     accuracy = tables.read(folder, schemas.ACCURACY)
     accuracy = accuracy[accuracy["run_id"].isin(runs["run_id"])]
     plot_all(accuracy, runs, folder / "plots")
-    plot_protocol(protocol, accuracy, runs, folder / "plots")
+    if protocol.name in TASKS_DRAWN:
+        save(draw_tasks(protocol, accuracy, runs), folder / "plots" / "tasks.png")
     shown = ["arm", "reference", "n", "mean", "ci_low", "ci_high", "reproduced"]
     console.print(table[shown].to_string(index=False), highlight=False)
     return table

@@ -13,7 +13,7 @@ from experiments.studies.reproduce.protocol import Arm, Protocol
 METRIC = "average_accuracy"
 
 
-def reproduce_table(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
+def arms_table(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
     """One row per arm: ours beside the published number, and beside another arm seed by seed.
 
     Args:
@@ -77,5 +77,6 @@ def _against(done: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
         "difference": found["mean"],
         "difference_ci_low": found["ci_low"],
         "difference_ci_high": found["ci_high"],
-        "verdict": statistics.equivalence(differences),
+        "differs": statistics.differs(differences),
+        "within_margin": statistics.within_margin(differences),
     }

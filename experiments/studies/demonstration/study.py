@@ -12,46 +12,35 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from ewc_plugin.plain import EWC, ewc_train, normal_train
-from experiments.data.sources import DataSource, find_data, load_images
-from experiments.reporting.figures.style import DPI
-from experiments.results import tables
-from experiments.results.environment import write_environment
+from experiments.data.sources import DataSource, load_images
+from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.run import N_CLASSES, Dataset
-from experiments.studies.demonstration_fisher import FISHER, time_fisher
+from experiments.studies.demonstration.figure import METHODS, draw_curves
+from experiments.studies.demonstration.fisher import FISHER, time_fisher
 
-METHODS = {
-    "sgd": ("plain SGD", "#D55E00"),
-    "ewc": ("EWC", "#009E73"),
-    "ewc-renewed": ("EWC, anchor renewed every epoch", "#CC79A7"),
-}
 EPOCHS: dict[str, int] = {"mnist": 50, "digits": 400}
 LEARNING_RATE: dict[str, float] = {"mnist": 1e-3, "digits": 3e-3}
 
 CURVES = pa.DataFrameSchema(
     {
-        "dataset": pa.Column(str),
-        "method": pa.Column(str, pa.Check.isin(list(METHODS))),
-        "seed": pa.Column(int),
-        "task": pa.Column(int, pa.Check.ge(0)),
-        "epoch": pa.Column(int, pa.Check.ge(1)),
-        "eval_task": pa.Column(int, pa.Check.ge(0)),
-        "train_loss": pa.Column(float, coerce=True),
-        "loss": pa.Column(float, coerce=True),
-        "accuracy": pa.Column(float, pa.Check.in_range(0, 1), coerce=True),
+        **columns(str, "dataset"),
+        **columns(str, "method", check=pa.Check.isin(list(METHODS))),
+        **columns(int, "seed"),
+        **columns(int, "task", "eval_task", check=pa.Check.ge(0)),
+        **columns(int, "epoch", check=pa.Check.ge(1)),
+        **columns(float, "train_loss", "loss"),
+        **columns(float, "accuracy", check=pa.Check.in_range(0, 1)),
     },
     unique=["method", "seed", "epoch", "eval_task"],
     strict=True,
@@ -108,34 +97,25 @@ def run(settings: Demonstration) -> pd.DataFrame:
     Returns:
         A row per method, seed, epoch and task seen so far; also in `curves.csv`.
     """
-    console = Console()
     torch.set_num_threads(1)
-    source = find_data(settings.dataset, settings.data_root)
-    if source.note:
-        console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
+    source, output = study_on_images(settings)
     settings = replace(
         settings,
         epochs=settings.epochs or EPOCHS[source.name],
         learning_rate=settings.learning_rate or LEARNING_RATE[source.name],
     )
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
-        console.print(f"Seed {seed} ...")
+        output.console.print(f"Seed {seed} ...")
         rows += train_all(settings, source, seed)
-        curves = tables.frame(rows, CURVES)
-        tables.write(curves, folder, CURVES)
-    fisher = tables.frame(_fisher_rows(settings, source), FISHER)
-    tables.write(fisher, folder, FISHER)
-    plot(curves).savefig(folder / "curves.png", dpi=DPI, metadata={"Software": None})
-    write_environment(folder, source)
+        curves = output.table(rows, CURVES)
+    fisher = output.table(_fisher_rows(settings, source), FISHER)
+    output.figure(draw_curves(curves), "curves")
     last = curves[curves["epoch"] == curves["epoch"].max()]
     shown = last.pivot_table(index="method", columns="eval_task", values="accuracy", sort=False)
-    console.print("Mean test accuracy on each task at the end:")
-    console.print(shown.to_string(float_format="%.3f"), highlight=False)
-    shown = fisher.drop(columns="rounds")
-    console.print(shown.to_string(index=False, float_format="%.3g"), soft_wrap=True)
+    output.console.print("Mean test accuracy on each task at the end:")
+    output.show(shown, "%.3f")
+    output.show(fisher.drop(columns="rounds"), index=False)
     return curves
 
 
@@ -232,36 +212,3 @@ def _fisher_rows(settings: Demonstration, source: DataSource) -> Iterator[dict[s
     model = make_network(task.x.size(1), settings.hidden_size)
     list(_train_task(model, tasks, 0, replace(settings, epochs=1), seed, "sgd"))
     return time_fisher(model, task.x, settings.samples, settings.rounds)
-
-
-def plot(curves: pd.DataFrame) -> plt.Figure:
-    """Test accuracy and loss over epochs, a column per task, a colour per method."""
-    n = int(curves["eval_task"].max()) + 1
-    figure, axes = plt.subplots(
-        2, n, figsize=(3.6 * n, 6), sharex=True, sharey="row", layout="constrained", squeeze=False
-    )
-    length = curves["epoch"].max() // n
-    for (eval_task, method), rows in curves.groupby(["eval_task", "method"], sort=False):
-        label, colour = METHODS[method]
-        for axis, quantity in zip(axes[:, eval_task], ("accuracy", "loss"), strict=True):
-            by_epoch = rows.groupby("epoch")[quantity]
-            mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
-            axis.plot(mean.index, mean, color=colour, label=label, linewidth=1.3)
-            axis.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
-    for task in range(n):
-        axes[0, task].set_title(f"tested on task {task + 1}", fontsize=10)
-        axes[1, task].set_xlabel("epoch")
-        for axis in axes[:, task]:
-            axis.grid(alpha=0.3)
-            for boundary in range(1, n):
-                axis.axvline(boundary * length, color="0.4", linewidth=0.8, linestyle=":")
-    axes[0, 0].set(ylabel="test accuracy", ylim=(0, 1))
-    axes[1, 0].set(ylabel="test loss (nats)", ylim=(0, None))
-    axes[0, -1].legend(fontsize=8, loc="lower left")  # where the last task has no curve yet
-    seeds = curves["seed"].nunique()
-    figure.suptitle(
-        f"Permuted {curves['dataset'].iloc[0]}, seeds: {seeds}; line: mean, band: range; "
-        "dotted: the next task begins",
-        fontsize=10,
-    )
-    return figure

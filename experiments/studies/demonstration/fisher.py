@@ -15,20 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_plugin.plain import EWC
+from experiments.reporting.study_output import columns
 
 TIMES = (1, 10)  # as many samples as asked for, and ten times as many
 
 FISHER = pa.DataFrameSchema(
     {
-        "form": pa.Column(str),
-        "n_samples": pa.Column(int, pa.Check.ge(1)),
-        "rounds": pa.Column(int, pa.Check.ge(1)),
-        "loop_ms": pa.Column(float, pa.Check.gt(0)),
-        "ours_ms": pa.Column(float, pa.Check.gt(0)),
-        "ratio": pa.Column(float, pa.Check.gt(0)),
-        "ratio_q25": pa.Column(float, pa.Check.gt(0)),
-        "ratio_q75": pa.Column(float, pa.Check.gt(0)),
-        "largest_difference": pa.Column(float, pa.Check.ge(0)),
+        **columns(str, "form"),
+        **columns(int, "n_samples", "rounds", check=pa.Check.ge(1)),
+        **columns(float, "loop_ms", "ours_ms", check=pa.Check.gt(0)),
+        **columns(float, "ratio", "ratio_q25", "ratio_q75", check=pa.Check.gt(0)),
+        **columns(float, "largest_difference", check=pa.Check.ge(0)),
     },
     strict=True,
     name="fisher.csv",

@@ -1,0 +1,54 @@
+"""Does one method beat the other, by how much, with what interval? From a results folder.
+
+Paired differences, seed by seed, come first; then how many of the equalities with Avalanche's
+built-in EWC hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import tyro
+from rich.console import Console
+
+from experiments.reporting.terminal import print_checks, print_comparisons
+from experiments.results import statistics, tables
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Print which method is better in a results folder, and by how much."""
+
+    folder: Annotated[str, tyro.conf.Positional] = "results/main"
+    """Folder of results."""
+    checks: bool = False
+    """Print each equality with the built-in too, not only how many hold."""
+
+
+def run(settings: Compare) -> pd.DataFrame:
+    """Prints the comparison.
+
+    Args:
+        settings: Which folder.
+
+    Returns:
+        Rows of `comparisons.csv`.
+
+    Raises:
+        ValueError: The folder holds neither runs to compare nor checks.
+    """
+    found, console = tables.load(Path(settings.folder)), Console()
+    if not {"runs", "checks"} & set(found):
+        raise ValueError(f"`folder` must hold runs.csv or checks.csv, got {settings.folder}.")
+    comparisons = pd.DataFrame()
+    if "runs" in found:
+        comparisons = statistics.paired_differences(found["runs"])
+        if comparisons.empty:
+            console.print("No two methods have the same seeds and settings.")
+        print_comparisons(comparisons, console)
+    if "checks" in found:
+        print_checks(found["checks"], console, all_of_them=settings.checks)
+    return comparisons

@@ -1,0 +1,124 @@
+"""What a study leaves behind: checked tables, figures, and the environment they were made in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pandera.pandas as pa
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from experiments.data.sources import DataSource, find_data
+from experiments.reporting.figures.style import save
+from experiments.results import tables
+from experiments.results.environment import write_environment
+from experiments.results.schemas import Schema
+
+
+@dataclass(frozen=True)
+class StudyOutput:
+    """The output folder of a study.
+
+    Attributes:
+        folder: Which is there.
+        source: The images; None where a study draws its own data.
+        console: Where progress and tables are printed.
+    """
+
+    folder: Path
+    source: DataSource | None
+    console: Console
+
+    def table(self, rows: Iterable[dict[str, Any]] | pd.DataFrame, schema: Schema) -> pd.DataFrame:
+        """Writes rows as the file that the schema names, with the environment.
+
+        Args:
+            rows: Of the table; columns in any order.
+            schema: Of the table.
+
+        Returns:
+            The rows with the schema's types.
+
+        Raises:
+            TableError: They do not fit the schema.
+        """
+        rows = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+        columns = [name for name, c in schema.columns.items() if c.required or name in rows]
+        table = tables.check(rows.reindex(columns=columns), schema)
+        tables.write(table, self.folder, schema)
+        write_environment(self.folder, self.source)
+        return table
+
+    def figure(self, figure: Figure, name: str) -> Path:
+        """Writes `name`.png and closes the figure."""
+        return save(figure, self.folder / f"{name}.png")
+
+    def show(self, table: pd.DataFrame, form: str = "%.3g", *, index: bool = True) -> None:
+        """Prints a table."""
+        text = table.to_string(float_format=lambda value: form % value, index=index)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def study_output(out: str | Path, source: DataSource | None = None) -> StudyOutput:
+    """The output of a study whose data are drawn, or found already.
+
+    Args:
+        out: Its folder; made if it isn't there.
+        source: The images, if it has any.
+
+    Returns:
+        The output.
+
+    Raises:
+        ValueError: The folder can't be made.
+    """
+    console = Console()
+    if source is not None and source.note:
+        console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`out` must be a folder that can be written to, got {out} ({error.strerror})."
+        ) from None
+    return StudyOutput(Path(out), source, console)
+
+
+def study_on_images(settings: Any) -> tuple[DataSource, StudyOutput]:
+    """The images and the output of a study with the options `dataset`, `data_root` and `out`.
+
+    Args:
+        settings: Of the study.
+
+    Returns:
+        Both; that the images are not those one would expect was printed.
+    """
+    source = find_data(settings.dataset, settings.data_root)
+    return source, study_output(settings.out, source)
+
+
+def columns(kind: type, *names: str, check: pa.Check | None = None, **more: Any) -> dict[str, Any]:
+    """Columns of a study's schema that share their type.
+
+    Args:
+        kind: Of the entries.
+        names: Of the columns.
+        check: Of each entry.
+        more: Options of `pa.Column`, such as `nullable`.
+
+    Returns:
+        By name.
+    """
+    return {name: pa.Column(kind, check, coerce=True, **more) for name in names}
+
+
+# Of `statistics.by_lambda`.
+CURVE_COLUMNS = {
+    **columns(float, "ewc_lambda", nullable=True, check=pa.Check.ge(0)),
+    **columns(int, "n", "diverged", check=pa.Check.ge(0)),
+    **columns(float, "mean", "std", "ci_low", "ci_high", nullable=True),
+}

@@ -1,0 +1,1 @@
+"""The plain loop: SGD against EWC on three tasks, without Avalanche."""
