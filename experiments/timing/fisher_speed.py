@@ -239,10 +239,10 @@ def _try(
         return "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", None
     if engine is ENGINES[UNIT]:
         return "ok", "", None
-    error = relative_error(result, reference)
+    difference = relative_error(result, reference)
     if not engine.exact:
-        return "approximation", "", error
-    return ("ok" if error < WRONG else "wrong values"), "", error
+        return "approximation", "", difference
+    return ("ok" if difference < WRONG else "wrong values"), "", difference
 
 
 def _time(
@@ -311,7 +311,7 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
     call = ENGINES[engine].prepare(task)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = float(torch.cuda.memory_allocated())
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self")

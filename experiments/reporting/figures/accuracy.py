@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting.figures import style
 from experiments.reporting.labels import cell_labels, method_place, without_common, wrapped
@@ -244,7 +245,7 @@ def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
             axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         labels.append(style.EndLabel(names.get(cell.label, cell.label), means[-1], colour))
     axis.set_xlim(0.9, n_experiences + 0.1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.label_ends(axis, labels)
 
 

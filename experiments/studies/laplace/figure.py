@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -44,7 +45,7 @@ def draw_densities(pictured: dict[str, Solved], rows: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(
         len(pictured), 2, figsize=(9.4, 4.2 * len(pictured)), squeeze=False, layout="constrained"
     )
-    handles = {}
+    handles: dict[str, Artist] = {}
     for row, (name, solved) in zip(axes, pictured.items(), strict=True):
         _draw_posterior(row[0], solved)
         first = rows[rows["problem"] == name]
@@ -56,7 +57,9 @@ def draw_densities(pictured: dict[str, Solved], rows: pd.DataFrame) -> Figure:
             axis.grid(False)
             found, names = axis.get_legend_handles_labels()
             handles |= dict(zip(names, found, strict=True))
-    figure.legend(handles.values(), handles.keys(), ncols=4, fontsize=9, loc="outside lower center")
+    figure.legend(
+        list(handles.values()), list(handles), ncols=4, fontsize=9, loc="outside lower center"
+    )
     n = int(rows["n"].iloc[0])
     style.title(
         figure,

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting.figures import style
 from experiments.reporting.figures.over_lambda import seeds_text
@@ -75,7 +76,7 @@ def draw_tasks(protocol: Protocol, accuracy: pd.DataFrame, runs: pd.DataFrame) -
                 axis.axhline(value, color=style.INK, linestyle="--", lw=1)
                 ends.append(style.EndLabel(f"published, {value:g}", value, style.INK))
         axis.set(title=f"accuracy on {quantity}", xlabel="tasks trained on")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         style.label_ends(axis, ends)
     note = f"mean over seeds ({seeds_text(runs)}), band: 95 % interval"
     style.title(figure, protocol.source, note)
