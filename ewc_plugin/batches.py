@@ -1,18 +1,24 @@
-"""Batches as pytrees of tensors with a leading sample axis: sizes, slices, joins, a fair subset."""
+"""Batches as pytrees with a sample axis: sizes, slices, joins, a fair subset.
 
-import heapq
-from collections.abc import Iterable, Iterator, Mapping
+The samples of a batch are along the first axis of its tensors and NumPy arrays, and in lists of
+plain values (such as strings) that are as long. All else in a batch is shared by its samples.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-Batch = Any  # a tuple, list, dict, ... of tensors [N, ...]; other leaves are shared by all samples
+Batch = Any  # a tuple, list, dict, ... of tensors [N, ...]
 
 
 def has_samples(leaf: object) -> bool:
-    """Whether a leaf of a batch has a leading sample axis."""
+    """Whether a leaf of a batch is a tensor with a leading sample axis."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
@@ -59,95 +65,272 @@ def n_entries(batch: Batch) -> int:
 
 
 def take(batch: Batch, index: Tensor | slice) -> Batch:
-    """The samples `index` of every tensor of a batch."""
-    return tree_map(lambda leaf: leaf[index] if has_samples(leaf) else leaf, batch)
+    """The samples `index` of a batch, as views where that is possible."""
+    N = n_samples(batch)
+
+    def part(leaf: Any) -> Any:
+        if has_samples(leaf):
+            return leaf[index] if leaf.layout == torch.strided else _sparse_rows(leaf, index)
+        if _is_array(leaf) and len(leaf) == N:
+            return leaf[index if isinstance(index, slice) else index.cpu().numpy()]
+        if isinstance(leaf, list):
+            return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+        return leaf
+
+    return tree_map(part, batch, is_leaf=lambda node: _is_plain_list(node, N))
 
 
 def copied(batch: Batch) -> Batch:
-    """A batch with tensors of its own."""
-    return tree_map(lambda leaf: leaf.clone() if has_samples(leaf) else leaf, batch)
+    """A batch with tensors and arrays of its own."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf.copy() if _is_array(leaf) else leaf
+
+    return tree_map(copy, batch)
 
 
 def join(batches: list[Batch]) -> Batch:
     """One batch with the samples of all, in order."""
     if len(batches) == 1:
         return batches[0]
-    flat = [tree_flatten(batch) for batch in batches]
+    flat = [_flatten(batch) for batch in batches]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    leaves = [torch.cat(column) if has_samples(column[0]) else column[0] for column in columns]
-    return tree_unflatten(leaves, flat[0][1])
+    return tree_unflatten([_joined(column) for column in columns], flat[0][1])
+
+
+def _joined(column: tuple[Any, ...]) -> Any:
+    first = column[0]
+    if has_samples(first):
+        if first.layout in (torch.strided, torch.sparse_coo):
+            return torch.cat(column)
+        return torch.cat([t.to_sparse_coo() for t in column]).to_sparse(layout=first.layout)
+    if isinstance(first, list):
+        return [value for part in column for value in part]
+    if _is_array(first) and first.ndim:
+        return sys.modules["numpy"].concatenate(column)
+    return first
 
 
 def joinable(left: Batch, right: Batch) -> bool:
-    """Whether two batches differ in their number of samples alone."""
-    (left_leaves, left_tree), (right_leaves, right_tree) = tree_flatten(left), tree_flatten(right)
-    return left_tree == right_tree and all(
-        isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
-        if has_samples(a)
-        else a is b or (not isinstance(a, Tensor) and bool(a == b))
-        for a, b in zip(left_leaves, right_leaves, strict=True)
+    """Whether two batches differ in their samples alone."""
+    (left_leaves, left_tree), (right_leaves, right_tree) = _flatten(left), _flatten(right)
+    if left_tree != right_tree:
+        return False
+    sizes = n_samples(left), n_samples(right)
+    return all(_fits(a, b, sizes) for a, b in zip(left_leaves, right_leaves, strict=True))
+
+
+def _fits(a: Any, b: Any, sizes: tuple[int, int]) -> bool:
+    if type(a) is not type(b):
+        return False
+    if has_samples(a):
+        alike = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.layout == b.layout
+        return bool(alike and a.device == b.device)
+    if isinstance(a, list):
+        return (len(a), len(b)) == sizes
+    if _is_array(a) and a.ndim and a.dtype != object and (len(a), len(b)) == sizes:
+        return bool(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
+    return a is b or (_is_plain(a) and bool(a == b))
+
+
+def _flatten(batch: Batch) -> tuple[list[Any], Any]:
+    """Leaves and structure; a list of one plain value per sample is one leaf."""
+    N = n_samples(batch)
+    return tree_flatten(batch, is_leaf=lambda node: _is_plain_list(node, N))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, str | bytes | bool | int | float | complex)
+
+
+def _is_plain_list(node: Any, N: int) -> bool:
+    return isinstance(node, list) and len(node) == N and all(_is_plain(item) for item in node)
+
+
+def _is_array(leaf: Any) -> bool:
+    return type(leaf).__module__ == "numpy" and hasattr(leaf, "ndim")
+
+
+def _sparse_rows(t: Tensor, index: Tensor | slice) -> Tensor:
+    """Rows of a sparse tensor, in its layout."""
+    rows = torch.arange(len(t), device="cpu")[index].to(t.device)
+    coo = t if t.layout == torch.sparse_coo else t.to_sparse_coo()
+    chosen = coo.index_select(0, rows).coalesce()
+    return chosen if t.layout == torch.sparse_coo else chosen.to_sparse(layout=t.layout)
+
+
+def different_samples(batch: Batch, count: int) -> list[int]:
+    """Indices of up to `count` samples, in order: the first one, and others that differ from it."""
+    N = n_samples(batch)
+    chosen = [0]
+    for stop in (min(N, 32), N):  # mostly the first few will do
+        differs = torch.zeros(stop, dtype=torch.bool, device="cpu")
+        for leaf in tree_flatten(take(batch, slice(0, stop)))[0]:
+            if has_samples(leaf):
+                rows = leaf if leaf.layout == torch.strided else leaf.to_dense()
+                differs |= (rows != rows[:1]).reshape(stop, -1).any(1).cpu()
+        chosen = [0, *differs.nonzero().flatten()[: count - 1].tolist()]
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples, in memory of their own, and how many came from each of the loader's batches."""
+
+    batch: Batch
+    sizes: tuple[int, ...]
+
+    def split(self) -> "list[Chunk]":
+        """The samples of each of the loader's batches alone."""
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        return [self.part(start, start + n) for start, n in zip(starts, self.sizes, strict=True)]
+
+    def part(self, start: int, stop: int) -> "Chunk":
+        """The samples from `start` to before `stop`."""
+        sizes, end = [], 0
+        for size in self.sizes:
+            sizes.append(max(0, min(stop, end + size) - max(start, end)))
+            end += size
+        batch = take(self.batch, slice(start, stop))
+        return Chunk(batch, tuple(size for size in sizes if size))
+
+
+def chunk_of(batches: list[Batch]) -> Chunk:
+    """A chunk with the samples of all batches."""
+    batch = copied(batches[0]) if len(batches) == 1 else join(batches)
+    return Chunk(batch, tuple(n_samples(part) for part in batches))
+
+
+def not_empty(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches as pytrees that have at least one sample."""
+    for batch in batches:
+        batch = as_pytree(batch)
+        if n_samples(batch):
+            yield _outside_inference_mode(batch)
+
+
+def _outside_inference_mode(batch: Batch) -> Batch:
+    return tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf,
+        batch,
     )
 
 
-def rechunk(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """The same samples in the same order, in batches of `size` where their shapes allow it.
+def rechunk(
+    batches: Iterable[Batch], size: Callable[[], int], may_join: Callable[[], bool]
+) -> Iterator[Chunk]:
+    """The same samples in the same order, in chunks of `size` where their shapes allow it.
 
     The sums over samples do not depend on the batches they come in, so the engine takes the size
-    that is fast instead of the one that a data loader happens to have.
+    that is fast instead of the one that a data loader happens to have. A chunk has memory of its
+    own: a loader may use its buffers again.
+
+    Args:
+        batches: Any batches with samples.
+        size: Gives the number of samples per chunk.
+        may_join: Tells whether a chunk may have samples of several batches.
+
+    Yields:
+        Chunks of `size`; a smaller one where shapes change, and at the end.
+    """
+    waiting: list[Batch] = []
+    n_waiting = 0
+    for batch in batches:
+        N, start = n_samples(batch), 0
+        if waiting and not (may_join() and joinable(waiting[0], batch)):
+            yield chunk_of(waiting)
+            waiting, n_waiting = [], 0
+        while start < N:
+            part = take(batch, slice(start, start + max(1, size() - n_waiting)))
+            start += n_samples(part)
+            waiting.append(part)
+            n_waiting += n_samples(part)
+            if n_waiting >= size():
+                yield chunk_of(waiting)
+                waiting, n_waiting = [], 0
+        if waiting:
+            waiting[-1] = copied(waiting[-1])
+    if waiting:
+        yield chunk_of(waiting)
+
+
+def draw_indices(N: int, count: int, generator: torch.Generator) -> list[int]:
+    """`count` of the numbers below N (all of them, where they are fewer), drawn, in order."""
+    drawn = torch.randperm(N, generator=generator, device=generator.device)[:count]
+    return sorted(drawn.tolist())
+
+
+def draw_samples(
+    batches: Iterable[Batch], count: int, generator: torch.Generator
+) -> Iterable[Batch]:
+    """At most `count` of the samples of `batches`, without reading the others.
+
+    Of a `DataLoader` over a map-style dataset in its default order or shuffled, and of a list or
+    tuple of batches, they are drawn without replacement and come in their order. Of anything else,
+    which can only be read from its beginning, they are the first ones.
 
     Args:
         batches: Any batches.
-        size: Samples per batch of the result.
+        count: How many samples.
+        generator: Draws them.
 
-    Yields:
-        Batches of `size`; a smaller one where shapes change, and at the end.
+    Returns:
+        Batches of them.
     """
-    held: list[Batch] = []
-    n_held = 0
-    for batch in batches:
-        if held and not joinable(held[0], batch):
-            yield join(held)
-            held, n_held = [], 0
-        held.append(batch)
-        n_held += n_samples(batch)
-        if n_held >= size:
-            joined, start = join(held), 0
-            while n_held - start >= size:
-                yield take(joined, slice(start, start + size))
-                start += size
-            held, n_held = ([take(joined, slice(start, None))], n_held - start)
-            if not n_held:
-                held = []
-    if held:
-        yield join(held)
+    if isinstance(batches, DataLoader) and _has_plain_order(batches):
+        return _loader_of(batches, draw_indices(len(batches.dataset), count, generator))  # type: ignore[arg-type]
+    if isinstance(batches, list | tuple):
+        return _drawn_from(batches, count, generator)
+    return _first_samples(batches, count)
 
 
-def subset(
-    batches: Iterable[Batch], max_samples: int, generator: torch.Generator
+def _has_plain_order(loader: DataLoader[Any]) -> bool:
+    plain = type(loader.batch_sampler) is BatchSampler and not loader.drop_last
+    shuffled = type(loader.sampler) is RandomSampler and not loader.sampler.replacement
+    return (
+        plain
+        and (type(loader.sampler) is SequentialSampler or shuffled)
+        and (not shuffled or loader.sampler.num_samples == len(loader.dataset))  # type: ignore[attr-defined, arg-type]
+    )
+
+
+def _loader_of(loader: DataLoader[Any], indices: list[int]) -> DataLoader[Any]:
+    """A loader like `loader`, of some of its samples."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=indices,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),
+    )
+
+
+def _drawn_from(
+    batches: Sequence[Batch], count: int, generator: torch.Generator
 ) -> Iterator[Batch]:
-    """At most `max_samples` samples, drawn without replacement, in their order, one per batch.
+    sizes = [n_samples(as_pytree(batch)) for batch in batches]
+    drawn = torch.tensor(draw_indices(sum(sizes), count, generator), device="cpu")
+    start = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        inside = drawn[(drawn >= start) & (drawn < start + size)] - start
+        if len(inside):
+            yield take(as_pytree(batch), inside)
+        start += size
 
-    Every sample draws a uniform number; the smallest ones stay. One pass, any length.
 
-    Args:
-        batches: Any batches.
-        max_samples: How many samples to keep.
-        generator: Draws the numbers.
-
-    Yields:
-        Batches of one sample.
-    """
-    kept: list[tuple[float, int, Batch]] = []  # a heap on minus the draw: its root leaves first
-    position = 0
-    for batch in batches:
-        N = n_samples(batch)
-        draws = torch.rand(N, generator=generator, device=generator.device).tolist()
-        for i, draw in enumerate(draws):
-            entry = (-draw, position + i)
-            if len(kept) < max_samples:
-                heapq.heappush(kept, (*entry, take(batch, slice(i, i + 1))))
-            elif entry > kept[0][:2]:
-                heapq.heapreplace(kept, (*entry, take(batch, slice(i, i + 1))))
-        position += N
-    for _, _, sample in sorted(kept, key=lambda entry: entry[1]):
-        yield sample
+def _first_samples(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    for batch in map(as_pytree, batches):
+        part = take(batch, slice(0, count))
+        yield part
+        count -= n_samples(part)
+        if not count:
+            return

@@ -1,35 +1,134 @@
-"""Leaves a model as it was found: every module's flag, and the global random state."""
+"""Leaves a model and its surroundings as they were found."""
 
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_OWN_DICTS = ("_parameters", "_buffers", "_modules")
+# Whether a forward pass registers hooks is not looked at: an empty module has a dozen such dicts.
+_HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {
+    *_OWN_DICTS
+}
+
+
+class ModelState:
+    """What a forward pass may change: attributes, lists and dicts in them, and buffers.
+
+    Args:
+        model: Its state now is what `restore` puts back.
+        parameters: Whether the values of the parameters are part of it.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: bool = False) -> None:
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._attributes = [(vars(m), dict(vars(m))) for m in modules]
+        values = [
+            (name, v) for _, saved in self._attributes for name, v in saved.items() if _mutable(v)
+        ]
+        self._containers = [
+            (v, v.copy()) for name, v in values if not isinstance(v, Tensor) and name not in _HOOKS
+        ]
+        tensors = [v for _, v in values if isinstance(v, Tensor)]
+        tensors += [*model.buffers(), *(model.parameters() if parameters else ())]
+        self._tensors = [(t, t.detach().clone()) for t in tensors if _readable(t)]
+        self._versions = [t._version for t, _ in self._tensors]
+
+    def restore(self, *, values: bool = False) -> None:
+        """Puts everything back.
+
+        Args:
+            values: Compare every tensor with its saved value, instead of its version counter, which
+                batch normalisation does not raise.
+        """
+        for now, saved in self._attributes:
+            for name in [name for name in now if name not in saved]:
+                del now[name]
+            for name, value in saved.items():
+                if now.get(name, self) is not value:
+                    now[name] = value
+        for container, content in self._containers:
+            if not _same(container, content):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        for i, (tensor, value) in enumerate(self._tensors):
+            changed = tensor._version != self._versions[i]
+            if changed or (values and not torch.equal(tensor, value)):
+                with torch.no_grad():
+                    tensor.copy_(value)
+                self._versions[i] = tensor._version
+
+
+def _mutable(value: Any) -> bool:
+    return isinstance(value, list | dict | set) or (
+        isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    )
+
+
+def _readable(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not tensor.is_inference()
+
+
+def _same(container: Any, content: Any) -> bool:
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict):
+        pairs: Any = (*zip(container, content, strict=True),)
+        return all(a is b and container[a] is content[b] for a, b in pairs)
+    if isinstance(container, list):
+        return all(a is b for a, b in zip(container, content, strict=True))
+    return bool(container == content)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, gradients on, compiled parts eager; all undone, also on error."""
-    flags = [(module, module.training) for module in model.modules()]
+def evaluating(model: nn.Module) -> Iterator[ModelState]:
+    """The model in eval mode, gradients on, compiled parts eager; all undone, also on error.
+
+    Undone are every module's flag, its attributes and buffers, and the global random states of
+    torch, NumPy and Python.
+
+    Args:
+        model: Any.
+
+    Yields:
+        The model's state in eval mode, to be put back before every forward pass.
+    """
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    overridden = any(
+        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in modules
+    )
     with ExitStack() as stack:
+        stack.enter_context(untouched_randomness())
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if hasattr(torch.compiler, "set_stance"):  # a compiled layer would hide its calls
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if devices:  # cuDNN refuses the backward of recurrent layers in eval mode
-            rnn = any(isinstance(module, nn.RNNBase) for module in model.modules())
+            rnn = any(isinstance(module, nn.RNNBase) for module in modules)
             stack.enter_context(torch.backends.cudnn.flags(enabled=not rnn))
+        # A layer that merges its weights in eval() does not get them back to the last bit.
+        before = ModelState(model, parameters=True) if overridden else None
+        state = None
         try:
             model.eval()
-            yield
+            state = ModelState(model)
+            yield state
         finally:
-            if any(type(module).train is not nn.Module.train for module in model.modules()):
+            if state is not None:
+                state.restore(values=True)
+            if overridden:
                 model.train(flags[0][1])  # lets an override undo what its eval() did
             for module, training in flags:
                 module.training = training
+            if before is not None:
+                before.restore(values=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ewc_plugin.batch_parts import labelled, logits_of, on_device, unpack
-from ewc_plugin.batches import Batch, n_samples, take
+from ewc_plugin.batches import Batch, draw_indices, draw_samples, n_samples, take
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType
@@ -50,7 +50,8 @@ class EWC:
         batched: Whether the items of `dataset` are batches. Unset: those of a DataLoader are, those
             of a Dataset or tensor are not, and of other items the model's output on the first one
             decides.
-        max_samples: Use only so many samples, drawn without replacement.
+        max_samples: Use only so many samples, drawn without replacement; of an iterable that can
+            only be read from its beginning, the first ones.
         generator: Draws labels and subsets. Default: one with a fixed seed.
         ignore_index: The label of samples that are left out of F, as `ewc_train` leaves them out.
 
@@ -86,7 +87,8 @@ class EWC:
         if isinstance(dataset, Mapping):
             self.fisher: dict[str, Tensor] = dict(dataset)
         else:
-            batches = _batches(model, dataset, batched)
+            generator = generator or torch.Generator().manual_seed(0)
+            batches = _batches(model, dataset, batched, max_samples, generator)
             self.fisher = diagonal_fisher(
                 model,
                 _labelled(batches, ignore_index),
@@ -259,23 +261,34 @@ def _labelled(batches: Iterable[Batch], ignore_index: int) -> Iterator[Batch]:
 
 
 def _batches(
-    model: nn.Module, dataset: Iterable[Any] | Dataset[Any], batched: bool | None
+    model: nn.Module,
+    dataset: Iterable[Any] | Dataset[Any],
+    batched: bool | None,
+    max_samples: int | None,
+    generator: torch.Generator,
 ) -> Iterator[Batch]:
     """The dataset as batches on the model's device; samples as batches of one."""
     if isinstance(dataset, DataLoader | Dataset | Tensor) and batched is None:
         batched = isinstance(dataset, DataLoader)
-    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
-        items: Iterator[Any] = (dataset[i] for i in range(len(dataset)))
-    else:
-        items = iter(cast(Iterable[Any], dataset))
+    indexed = isinstance(dataset, Dataset | Tensor | list | tuple) and hasattr(dataset, "__len__")
+    items = _items(dataset, range(len(cast(Any, dataset))) if indexed else None)
     first = next(items, None)
     if first is None:
         raise ValueError("`dataset` is empty: a Fisher needs at least one sample.")
-    items = chain([first], items)
     if batched is None:
         batched = _is_batch(model, first)
+    if max_samples is None or not (indexed or isinstance(dataset, DataLoader)):
+        items = chain([first], items)
+    elif batched:
+        items = iter(draw_samples(cast(Iterable[Batch], dataset), max_samples, generator))
+    else:
+        items = _items(dataset, draw_indices(len(cast(Any, dataset)), max_samples, generator))
     # `diagonal_fisher` joins small batches itself, whatever shapes the samples have.
     return _on_device(model, items if batched else (default_collate([item]) for item in items))
+
+
+def _items(dataset: Any, indices: Iterable[int] | None) -> Iterator[Any]:
+    return iter(dataset) if indices is None else (dataset[i] for i in indices)
 
 
 def _is_batch(model: nn.Module, item: Any) -> bool:

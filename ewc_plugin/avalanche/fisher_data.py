@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ewc_plugin.avalanche.ranks import shard, world_size
 from ewc_plugin.batch_parts import on_device
-from ewc_plugin.batches import Batch
+from ewc_plugin.batches import Batch, draw_indices
 
 
 class FisherData(str, Enum):
@@ -96,11 +96,15 @@ def experience_batches(strategy: Any, *, num_workers: int = 0) -> Iterator[Batch
     yield from dataset_batches(strategy, own_dataset(strategy.experience), num_workers)
 
 
-def dataset_batches(strategy: Any, dataset: Any, num_workers: int) -> Iterator[Batch]:
-    """Yield the batches of a data set as `experience_batches` does."""
+def dataset_batches(
+    strategy: Any, dataset: Any, num_workers: int, indices: list[int] | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of a data set, or of some of its samples, as `experience_batches` does."""
     if hasattr(dataset, "eval"):
         dataset = dataset.eval()
     collate = getattr(dataset, "collate_fn", None)
+    if indices is not None:
+        dataset = Subset(dataset, indices)
     if world_size() > 1:
         dataset = Subset(dataset, shard(len(dataset)))
     loader: DataLoader[Any] = DataLoader(
@@ -112,6 +116,23 @@ def dataset_batches(strategy: Any, dataset: Any, num_workers: int) -> Iterator[B
     )
     for batch in loader:
         yield on_device(batch, strategy.device)
+
+
+def drawn_batches(
+    strategy: Any,
+    datasets: list[Any],
+    num_workers: int,
+    max_samples: int,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """Yield batches of `max_samples` samples, drawn without replacement from all the data sets."""
+    drawn = draw_indices(sum(map(len, datasets)), max_samples, generator)
+    start = 0
+    for dataset in datasets:
+        inside = [i - start for i in drawn if start <= i < start + len(dataset)]
+        if inside:
+            yield from dataset_batches(strategy, dataset, num_workers, inside)
+        start += len(dataset)
 
 
 def own_dataset(experience: Any) -> Any:

@@ -18,7 +18,12 @@ from ewc_plugin.avalanche import checked
 from ewc_plugin.avalanche.active_classes import active_classes
 from ewc_plugin.avalanche.builtin_trace import builtin_trace
 from ewc_plugin.avalanche.checked import Checked
-from ewc_plugin.avalanche.fisher_data import FisherData, SharedFisherExperiences, dataset_batches
+from ewc_plugin.avalanche.fisher_data import (
+    FisherData,
+    SharedFisherExperiences,
+    dataset_batches,
+    drawn_batches,
+)
 from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood, known_likelihood
 from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
 from ewc_plugin.avalanche.ranks import unwrapped
@@ -360,7 +365,12 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return getattr(type(self), method) is not getattr(DiagonalEWCPlugin, method)
 
     def _own_batches(self, strategy: Any) -> Iterator[Batch]:
-        for dataset in self._shared.datasets(strategy.experience):
+        datasets = self._shared.datasets(strategy.experience)
+        if (count := self.fisher_options.get("max_samples")) is not None:
+            generator = self.fisher_options.get("generator") or torch.Generator().manual_seed(0)
+            yield from drawn_batches(strategy, datasets, self._num_workers, count, generator)
+            return
+        for dataset in datasets:
             yield from dataset_batches(strategy, dataset, self._num_workers)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,17 +1,22 @@
-"""The pass over the data: running sums, and smaller chunks where memory runs out."""
+"""The pass over the data: running sums, and what happens when a chunk is refused."""
 
 import math
+import time
+import warnings
 
 import torch
 from torch import Tensor
 
-from ewc_plugin.batches import Batch, n_entries, n_samples, take
+from ewc_plugin.batches import Chunk, different_samples, n_entries, n_samples
+from ewc_plugin.fisher.audit import Auditor
 from ewc_plugin.fisher.chunk import add_chunk, out_of_memory
 from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError
 from ewc_plugin.fisher.per_sample import zeros
-from ewc_plugin.fisher.plan import Plan
+from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import LabelScores
+from ewc_plugin.fisher.tracing.layer_calls import Watch
 
 _RECENT_ENTRIES = 2**20  # of inputs kept for a repetition, where the parameters are fewer
 
@@ -19,21 +24,35 @@ _RECENT_ENTRIES = 2**20  # of inputs kept for a repetition, where the parameters
 class Accumulator:
     """The running sums of one pass.
 
-    Squares are added to `_recent` first, and to `_sums` once in a while. Where memory runs out,
-    `_recent` is dropped and its inputs, still kept, are repeated in chunks of half the size.
+    Squares are added to `_recent` first, and to `_sums` once in a while. Where memory runs out, or
+    a chunk turns out to be what the model does not bear, `_recent` is dropped and its inputs, still
+    kept, are repeated in another way.
 
     Attributes:
         N: Number of samples so far.
+        limit: Samples per chunk.
+        may_join: Whether a chunk may have samples of several of the loader's batches.
+        served: Which engine serves which parameter.
     """
 
-    def __init__(self, call: ModelCall, plan: Plan, label_scores: LabelScores) -> None:
-        self.call = call.on_copies() if plan.overwrites_input else call
-        self.served, self.limit = dict(plan.served), plan.chunk_size
-        self.label_scores = label_scores
+    def __init__(
+        self,
+        call: ModelCall,
+        served: dict[str, Served],
+        label_scores: LabelScores,
+        chunk_size: int,
+        *,
+        may_join: bool,
+        all_different: bool,
+    ) -> None:
+        self.call, self.label_scores = call, label_scores
+        self.served, self.limit, self.may_join = dict(served), chunk_size, may_join
         self.N = 0
+        self.auditor = Auditor()
+        self._audited_joined, self._audited_different = False, all_different
         self._sums: Sums = {}
         self._recent = zeros(call.params)
-        self._inputs: list[Batch] = []  # of `_recent`
+        self._inputs: list[Chunk] = []  # of `_recent`
         self._input_entries = 0
         self._most_entries = max(sum(p.numel() for p in call.params.values()), _RECENT_ENTRIES)
         self._generator_state = label_scores.generator.get_state()  # before the first of them
@@ -48,28 +67,101 @@ class Accumulator:
                 )
         return {name: total.div_(self.N) for name, total in self._sums.items()}
 
-    def add(self, batch: Batch) -> None:
-        """Adds a batch's squares, in halves where memory runs out."""
-        N = n_samples(batch)
+    def add(self, chunk: Chunk) -> None:
+        """Adds the squares of some samples, in parts where the model or the memory wants them."""
+        N = n_samples(chunk.batch)
+        if len(chunk.sizes) > 1 and not self.may_join:
+            for part in chunk.split():
+                self.add(part)
+            return
         if (step := self.limit) < N:  # fixed here: a part that runs out of memory lowers the limit
             for start in range(0, N, step):
-                self.add(take(batch, slice(start, start + step)))
+                self.add(chunk.part(start, start + step))
             return
-        self._inputs.append(batch)
+        self._inputs.append(chunk)
+        repeat = self._attempt(chunk, N)
+        # Out here a failed attempt's frames are gone, and with them the memory they used.
+        if repeat:
+            self._repeat_recent()
+            return
+        self.N += N
+        self._input_entries += n_entries(chunk.batch)
+        if self._input_entries > self._most_entries:
+            self._merge_recent()
+
+    def _attempt(self, chunk: Chunk, N: int) -> bool:
+        """Adds one chunk; whether it must be repeated in another way."""
+        joined = len(chunk.sizes) > 1
+        watch = self.auditor.watch(N, must=self._must_audit(chunk, joined))
         try:
-            add_chunk(self.call, self.served, self.label_scores, batch, self.N, self._recent)
+            add_chunk(
+                self.call,
+                self.served,
+                self.label_scores,
+                chunk.batch,
+                self.N,
+                self._recent,
+                watch,
+            )
+            return watch is not None and not self._holds(chunk, watch, joined)
         except RuntimeError as error:
-            if N == 1 or not out_of_memory(error):
+            if out_of_memory(error) and N > 1:
+                self.limit = (N + 1) // 2
+                return True
+            if out_of_memory(error) or not joined:
                 raise
-        else:
-            self.N += N
-            self._input_entries += n_entries(batch)
-            if self._input_entries > self._most_entries:
-                self._merge_recent()
-            return
-        # Out here the failed attempt's frames are gone, and with them the memory they used.
-        self.limit = (N + 1) // 2
-        self._repeat_recent()
+        except Exception:  # whatever a model's code raises on more samples than the loader gives
+            if not joined:
+                raise
+        self.may_join = False
+        return True
+
+    def _must_audit(self, chunk: Chunk, joined: bool) -> bool:
+        if not self.auditor.count or (joined and not self._audited_joined):
+            return True
+        if not self._audited_different and len(different_samples(chunk.batch, 2)) > 1:
+            self._audited_different = True
+            return True
+        return False
+
+    def _holds(self, chunk: Chunk, watch: Watch, joined: bool) -> bool:
+        """Audits a chunk; False where it must be repeated in another way."""
+        started = time.perf_counter()
+        index = self.N + watch.n
+        alone = self.call.sample_logits(chunk.batch, watch.n)
+        if not self.auditor.outputs_hold(self.call, chunk.batch, watch, alone):
+            if not joined:
+                raise SamplesInteractError(
+                    f"`model` gives sample {index} of `batches` other logits alone than in a batch "
+                    f"of {n_samples(chunk.batch)}: {INTERACT}"
+                )
+            self._check_nothing_merged("samples of several batches interact", "chunk_size=1")
+            self.may_join = False
+            return False
+        names = self.auditor.differing(self.call, self.served, chunk.batch, watch, alone)
+        self.auditor.spend(time.perf_counter() - started)
+        if not names:
+            self._audited_joined |= joined
+            return True
+        self._check_nothing_merged(
+            f"the squares of sample {index} for {', '.join(names)} are not those of the sample "
+            "loop",
+            "engine='loop'",
+        )
+        warnings.warn(
+            f"The squares of sample {index} for {', '.join(names)} are not those of the sample "
+            "loop, which serves these parameters now: slower, and exact.",
+            stacklevel=2,
+        )
+        self.served |= dict.fromkeys(names, Served("loop", "an audit found other squares"))
+        return False
+
+    def _check_nothing_merged(self, what: str, remedy: str) -> None:
+        if self._sums:
+            raise ValueError(
+                f"An audit found, after {self.N} samples, that {what}, so the Fisher so far may be "
+                f"wrong. Pass {remedy}."
+            )
 
     def _merge_recent(self) -> None:
         if not self._sums:
@@ -87,9 +179,10 @@ class Accumulator:
         for total in self._recent.values():
             total.zero_()
         self.label_scores.generator.set_state(self._generator_state)
-        self.N -= sum(n_samples(batch) for batch in inputs[:-1])  # the last one was never counted
-        for batch in inputs:
-            self.add(batch)
+        # The last one was never counted.
+        self.N -= sum(n_samples(chunk.batch) for chunk in inputs[:-1])
+        for chunk in inputs:
+            self.add(chunk)
 
 
 class _LazyZeros(dict[str, Tensor]):

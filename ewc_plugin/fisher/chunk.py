@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch, n_samples
-from ewc_plugin.fisher.logits import check_finite
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.one_hidden_layer import find_one_hidden_layer
+from ewc_plugin.fisher.outputs import check_finite
 from ewc_plugin.fisher.per_sample import loop_squares, vmap_squares
 from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Layout, Sums
 from ewc_plugin.fisher.scores import LabelScores, Scores
 from ewc_plugin.fisher.tracing.capture import Capture
-from ewc_plugin.fisher.tracing.layer_calls import Trace, TracedCall, parameters_in_graph
+from ewc_plugin.fisher.tracing.layer_calls import (
+    WATCHED_VECTORS,
+    Trace,
+    TracedCall,
+    Watch,
+    parameters_in_graph,
+)
 
 _VECTORS_PER_BLOCK = 32  # handed to vmap and the loop, which repeat the forward pass per block
 
@@ -36,6 +42,7 @@ def add_chunk(
     batch: Batch,
     first: int,
     into: Sums,
+    watch: Watch | None = None,
 ) -> None:
     """Adds the squares of a chunk's samples.
 
@@ -48,37 +55,59 @@ def add_chunk(
         batch: N samples.
         first: Index of the first one in the whole stream.
         into: Parameter name -> its sum.
+        watch: A sample whose logits, vectors and squares are to be kept.
     """
     N, scale = n_samples(batch), _Scale()
-    logits, trace = _forward(call, served, batch, scale, into)
+    logits, trace = _forward(call, served, batch, scale, into, watch)
     check_finite(logits, first)
     if moved := _used_otherwise(call, served, logits, trace, N):
         served |= dict.fromkeys(moved, Served("loop", "its calls depend on the data"))
-        add_chunk(call, served, label_scores, batch, first, into)
+        add_chunk(call, served, label_scores, batch, first, into, watch)
         return
+    if first == 0:
+        label_scores.check_outputs(logits)
     scores = label_scores.vectors(batch, logits)
     per_sample = any(s.engine != "rules" for s in served.values())
-    hidden = None if per_sample else find_one_hidden_layer(trace, logits, scores)
+    one_by_one = per_sample or (watch and scores.count > WATCHED_VECTORS)
+    hidden = None if one_by_one else find_one_hidden_layer(trace, logits, scores)
     if hidden is not None:
         vectors = [scores.vector(s).to(logits.dtype) for s in range(scores.count)]
         hidden.add(trace, torch.stack(vectors, 1))
+        if watch:
+            watch.vectors = [v[watch.n] for v in vectors]
+            for traced in trace.calls:
+                traced.watch_squares()
     else:
-        _pull_back(call, served, batch, logits, scores, trace, scale, into)
+        _pull_back(call, served, batch, logits, scores, trace, scale, into, watch)
+    if watch:
+        watch.scale = logits.detach()
+        watch.logits = watch.scale[watch.n : watch.n + 1]
+        watch.unscale = scale.unscale
     del logits, hidden
     for traced in trace.calls:
-        traced.finish(_layout(served, traced), N, into)
+        traced.finish(_layout(served, traced), N, into, watch)
 
 
 def _forward(
-    call: ModelCall, served: dict[str, Served], batch: Batch, scale: _Scale, into: Sums
+    call: ModelCall,
+    served: dict[str, Served],
+    batch: Batch,
+    scale: _Scale,
+    into: Sums,
+    watch: Watch | None,
 ) -> tuple[Tensor, Trace]:
     N = n_samples(batch)
 
     def on_gradient(traced: TracedCall, g: Tensor) -> None:
         layout = _layout(served, traced)
+        if watch:
+            traced.watch(g, layout, N, watch, scale.unscale)
         traced.add(g, layout, N, into, count=scale.n_vectors, unscale=scale.unscale)
 
-    names = {id(p): name for name, p in _params(call, served, "rules").items()}
+    rules = _params(call, served, "rules")
+    if not rules:  # nothing to trace, so nothing that tracing could disturb
+        return call.logits(batch), Trace(torch.empty(0, device="cpu"))
+    names = {id(p): name for name, p in rules.items()}
     with Capture(call.model, names, on_gradient) as capture:
         logits = call.logits(batch)
     return logits, capture.trace
@@ -112,6 +141,7 @@ def _pull_back(
     trace: Trace,
     scale: _Scale,
     into: Sums,
+    watch: Watch | None,
 ) -> None:
     """One backward pass per vector, and the per-sample engines on blocks of vectors."""
     factor = _score_factor(call, scores, logits)
@@ -121,11 +151,14 @@ def _pull_back(
     for s in range(scores.count):
         v = (scores.vector(s) * factor).to(logits.dtype)
         last = s == scores.count - 1
+        if watch:
+            watch.sees(v)
         trace.pull_back(logits, v, retain_graph=not last)
         if per_sample:
             vectors.append(v)
         if vectors and (last or len(vectors) == _VECTORS_PER_BLOCK):
-            _add_per_sample(call, served, batch, torch.stack(vectors, 1), scale.unscale, into)
+            block = torch.stack(vectors, 1)
+            _add_per_sample(call, served, batch, logits, block, scale.unscale, into)
             vectors = []
 
 
@@ -143,6 +176,7 @@ def _add_per_sample(
     call: ModelCall,
     served: dict[str, Served],
     batch: Batch,
+    logits: Tensor,
     vectors: Tensor,
     unscale: float,
     into: Sums,
@@ -159,7 +193,7 @@ def _add_per_sample(
             for name, total in sums.items():
                 into[name] += total * unscale**2
     if params := _params(call, served, "loop"):
-        for name, total in loop_squares(call.only(params), batch, vectors).items():
+        for name, total in loop_squares(call.only(params), batch, logits, vectors).items():
             into[name] += total * unscale**2
 
 

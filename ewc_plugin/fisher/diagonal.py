@@ -1,24 +1,26 @@
 """`diagonal_fisher`: batches in, one tensor per trainable parameter out."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewc_plugin.batches import Batch, as_pytree, rechunk, subset
+from ewc_plugin.batches import Batch, draw_samples, not_empty, rechunk
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.accumulate import Accumulator
 from ewc_plugin.fisher.mini_batch import batched_importances
 from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.options import EngineName, check_options
-from ewc_plugin.fisher.per_sample import taking_single_samples
-from ewc_plugin.fisher.plan import Plan, Served, make_plan
-from ewc_plugin.fisher.probe import probe
+from ewc_plugin.fisher.outputs import default_forward, default_targets
+from ewc_plugin.fisher.parameters import check_model, trainable, warn_of_unreached
+from ewc_plugin.fisher.plan import Served, make_plan
+from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
 from ewc_plugin.fisher.scores import FisherType, LabelScores, Score, parsed_type
 
@@ -45,20 +47,30 @@ def diagonal_fisher(
     F_i = 1/N sum_n E_y[(d log p(y | x_n) / d theta_i)^2]; `fisher_type` says how E_y is taken.
     The score d log p / d theta has mean zero under the model's own labels, so F is its variance,
     and minus the expected second derivative of log p. The pass runs in eval mode; `.grad`,
-    requires_grad, every module's flag and the global random state are left as they were.
+    requires_grad, every module's flag, attributes and buffers, and the global random states of
+    torch, NumPy and Python are left as they were.
+
+    Every engine is checked against the plain loop over single samples: before the pass on three
+    samples, and during it on random samples of the chunks that run. Samples of several batches are
+    put into one forward pass only where that changes none of their logits.
 
     Args:
-        model: Maps batch[0] [N, ...] to logits [N, C], unless `forward` says otherwise.
-        batches: Yields tuples (x [N, ...], y [N] int64, ...) or other pytrees of tensors with a
-            leading axis N, on the model's device. Sizes may differ; the result does not depend on
-            them, except for BATCHED.
+        model: Maps batch[0] [N, ...] to logits [N, C], or to an object with `logits`, unless
+            `forward` does.
+        batches: Yields tuples (x [N, ...], y [N] int64, ...), mappings of keyword arguments, or
+            other pytrees of tensors with a leading axis N, on the model's device. NumPy arrays and
+            lists of plain values of length N are cut along with them; all else is shared. Sizes may
+            differ; the result does not depend on them, except for BATCHED.
         fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
             `Score`, such as `gaussian_score`.
         forward: Maps (model, batch) to logits [N, C].
         targets: Maps a batch to y [N] int64; EMPIRICAL and BATCHED read it. Default: batch[1].
         criterion: BATCHED alone: maps (logits, y) to the loss. Default: the mean cross entropy.
         n_draws: SAMPLED alone: labels drawn per sample.
-        max_samples: Use only so many samples, drawn without replacement.
+        max_samples: Use only so many samples, and read no others. Of a `DataLoader` over a
+            map-style dataset (in order or shuffled), and of a list of batches, they are drawn
+            without replacement; of anything else, which can only be read from its beginning, they
+            are the first ones.
         generator: For SAMPLED and `max_samples`. Default: one of our own, with a fixed seed.
         chunk_size: Samples per forward pass. Default: chosen from the model and the input.
         engine: "auto" serves each parameter by its layer's rule where there is one, else by
@@ -72,7 +84,9 @@ def diagonal_fisher(
 
     Raises:
         ValueError: `batches` is empty, a logit is not finite (-inf is a masked class), samples
-            interact, or an argument does not fit the others.
+            interact, outputs are probabilities, an audit fails after sums were merged, or an
+            argument does not fit the others.
+        TypeError: An argument has another type.
 
     Source: Kirkpatrick et al. 2017 (the penalty); Kunstner et al. 2019 (empirical against exact).
 
@@ -96,36 +110,58 @@ def diagonal_fisher(
         engine=engine,
         progress=progress,
     )
-    call = ModelCall(model, forward or _first_item, _trainable(model))
-    targets = targets or _second_item
+    check_model(model)
     generator = generator or torch.Generator().manual_seed(_SEED)
-    batches = map(as_pytree, batches)
-    with evaluating(model):
+    with evaluating(model) as state:
+        call = ModelCall(model, forward or default_forward, trainable(model), state)
+        targets = targets or default_targets
         if isinstance(fisher_type, FisherType) and fisher_type is FisherType.BATCHED:
-            tensors = batched_importances(call, batches, targets, criterion or F.cross_entropy)
+            tensors = batched_importances(
+                call, not_empty(batches), targets, criterion or F.cross_entropy
+            )
             return Fisher(tensors, fisher_type=fisher_type.value)
         if max_samples is not None:
-            batches = subset(batches, max_samples, generator)
-        stream = iter(batches)
-        first = next(stream, None)
-        if first is None:
+            batches = draw_samples(batches, max_samples, generator)
+        stream = not_empty(batches)
+        samples, read = first_samples(stream)
+        if samples is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
         label_scores = LabelScores(fisher_type, n_draws, generator, targets)
-        call, plan = _planned(call, first, engine, chunk_size, label_scores.one_vector)
-        accumulator = Accumulator(call, plan, label_scores)
+        call, seen = probe(call, samples)
+        served = make_plan(call, seen, engine)
+        accumulator = Accumulator(
+            call,
+            served,
+            label_scores,
+            _chunk_size(call, seen, chunk_size, label_scores.one_vector),
+            may_join=not seen.apart,
+            all_different=samples.n_different > 1,
+        )
         show = _Progress() if progress else None
-        for chunk in rechunk(chain([first], stream), plan.chunk_size):
+        chunks = rechunk(
+            chain(read, stream), lambda: accumulator.limit, lambda: accumulator.may_join
+        )
+        for chunk in chunks:
             accumulator.add(chunk)
             if show:
                 show(accumulator.N)
         if show:
             print(file=sys.stderr)
         name = fisher_type.value if isinstance(fisher_type, FisherType) else _name(fisher_type)
-        return Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.N)
+        fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.N)
+        warn_of_unreached(call, samples.batch, fisher, seen.reached)
+        return fisher
 
 
 def _name(score: Score) -> str:
     return str(getattr(score, "__name__", type(score).__name__))
+
+
+def _chunk_size(call: ModelCall, seen: Probe, given: int | None, one_vector: bool) -> int:
+    """Samples per forward pass; at most a batch of the loader's where samples stay apart."""
+    if seen.apart:
+        return given if given and call.alone != "copies" else sys.maxsize
+    return given or seen.fitting_chunk(one_vector)
 
 
 def explain(
@@ -134,7 +170,7 @@ def explain(
     *,
     forward: Forward | None = None,
     engine: EngineName = "auto",
-) -> dict[str, Served]:
+) -> Explanation:
     """Which engine serves which parameter, and why: what `diagonal_fisher` decides on this batch.
 
     Args:
@@ -144,7 +180,8 @@ def explain(
         engine: As in `diagonal_fisher`.
 
     Returns:
-        Parameter name -> its engine and the layer rule, or the reason why none serves it.
+        Parameter name -> its engine and the layer rule, or the reason why none serves it; and, as
+        `checks`, what was checked.
 
     Raises:
         ValueError: As in `diagonal_fisher`.
@@ -153,28 +190,51 @@ def explain(
         >>> explain(nn.Linear(3, 2, bias=False), (torch.zeros(4, 3),))["weight"].detail
         'linear'
     """
-    call = ModelCall(model, forward or _first_item, _trainable(model))
-    with evaluating(model):
-        return _planned(call, batch, engine)[1].served
+    check_options(FisherType.PREDICTED, forward=forward, engine=engine)
+    check_model(model)
+    with evaluating(model) as state:
+        call = ModelCall(model, forward or default_forward, trainable(model), state)
+        samples, _ = first_samples(not_empty([batch]))
+        if samples is None:
+            raise ValueError("`batch` is empty: there is nothing to try the model on.")
+        call, seen = probe(call, samples)
+        return Explanation(make_plan(call, seen, engine), _checks(call, seen))
 
 
-def _planned(
-    call: ModelCall,
-    batch: Batch,
-    engine: EngineName,
-    chunk_size: int | None = None,
-    one_vector: bool = False,
-) -> tuple[ModelCall, Plan]:
-    """The plan, and the call to follow it with: some models take no batch of one sample."""
-    try:
-        seen = probe(call, batch)
-    except Exception:  # whatever a model's code raises
-        forward = taking_single_samples(call.model, call.forward, batch)
-        if forward is call.forward:
-            raise
-        call = replace(call, forward=forward)
-        seen = probe(call, batch)
-    return call, make_plan(call, seen, engine, chunk_size or seen.fitting_chunk(one_vector))
+class Explanation(dict[str, Served]):
+    """Which engine serves each parameter, by name.
+
+    Attributes:
+        checks: What the choice rests on, a sentence each.
+    """
+
+    def __init__(self, served: dict[str, Served], checks: tuple[str, ...]) -> None:
+        super().__init__(served)
+        self.checks = checks
+
+
+def _checks(call: ModelCall, seen: Probe) -> tuple[str, ...]:
+    different = seen.samples.n_different
+    alone = {
+        "single": "alone",
+        "pair": "beside a copy of itself, as the model takes no batch of one",
+        "copies": "in a batch of copies of itself, as the model takes no other batch size",
+    }[call.alone]
+    checks = [f"A sample's own logits are those that it has {alone}."]
+    if seen.apart:
+        checks.append(f"Samples stay in the loader's batches: {seen.apart}.")
+    else:
+        checks.append(
+            f"{different} different sample{'s have' if different > 1 else ' has'} the same logits "
+            "in one batch as alone, entry by entry."
+        )
+    checks.append("Each rule and vmap gave the squares of the first sample's own backward pass.")
+    checks.append(
+        "During a pass the first chunk, the first one with samples of several batches and, in 1 % "
+        "of the time, others are audited: logits and squares of a random sample against its own "
+        "forward and backward pass."
+    )
+    return tuple(checks)
 
 
 class _Progress:
@@ -186,22 +246,3 @@ class _Progress:
     def __call__(self, N: int) -> None:
         seconds = time.monotonic() - self.started
         print(f"\rFisher: {N:,} samples, {seconds:.0f} s", end="", file=sys.stderr)
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("`model` has no parameter with requires_grad=True, so it has no Fisher.")
-    return params
-
-
-def _first_item(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(batch[0])
-    return logits
-
-
-def _second_item(batch: Batch) -> Tensor:
-    targets: Tensor = batch[1]
-    return targets

@@ -31,11 +31,12 @@ def batched_importances(
         One tensor per parameter.
 
     Raises:
-        ValueError: No batches.
+        ValueError: No batches, or the result is not finite.
     """
     importances = {name: torch.zeros_like(p).detach() for name, p in call.params.items()}
     n_batches = 0
     for batch in batches:
+        call.state.restore()
         loss = criterion(call.forward(call.model, batch), targets(batch))
         grads = torch.autograd.grad(loss, list(call.params.values()), allow_unused=True)
         for importance, grad in zip(importances.values(), grads, strict=True):
@@ -44,6 +45,11 @@ def batched_importances(
         n_batches += 1
     if not n_batches:
         raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-    for importance in importances.values():
+    for name, importance in importances.items():
         importance /= float(n_batches)
+        if not bool(importance.isfinite().all()):
+            raise ValueError(
+                f"The importance of `{name}` is not finite: the loss or its gradient is not, or "
+                f"its square overflows {importance.dtype}. Did the training diverge?"
+            )
     return importances

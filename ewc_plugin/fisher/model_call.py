@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ewc_plugin.batches import Batch, copied
-from ewc_plugin.fisher.logits import checked_logits
+from ewc_plugin.batches import Batch, copied, join, n_samples, take
+from ewc_plugin.contexts import ModelState
+from ewc_plugin.fisher.outputs import checked_logits
 
-Forward = Callable[[nn.Module, Batch], Tensor]
+Forward = Callable[[nn.Module, Batch], Any]
+Alone = Literal["single", "pair", "copies"]
 
 
 @dataclass(frozen=True)
@@ -17,22 +21,44 @@ class ModelCall:
 
     Attributes:
         model: In eval mode.
-        forward: Maps (model, batch) to logits [N, C].
+        forward: Maps (model, batch) to logits [N, C], or to an object that has them.
         params: The trainable parameters by name.
+        state: What is put back before every forward pass, so that none depends on those before.
+        alone: How a sample's own logits are computed: "single", in a batch of one; "pair", beside a
+            copy of itself; "copies", in a batch as large as the loader's, of copies of itself.
+        by_backward: Whether a custom autograd function is part of the graph: it may call
+            `backward()` itself, which `autograd.grad` does not see.
+        copies_input: Whether the model works in place on its input.
     """
 
     model: nn.Module
     forward: Forward
     params: dict[str, nn.Parameter]
+    state: ModelState
+    alone: Alone = "single"
+    by_backward: bool = False
+    copies_input: bool = False
 
     def logits(self, batch: Batch) -> Tensor:
         """The logits [N, C] of a batch, checked."""
-        return checked_logits(self.forward(self.model, batch), batch)
+        self.state.restore()
+        return self.functional(self.model, batch)
 
-    def on_copies(self) -> "ModelCall":
-        """The same for a model that works on its input in place."""
-        forward = self.forward
-        return replace(self, forward=lambda model, batch: forward(model, copied(batch)))
+    def sample_logits(self, batch: Batch, n: int) -> Tensor:
+        """The logits [1, C] of one sample of a batch, with no other sample beside it."""
+        if self.alone == "copies":
+            rows = torch.full((n_samples(batch),), n, device="cpu")
+            return self.logits(take(batch, rows))[n : n + 1]
+        return self.logits(take(batch, slice(n, n + 1)))
+
+    def functional(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`logits` of a stand-in for the model, without putting its state back."""
+        batch = copied(batch) if self.copies_input else batch
+        beside_a_copy = self.alone == "pair" and n_samples(batch) == 1
+        if beside_a_copy:
+            batch = join([batch, copied(batch)])
+        logits = checked_logits(self.forward(model, batch), batch, self.forward)
+        return logits[:1] if beside_a_copy else logits
 
     def only(self, params: dict[str, nn.Parameter]) -> "ModelCall":
         """The same for some of the parameters."""

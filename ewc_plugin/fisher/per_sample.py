@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ewc_plugin.batches import Batch, copied, has_samples, join, n_samples, take
-from ewc_plugin.fisher.model_call import Forward, ModelCall
+from ewc_plugin.batches import Batch, has_samples, n_samples, take
+from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, is_half, outputs_agree
 from ewc_plugin.fisher.rules.base import Sums, sum_dtype
 
-_VMAP_ENTRIES = 2**26  # of per-sample gradients held at a time
+_VMAP_ENTRIES = 2**26  # of per-sample gradients in memory at a time
 
 
 class _Bound(nn.Module):
@@ -22,10 +23,10 @@ class _Bound(nn.Module):
     def __init__(self, call: ModelCall) -> None:
         super().__init__()
         self.model = call.model
-        self._call = call.forward
+        self._call = call
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
+        return self._call.functional(self.model, batch)
 
 
 def vmap_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
@@ -59,75 +60,80 @@ def vmap_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
 
     step = max(1, _VMAP_ENTRIES // sum(p.numel() for p in call.params.values()))
     sums = zeros(call.params)
-    for part in _slices(len(vectors), step):
-        sliced = tree_flatten(take(batch, part))[0]
-        # Other parameters need no gradients. Silence vmap's "performance drop" warning: this is
-        # already the fallback.
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            squared = vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced)
-        for name, s in squared.items():
-            sums[name.removeprefix("model.")] += s.sum(0)
+    try:
+        for part in _slices(len(vectors), step):
+            sliced = tree_flatten(take(batch, part))[0]
+            # Other parameters need no gradients. Silence vmap's "performance drop" warning: this is
+            # already the fallback.
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                call.state.restore()
+                squared = vmap(squares, in_dims=(0, *axes))(vectors[part], *sliced)
+            for name, s in squared.items():
+                sums[name.removeprefix("model.")] += s.sum(0)
+    finally:
+        call.state.restore()  # attributes that a forward pass set are dead wrappers now
     return sums
 
 
-def taking_single_samples(model: nn.Module, forward: Forward, batch: Batch) -> Forward:
-    """`forward`; for a model that can't take a batch of one sample, with a copy beside a lone one.
-
-    A `squeeze()` that also takes the sample axis away is the usual reason, as in Avalanche's
-    `MTSimpleCNN`.
+def loop_squares(call: ModelCall, batch: Batch, logits: Tensor, vectors: Tensor) -> Sums:
+    """The same as `vmap_squares`, one sample at a time: the reference of every other engine.
 
     Args:
-        model: In eval mode.
-        forward: Maps (model, batch) to logits.
-        batch: Its first sample is tried.
+        call: The model and the parameters.
+        batch: N samples.
+        logits: [N, C], of the samples together.
+        vectors: [N, S, C], in the logits' dtype.
 
     Returns:
-        A forward that takes a single sample, if the model takes two.
+        The sums, one per parameter.
+
+    Raises:
+        SamplesInteractError: A sample has other logits alone.
     """
-    try:
-        with torch.no_grad():
-            logits = forward(model, copied(take(batch, slice(0, 1))))
-        if not isinstance(logits, Tensor) or (logits.dim() == 2 and len(logits) == 1):
-            return forward
-    except Exception:  # whatever a model's code raises; a real fault is raised again by two
-        pass
-
-    def beside_a_copy(model: nn.Module, batch: Batch) -> Tensor:
-        if n_samples(batch) > 1:
-            return forward(model, batch)
-        return forward(model, join([batch, copied(batch)]))[:1]
-
-    return beside_a_copy
-
-
-def loop_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
-    """The same as `vmap_squares`, one sample at a time: for models that vmap can't follow."""
-    sums = zeros(call.params)
+    sums, half = zeros(call.params), is_half(logits, call.params)
     for n in range(n_samples(batch)):
-        logits = call.forward(call.model, take(batch, slice(n, n + 1)))
-        add_gradient_squares(sums, call.params, logits, vectors[n])
+        alone = call.sample_logits(batch, n)
+        if not outputs_agree(alone, logits[n : n + 1], logits, half):
+            raise SamplesInteractError(
+                f"`model` gives a sample other logits alone than in a batch of {len(logits)}: "
+                f"{INTERACT}"
+            )
+        add_gradient_squares(sums, call, alone, vectors[n])
     return sums
 
 
-def add_gradient_squares(
-    sums: Sums, params: dict[str, nn.Parameter], logits: Tensor, vectors: Tensor
-) -> Sums:
+def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
     """Adds sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C]."""
     if logits.requires_grad:
         for s, v in enumerate(vectors):
-            grads = torch.autograd.grad(
-                logits,
-                list(params.values()),
-                v[None],
-                retain_graph=s < len(vectors) - 1,
-                allow_unused=True,
-            )
-            for name, grad in zip(params, grads, strict=True):
+            grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
+            for name, grad in zip(call.params, grads, strict=True):
                 if grad is not None:
                     dense = (grad.to_dense() if grad.is_sparse else grad).to(sums[name].dtype)
                     sums[name].addcmul_(dense, dense)
     return sums
+
+
+def _gradients(
+    call: ModelCall, logits: Tensor, v: Tensor, retain_graph: bool
+) -> list[Tensor | None]:
+    params = list(call.params.values())
+    if not call.by_backward:
+        return list(
+            torch.autograd.grad(logits, params, v, retain_graph=retain_graph, allow_unused=True)
+        )
+    everything = [p for p in call.model.parameters() if p.requires_grad]
+    kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in everything]
+    try:
+        for p in everything:
+            p.grad = None
+            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        torch.autograd.backward(logits, v, retain_graph=retain_graph)
+        return [p.grad for p in params]
+    finally:
+        for p, grad, hooks in kept:
+            p.grad, p._post_accumulate_grad_hooks = grad, hooks
 
 
 def zeros(params: dict[str, nn.Parameter]) -> Sums:

@@ -16,7 +16,7 @@ from ewc_plugin.fisher.options import EngineName
 from ewc_plugin.fisher.per_sample import vmap_squares
 from ewc_plugin.fisher.probe import SAMPLES, Probe
 from ewc_plugin.fisher.rules.base import Layout, Sums
-from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall
+from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall, Watch
 
 
 @dataclass(frozen=True)
@@ -34,29 +34,13 @@ class Served:
     layout: Layout | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which engine serves each parameter.
-
-    Attributes:
-        served: An entry per parameter, in order.
-        chunk_size: Samples per forward pass.
-        overwrites_input: Whether the model works in place on its input and so needs a copy.
-    """
-
-    served: dict[str, Served]
-    chunk_size: int
-    overwrites_input: bool
-
-
-def make_plan(call: ModelCall, seen: Probe, engine: EngineName, chunk_size: int) -> Plan:
+def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Served]:
     """Chooses an engine for each parameter.
 
     Args:
         call: The model.
         seen: What the probe saw of it.
         engine: "auto", or one engine that must serve all.
-        chunk_size: Samples per forward pass.
 
     Returns:
         An entry per parameter, in order.
@@ -64,12 +48,11 @@ def make_plan(call: ModelCall, seen: Probe, engine: EngineName, chunk_size: int)
     Raises:
         ValueError: The forced engine can't serve a parameter.
     """
-    if engine == "loop":
-        served = {name: Served("loop", "forced") for name in call.params}
-        return Plan(served, chunk_size, seen.overwrites_input)
+    if engine == "loop" or (seen.apart and engine == "auto"):
+        return {name: Served("loop", seen.apart or "forced") for name in call.params}
     plan: dict[str, Served] = {}
-    reasons = dict.fromkeys(call.params, "forced")
-    if engine != "vmap":
+    reasons = dict.fromkeys(call.params, seen.apart or seen.untraced or "forced")
+    if engine != "vmap" and not (seen.apart or seen.untraced):
         plan, reasons = _match_rules(seen)
     if engine == "rules" and reasons:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -83,16 +66,19 @@ def make_plan(call: ModelCall, seen: Probe, engine: EngineName, chunk_size: int)
                 plan[name] = Served("loop", f"{reason}; vmap: {failure}")
             else:
                 plan[name] = Served("vmap", reason)
-    served = {name: plan[name] for name in call.params}
-    return Plan(served, chunk_size, seen.overwrites_input)
+    return {name: plan[name] for name in call.params}
 
 
 def _vmap_failure(call: ModelCall, seen: Probe) -> str:
     """Why vmap can't serve these parameters, or nothing."""
+    if seen.apart:
+        return seen.apart
+    first_alone = torch.zeros_like(seen.v)
+    first_alone[0] = seen.v[0]
     try:
-        sums = vmap_squares(call, seen.batch, seen.v[:, None])
+        sums = vmap_squares(call, seen.samples.batch, first_alone[:, None])
     except Exception as error:  # whatever a model's code raises under a transform
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if all(seen.close(sums[name], seen.reference[name]) for name in call.params):
         return ""
     return "its values differ from the loop's"
@@ -141,7 +127,7 @@ def _unservable(seen: Probe) -> dict[str, str]:
 def _why_none(seen: Probe, name: str, n_calls: int) -> str:
     if name in seen.of_registered_rules and n_calls == 1:
         return ""
-    if name in seen.untraceable:
+    if seen.untraceable and name in seen.untraceable:
         return seen.untraceable[name]
     if n_calls > 1:
         return f"used in {n_calls} calls"
@@ -154,7 +140,7 @@ def _matching_layout(seen: Probe, traced: TracedCall, layouts: list[Layout]) -> 
     """The one layout in which the rule gives the loop's answer, or why there is none."""
     if not layouts:
         return "no sample axis found"
-    g = seen.gradients.get(id(traced))
+    g = (seen.gradients or {}).get(id(traced))
     right = [layout for layout in layouts if g is None or _agrees(seen, traced, g, layout)]
     if len(right) == 1:
         return Served("rules", traced.rule.name, right[0])
@@ -162,17 +148,31 @@ def _matching_layout(seen: Probe, traced: TracedCall, layouts: list[Layout]) -> 
 
 
 def _agrees(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout) -> bool:
+    """Whether the first sample's squares are the loop's, and all squares those of the first two."""
     if not traced.fits(layout, SAMPLES):
         return False
-    traced = TracedCall(traced.rule, traced.call, traced.out_shape, traced.version)  # no sums yet
     names = traced.call.names.values()
-    sums: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
     try:
-        traced.add(g, layout, SAMPLES, sums)
-        traced.finish(layout, SAMPLES, sums)
+        first, second = (_squares_of(seen, traced, g, layout, n) for n in range(2))
+        together: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
+        traced = traced.fresh()
+        traced.add(g, layout, SAMPLES, together)
+        traced.finish(layout, SAMPLES, together)
     except (RuntimeError, IndexError, OverwrittenError):
         return False  # the rule's shapes do not hold in this layout
-    return all(seen.close(sums[name], seen.reference[name]) for name in sums)
+    return all(
+        seen.close(together[name], first[name] + second[name])
+        and seen.close(first[name], seen.reference[name])
+        for name in names
+    )
+
+
+def _squares_of(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout, n: int) -> Sums:
+    watch = Watch(n)
+    traced = traced.fresh()
+    traced.watch(g, layout, SAMPLES, watch)
+    traced.finish(layout, SAMPLES, {}, watch)
+    return watch.squares
 
 
 def _layouts(three: torch.Size, one: torch.Size) -> list[Layout]:

@@ -1,15 +1,30 @@
-"""Three samples, together and alone: what every choice of engine is checked against."""
+"""A few samples, together and alone: what every choice of engine is checked against."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ewc_plugin.batches import Batch, copied, has_samples, n_entries, n_samples, take
-from ewc_plugin.fisher.logits import check_finite
+from ewc_plugin.batches import (
+    Batch,
+    copied,
+    different_samples,
+    has_samples,
+    join,
+    joinable,
+    n_entries,
+    take,
+)
 from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.outputs import (
+    INTERACT,
+    SamplesInteractError,
+    check_finite,
+    is_half,
+    outputs_agree,
+)
 from ewc_plugin.fisher.per_sample import add_gradient_squares, zeros
 from ewc_plugin.fisher.rules.base import Sums, device_kind
 from ewc_plugin.fisher.tracing.capture import Capture
@@ -17,11 +32,13 @@ from ewc_plugin.fisher.tracing.layer_calls import (
     OnGradient,
     Trace,
     TracedCall,
+    has_custom_function,
     parameters_in_graph,
 )
 
 SAMPLES = 3
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
+_READ_AHEAD = 8  # batches, for different samples
 
 _CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
 # Every layer call also costs a CPU tenths of a millisecond of Python per chunk. Where one vector
@@ -31,44 +48,100 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The samples of a probe.
+
+    Attributes:
+        batch: Three samples, different ones where there are; some more than once where not.
+        n_different: How many differ from each other.
+        first: The loader's first batch.
+        of_one_batch: Whether all three are from it.
+    """
+
+    batch: Batch
+    n_different: int
+    first: Batch
+    of_one_batch: bool
+
+
+def first_samples(stream: Iterator[Batch]) -> tuple[Samples | None, list[Batch]]:
+    """Reads the samples of a probe.
+
+    Args:
+        stream: Batches with samples. Few are read beyond the first one, and only where it has less
+            than three different samples.
+
+    Returns:
+        The samples (None where there are none), and the batches that were read.
+    """
+    first = next(stream, None)
+    if first is None:
+        return None, []
+    chosen, read = different_samples(first, SAMPLES), [first]
+    batch = take(first, torch.tensor(chosen, device="cpu"))
+    n_different = len(chosen)
+    while n_different < SAMPLES and len(read) <= _READ_AHEAD:
+        read[-1] = copied(read[-1])  # the loader may use its memory again
+        if (more := next(stream, None)) is None:
+            break
+        read.append(more)
+        if joinable(batch, more):
+            both = join([batch, more])
+            chosen = [*range(n_different), *different_samples(both, SAMPLES)[n_different:]]
+            batch, n_different = take(both, torch.tensor(chosen, device="cpu")), len(chosen)
+    if n_different < SAMPLES:
+        batch = take(batch, torch.arange(SAMPLES, device="cpu") % n_different)
+    of_one_batch = len(read) == 1 or n_different == 1
+    return Samples(copied(batch), n_different, read[0], of_one_batch), read
+
+
+@dataclass(frozen=True)
 class Probe:
     """Three samples, random score vectors at their logits, and the loop's answer.
 
     It refers to no autograd graph.
 
     Attributes:
-        batch: The three samples.
+        samples: The samples.
         v: The vectors [3, C]; that of the last sample is zero.
-        reference: Squares that the loop over samples gives, by parameter name.
+        reference: Squares of the first sample alone, by parameter name.
+        half: Whether the model computes in less than float32.
+        reached: Names of the parameters that the first sample's logits depend on.
+        apart: Why samples must not be put together in a batch; empty where they may.
+        untraced: Why no rule can serve any parameter; empty where rules can.
         traced: The traced calls of a forward pass of the three samples.
         gradients: id of a traced call -> the gradient at its output.
         single: The traced calls of a forward pass of the first sample alone.
-        untraceable: Parameters that no rule can serve, each with the reason.
+        of_registered_rules: As in `Trace`.
+        untraceable: As in `Trace`.
         direct: Names of the parameters that the graph reaches past the traced calls.
-        overwrites_input: Whether the model works in place on its input.
-        tolerance: Largest relative difference that counts as rounding and flipped ReLUs.
     """
 
-    batch: Batch
+    samples: Samples
     v: Tensor
     reference: Sums
-    traced: tuple[TracedCall, ...]
-    gradients: dict[int, Tensor]
-    single: tuple[TracedCall, ...]
-    of_registered_rules: frozenset[str]
-    untraceable: dict[str, str]
-    direct: frozenset[str]
-    overwrites_input: bool
-    tolerance: float
+    half: bool
+    reached: frozenset[str]
+    apart: str = ""
+    untraced: str = ""
+    traced: tuple[TracedCall, ...] = ()
+    gradients: dict[int, Tensor] | None = None
+    single: tuple[TracedCall, ...] = ()
+    of_registered_rules: frozenset[str] = frozenset()
+    untraceable: dict[str, str] | None = None
+    direct: frozenset[str] = frozenset()
 
     def close(self, got: Tensor, expected: Tensor) -> bool:
         """Whether squares agree but for rounding and a flipped ReLU; overwrites `got`."""
+        if not got.numel():
+            return True
         low, high = got.sub_(expected).aminmax()
-        return bool(torch.maximum(-low, high) <= self.tolerance * expected.max())
+        tolerance = 0.1 if self.half else 0.01
+        return bool(torch.maximum(-low, high) <= tolerance * expected.max())
 
     def fitting_chunk(self, one_vector: bool) -> int:
         """Largest power-of-two batch whose traced layer outputs stay near cache size."""
-        entries = n_entries(self.batch)
+        entries = n_entries(self.samples.batch)
         entries += sum(traced.out_shape.numel() for traced in self.traced)
         weights = sum(total.numel() for total in self.reference.values())
         # Each chunk also passes once over all sums: many weights want many samples.
@@ -76,58 +149,139 @@ class Probe:
         room = _CHUNK_ENTRIES[device]
         if device == "cpu" and one_vector:
             room = min(2 * room, max(room, _ENTRIES_PER_CALL * len(self.traced)))
-        fitting = max(room, 2 * weights) * SAMPLES // entries
+        fitting = max(room, 2 * weights) * SAMPLES // max(1, entries)
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
 
 
-def probe(call: ModelCall, batch: Batch) -> Probe:
-    """Runs the first three samples of a batch (repeated where there are fewer).
+def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
+    """Runs a model on three samples, together and alone.
 
     Args:
         call: The model.
-        batch: N samples.
+        samples: The samples.
 
     Returns:
-        What was seen.
+        The call, with what it takes to have one sample's logits; and what was seen.
 
     Raises:
-        ValueError: The samples of a batch interact, or the outputs are no finite logits [N, C].
+        SamplesInteractError: The samples of one of the loader's batches interact, or the model is
+            random.
+        ValueError: The outputs are no finite logits [N, C].
+        RuntimeError: The model's own backward pass fails.
     """
-    batch = take(batch, torch.arange(SAMPLES) % n_samples(batch))
+    batch = samples.batch
+    try:
+        single, alone, untraced = _alone(call, batch)
+    except SamplesInteractError:
+        raise
+    except Exception:  # whatever a model's code raises; a real fault is raised again
+        call = _single_samples(call, samples)
+        batch = samples.first if call.alone == "copies" else batch
+        single, alone, untraced = _alone(call, batch)
+    check_finite(alone, 0)
+    call = replace(call, by_backward=has_custom_function(alone))
+    half = is_half(alone, call.params)
+    v = _random_vectors(alone)
+    in_graph = parameters_in_graph(alone)
+    reached = frozenset(name for name, p in call.params.items() if id(p) in in_graph)
+    try:
+        reference = add_gradient_squares(zeros(call.params), call, alone, v[:1])
+    except RuntimeError:
+        if untraced:
+            raise
+        untraced = "its forward pass is run again in the backward pass"
+        alone = call.sample_logits(batch, 0)
+        reference = add_gradient_squares(zeros(call.params), call, alone, v[:1])
+    seen = Probe(samples, v, reference, half, reached, untraced=untraced, single=single)
+    alone = alone.detach()
+    if call.alone == "copies":
+        return call, replace(seen, apart="it takes no batch of another size than the loader's")
+    expected = torch.cat([alone, *(_quietly(call, batch, n) for n in range(1, _SCORED))])
     gradients: dict[int, Tensor] = {}
-    logits, trace, overwrites_input = _run(
-        call, batch, lambda traced, g: gradients.__setitem__(id(traced), g)
-    )
-    check_finite(logits, 0)
-    half = torch.finfo(logits.dtype).bits < 32
-    tolerance = 0.1 if half else 0.01
-    v = _random_vectors(logits)
-    reference = zeros(call.params)
-    for n in reversed(range(_SCORED)):
-        alone, trace_alone, _ = _run(call, take(batch, slice(n, n + 1)), None)
-        _check_independence(alone, logits[n : n + 1], tolerance)
-        add_gradient_squares(reference, call.params, alone, v[n : n + 1])
-    in_graph = parameters_in_graph(logits)
-    trace.pull_back(logits, v, retain_graph=False)
-    return Probe(
-        batch=batch,
-        v=v,
-        reference=reference,
+    try:
+        together, trace, copies_input = _run(
+            call, batch, lambda traced, g: gradients.__setitem__(id(traced), g)
+        )
+    except SamplesInteractError:
+        raise
+    except Exception as error:  # whatever a model's code raises
+        return call, _not_together(call, seen, expected, error)
+    call = replace(call, copies_input=copies_input)
+    if not outputs_agree(together[:_SCORED], expected, together, half):
+        return call, _not_together(call, seen, expected, None)
+    check_finite(together, 0)
+    direct = parameters_in_graph(together)
+    if not untraced:
+        try:
+            trace.pull_back(together, v, retain_graph=False)
+        except RuntimeError as error:
+            untraced = f"its backward pass can't be cut: {_line(error)}"
+    return call, replace(
+        seen,
+        untraced=untraced,
         traced=tuple(trace.calls),
         gradients=gradients,
-        single=tuple(trace_alone.calls),
         of_registered_rules=frozenset(trace.of_registered_rules),
         untraceable=trace.untraceable,
-        direct=frozenset(name for name, p in call.params.items() if id(p) in in_graph),
-        overwrites_input=overwrites_input,
-        tolerance=tolerance,
+        direct=frozenset(name for name, p in call.params.items() if id(p) in direct),
     )
 
 
-def _run(
-    call: ModelCall, batch: Batch, on_gradient: OnGradient | None
-) -> tuple[Tensor, Trace, bool]:
+def _single_samples(call: ModelCall, samples: Samples) -> ModelCall:
+    """The call, with the first way to have one sample's logits that works.
+
+    A `squeeze()` that also takes the sample axis away, as in Avalanche's `MTSimpleCNN`, wants a
+    second sample; a state that was made for the loader's batches wants as many as these have.
+
+    Args:
+        call: The model.
+        samples: The samples.
+
+    Returns:
+        The call.
+
+    Raises:
+        SamplesInteractError: A sample's logits depend on the others of its batch.
+    """
+    for alone in ("single", "pair"):
+        found = replace(call, alone=alone)
+        try:
+            found.sample_logits(copied(samples.first), 0)
+        except Exception:  # whatever a model's code raises; a real fault is raised again below
+            continue
+        return found
+    found = replace(call, alone="copies")
+    whole = found.logits(copied(samples.first)).detach()
+    for n in {0, len(whole) - 1}:
+        own = found.sample_logits(copied(samples.first), n)
+        if not outputs_agree(own, whole[n : n + 1], whole, is_half(whole, call.params)):
+            raise SamplesInteractError(
+                "`model` gives a sample other logits beside others than beside copies of itself: "
+                f"{INTERACT}"
+            )
+    return found
+
+
+def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tensor, str]:
+    """The first sample: what was traced, its logits, and why nothing could be traced."""
+    try:
+        names = {id(p): name for name, p in call.params.items()}
+        with Capture(call.model, names, None) as capture:
+            alone = call.sample_logits(copied(batch), 0)
+        return tuple(capture.trace.calls), alone, ""
+    except SamplesInteractError:
+        raise
+    except Exception as error:  # whatever a model's code raises under a function mode
+        return (), call.sample_logits(copied(batch), 0), f"not traced: {_line(error)}"
+
+
+def _quietly(call: ModelCall, batch: Batch, n: int) -> Tensor:
+    # With gradients on: a hook that the forward pass registers wants a tensor that has some.
+    return call.sample_logits(copied(batch), n).detach()
+
+
+def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor, Trace, bool]:
     """Logits, what was traced, and whether the model worked on its input in place."""
     names = {id(p): name for name, p in call.params.items()}
     batch = copied(batch)
@@ -137,23 +291,51 @@ def _run(
     return logits, capture.trace, any(leaf._version for leaf in leaves)
 
 
+def _not_together(call: ModelCall, seen: Probe, expected: Tensor, error: Exception | None) -> Probe:
+    """Finds out whether tracing changed the outputs, or the samples must stay apart, or interact.
+
+    Args:
+        call: The model.
+        seen: What was seen so far.
+        expected: Logits of the first samples alone.
+        error: What the traced forward pass of three samples raised, if it did.
+
+    Returns:
+        What was seen, with the reason.
+
+    Raises:
+        SamplesInteractError: They interact in the loader's own batches, or the model is random.
+    """
+    samples = seen.samples
+    again = _quietly(call, samples.batch, 0)
+    if not outputs_agree(again, expected[:1], expected, seen.half):
+        raise SamplesInteractError(f"`model` gives the same sample two outputs: {INTERACT}")
+    try:
+        plain = call.logits(copied(samples.batch))
+        if outputs_agree(plain[:_SCORED], expected, plain, seen.half):
+            why = _line(error) if error else "other outputs"
+            return replace(seen, untraced=f"not traced: {why}")
+    except Exception as caught:  # whatever a model's code raises
+        error = caught
+    first = samples.first
+    whole = call.logits(copied(first))
+    own = _quietly(call, first, 0)
+    interact = not outputs_agree(own, whole[:1], whole, seen.half)
+    if interact or (samples.of_one_batch and error is None):
+        raise SamplesInteractError(
+            f"`model` gives a sample other logits alone than in a batch of three: {INTERACT}"
+        )
+    why = _line(error) if error else "their outputs change"
+    return replace(seen, apart=f"samples of several batches can't be joined: {why}")
+
+
 def _random_vectors(logits: Tensor) -> Tensor:
     """[3, C]; the last sample has no score, so whatever lands in its rows still shows."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(_SCORED, logits.size(1), generator=generator, dtype=torch.float64, device="cpu")
-    return F.pad(v.to(logits), (0, 0, 0, SAMPLES - _SCORED)).detach()
+    last = torch.zeros(SAMPLES - _SCORED, logits.size(1), dtype=torch.float64, device="cpu")
+    return torch.cat([v, last]).to(logits).detach()
 
 
-def _check_independence(alone: Tensor, together: Tensor, tolerance: float) -> None:
-    """Raises where a sample's logits depend on its batch, or on chance."""
-    if alone.shape == together.shape:
-        masked = alone == together  # -inf
-        difference = (alone - together).detach().masked_fill(masked, 0).abs()
-        scale = together.detach().masked_fill(together == -torch.inf, 0).abs().max()
-        if not bool((difference > tolerance * scale).any()):
-            return
-    raise ValueError(
-        "`model` gives a sample other logits alone than in a batch of three: its samples "
-        "interact or its forward is random, so no per-sample Fisher exists. Switch batch "
-        "statistics and noise off, or use fisher_type 'batched'."
-    )
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

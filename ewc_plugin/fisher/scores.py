@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ewc_plugin.batches import Batch
+from ewc_plugin.fisher.outputs import check_not_probabilities
 
 Score = Callable[[Tensor, Batch], Tensor]
 """Any other likelihood: maps (outputs [N, D], batch) to vectors [S, N, D] or, where S = 1, [N, D].
@@ -105,6 +106,11 @@ class LabelScores:
             FisherType.EMPIRICAL,
             FisherType.SAMPLED,
         )
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Raises where these outputs, [N, C], can't be what the scores are of."""
+        if isinstance(self.fisher_type, FisherType):
+            check_not_probabilities(outputs)
 
     def vectors(self, batch: Batch, outputs: Tensor) -> Scores:
         """The vectors of a batch, in its order; SAMPLED advances the generator.
@@ -241,7 +247,8 @@ def _sampled(p: Tensor, n_draws: int, generator: torch.Generator | None) -> Scor
     device = p.device if generator is None else generator.device
     # One uniform number per draw in sample order: the labels do not depend on the batches.
     # Float32 below 1 times a float64 total stays below that total, so no masked class is drawn.
-    u = torch.rand(len(p), n_draws, generator=generator, device=device).to(p.device, torch.float64)
+    u = torch.rand(len(p), n_draws, generator=generator, device=device, dtype=torch.float32)
+    u = u.to(p.device, torch.float64)
     cdf = p.double().cumsum(1)
     y = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # [N, n_draws]
     counts = torch.zeros_like(p).scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from ewc_plugin.fisher.outputs import SamplesInteractError
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums, channel_sums
 
 Normalise = Callable[[Tensor], Tensor]  # a call's `options`: [N * K, ...] to x_hat
@@ -58,7 +59,7 @@ class BatchNorm(_ChannelNorm):
     ) -> LayerCall:
         """The arguments of `F.batch_norm`; raises where it would use batch statistics."""
         if training or running_mean is None or running_var is None:
-            raise ValueError(
+            raise SamplesInteractError(
                 "`model` runs BatchNorm on batch statistics (training=True or no running "
                 "statistics), so its samples interact and no per-sample Fisher exists. Keep the "
                 "layer in eval mode with track_running_stats=True, or use fisher_type 'batched'."

@@ -16,6 +16,34 @@ from ewc_plugin.fisher.rules.base import (
     TakesSquares,
 )
 
+WATCHED_VECTORS = 16  # of the watched sample, so that a thousand classes cost no thousand products
+
+
+@dataclass
+class Watch:
+    """One sample of a chunk whose squares are also added up alone, for comparison with the loop.
+
+    Attributes:
+        n: Its place in the chunk.
+        logits: Its logits [1, C], once they are known.
+        vectors: Its score vectors [C], the first few.
+        squares: Parameter name -> its squares.
+        scale: The logits [N, C] of the chunk.
+        unscale: What turns the gradients of `vectors` into those of the scores.
+    """
+
+    n: int
+    logits: Tensor | None = None
+    scale: Tensor | None = None
+    unscale: float = 1.0
+    vectors: list[Tensor] = field(default_factory=list)
+    squares: Sums = field(default_factory=dict)
+
+    def sees(self, v: Tensor) -> None:
+        """Takes the watched sample's part of a score vector v [N, C]."""
+        if len(self.vectors) < WATCHED_VECTORS:
+            self.vectors.append(v[self.n].clone())
+
 
 class OverwrittenError(Exception):
     """The input of a traced call was modified in place before its gradient arrived."""
@@ -43,6 +71,7 @@ class TracedCall:
     squares: Tensor | None = None
     _block: list[Tensor] = field(default_factory=list)  # g [N, K, ...], where it takes several
     _prepared: Tensor | None = None  # the rule's own form of the input, for the next vector
+    _watched: list[Tensor] = field(default_factory=list)  # g [1, K, ...] of the watched sample
 
     def fits(self, layout: Layout, N: int) -> bool:
         """Whether input and output hold N samples in this layout, and the input still is there."""
@@ -88,8 +117,24 @@ class TracedCall:
                 self._prepared = a if count > 1 else None
             rule.add(self.call, a, g, into)
 
-    def finish(self, layout: Layout, N: int, into: Sums) -> None:
+    def watch(self, g: Tensor, layout: Layout, N: int, watch: Watch, unscale: float = 1.0) -> None:
+        """Keeps the watched sample's part of a gradient, for `finish`."""
+        if len(self._watched) < WATCHED_VECTORS:
+            own = layout.samples_first(g, N)[watch.n : watch.n + 1]
+            self._watched.append(own.to(self.call.sum_dtype(), copy=True) * unscale)
+
+    def watch_squares(self) -> None:
+        """Watches the squares of all vectors together instead of their gradients."""
+        self._watched = []
+
+    def fresh(self) -> "TracedCall":
+        """The same call, with nothing collected."""
+        return TracedCall(self.rule, self.call, self.out_shape, self.version)
+
+    def finish(self, layout: Layout, N: int, into: Sums, watch: Watch | None = None) -> None:
         """Adds what was collected, after the last vector."""
+        if watch is not None:
+            self._add_watched(layout, N, watch)
         if self.squares is not None:
             assert isinstance(self.rule, TakesSquares)
             a = self._input(layout, N, self.squares.dtype)
@@ -98,6 +143,23 @@ class TracedCall:
         if self._block:
             self._add_block(layout, N, into)
         self._prepared = None
+
+    def _add_watched(self, layout: Layout, N: int, watch: Watch) -> None:
+        dtype = self.call.sum_dtype()
+        a = self._input(layout, N, dtype)[watch.n : watch.n + 1]
+        for role, name in self.call.names.items():
+            p = self.call.params[role]
+            assert p is not None
+            watch.squares[name] = torch.zeros_like(p.detach(), dtype=dtype)
+        if not self._watched and self.squares is not None:  # of all vectors together
+            assert isinstance(self.rule, TakesSquares)
+            own = self.squares[watch.n : watch.n + 1]
+            self.rule.add_squares(self.call, a, own, watch.squares)
+            return
+        prepared = self.rule.prepare(self.call, a)
+        for g in self._watched:
+            self.rule.add(self.call, prepared, g, watch.squares)
+        self._watched = []
 
     def _add_block(self, layout: Layout, N: int, into: Sums) -> None:
         assert isinstance(self.rule, TakesSeveral)
@@ -162,17 +224,26 @@ class Trace:
             )
 
 
+def has_custom_function(root: Tensor) -> bool:
+    """Whether the graph of `root` has an autograd function written in Python, taps aside."""
+    return any(
+        isinstance(node, torch.autograd.function.BackwardCFunction) and not hasattr(node, "traced")
+        for node in _nodes(root)
+    )
+
+
 def parameters_in_graph(root: Tensor) -> set[int]:
     """Ids of the leaves that the autograd graph of `root` reaches: uses that no tap stands for."""
+    return {id(node.variable) for node in _nodes(root) if hasattr(node, "variable")}
+
+
+def _nodes(root: Tensor) -> set[Any]:
     seen: set[Any] = set()
-    found: set[int] = set()
     stack = [root.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
         stack.extend(edge for edge, _ in node.next_functions)
-    return found
+    return seen

@@ -1,0 +1,111 @@
+"""A sample of a chunk that really ran, against the loop on this sample alone."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from ewc_plugin.batches import Batch, n_samples, take
+from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.outputs import is_half, outputs_agree
+from ewc_plugin.fisher.per_sample import add_gradient_squares, vmap_squares, zeros
+from ewc_plugin.fisher.plan import Served
+from ewc_plugin.fisher.rules.base import Sums
+from ewc_plugin.fisher.tracing.layer_calls import Watch
+
+_SHARE = 0.01  # of the time of a pass
+_BESIDE_OTHERS = 8  # samples of a chunk that are also run beside fewer others
+
+# Largest relative difference of a sample's squares, summed over a tensor: a ReLU at zero that
+# flips in another batch changes few of its entries. The other is a floor, relative to the largest
+# square of all: a gradient that cancels is rounding.
+_TOLERANCES = {torch.float64: (1e-6, 1e-20), torch.float32: (0.05, 1e-8)}
+_HALF = (0.5, 1e-3)
+
+
+class Auditor:
+    """Chooses which chunks and samples to audit, and keeps to a share of the time.
+
+    Attributes:
+        count: Number of samples audited.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._generator = torch.Generator().manual_seed(0)
+        self._started = time.perf_counter()
+        self._spent = self._last = 0.0
+
+    def watch(self, N: int, *, must: bool) -> Watch | None:
+        """The sample of a chunk of N that is to be audited, or None.
+
+        Args:
+            N: Samples in the chunk.
+            must: Whether it is audited whatever that costs.
+
+        Returns:
+            Which one.
+        """
+        elapsed = time.perf_counter() - self._started
+        if not must and self._spent + self._last > _SHARE * elapsed:
+            return None
+        n = torch.randint(N, (1,), generator=self._generator, device="cpu")
+        return Watch(int(n))
+
+    def outputs_hold(self, call: ModelCall, batch: Batch, watch: Watch, alone: Tensor) -> bool:
+        """Whether samples have the same logits alone, and beside few others, as in the chunk."""
+        assert watch.logits is not None and watch.scale is not None
+        half = is_half(watch.logits, call.params)
+        if not outputs_agree(alone, watch.logits, watch.scale, half):
+            return False
+        N = n_samples(batch)
+        if self.count or call.alone == "copies" or N <= _BESIDE_OTHERS:
+            return True
+        order = torch.randperm(N, generator=self._generator, device="cpu")
+        some = order[:_BESIDE_OTHERS].sort().values
+        few = call.logits(take(batch, some))
+        return outputs_agree(few, watch.scale[some.to(watch.scale.device)], watch.scale, half)
+
+    def differing(
+        self,
+        call: ModelCall,
+        served: dict[str, Served],
+        batch: Batch,
+        watch: Watch,
+        alone: Tensor,
+    ) -> list[str]:
+        """Names of the parameters whose squares in the chunk are not the loop's."""
+        assert watch.logits is not None
+        vectors = torch.stack(watch.vectors)  # [S, C]
+        reference = zeros(call.params)
+        add_gradient_squares(reference, call, alone, vectors)
+        got: Sums = {}
+        by_vmap = {n: p for n, p in call.params.items() if served[n].engine == "vmap"}
+        if by_vmap:
+            one = take(batch, slice(watch.n, watch.n + 1))
+            got = vmap_squares(call.only(by_vmap), one, vectors[None])
+        for name, squares in watch.squares.items():
+            got[name] = squares / watch.unscale**2
+        for name, s in served.items():
+            if s.engine == "rules" and name not in got:  # no call of it in this chunk
+                got[name] = torch.zeros_like(reference[name])
+        half = is_half(watch.logits, call.params)
+        relative, floor = _HALF if half else _TOLERANCES.get(watch.logits.dtype, _HALF)
+        largest = max(float(t.max()) for t in reference.values() if t.numel())
+        return [
+            name
+            for name, squares in got.items()
+            if not _close(squares, reference[name], relative, floor * largest)
+        ]
+
+    def spend(self, seconds: float) -> None:
+        """Notes what an audit took."""
+        self.count += 1
+        self._last = seconds
+        self._spent += seconds
+
+
+def _close(got: Tensor, expected: Tensor, relative: float, floor: float) -> bool:
+    difference = (got.to(expected.dtype) - expected).abs().sum()
+    allowed = relative * expected.sum() + floor * expected.numel() ** 0.5
+    return bool(difference <= allowed)

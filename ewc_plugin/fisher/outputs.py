@@ -1,0 +1,180 @@
+"""What goes into a model by default, and what its outputs must be: finite logits [N, C]."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc_plugin.batches import Batch, n_samples
+
+_LABELS = ("labels", "label", "task_labels", "targets_task_labels")  # of a mapping, not inputs
+
+# Largest difference of an output between two equal computations: relative to the largest output of
+# its class, and to the largest of all. Rounding depends on the batch.
+_TOLERANCES = {torch.float64: (1e-6, 1e-11), torch.float32: (2e-3, 4e-6)}
+_ELSEWHERE = (1e-2, 1e-4)  # float32 where matrix products may be rounded to fewer bits
+_HALF = (0.1, 0.03)
+
+
+INTERACT = (
+    "its samples interact or its forward is random, so no per-sample Fisher exists. Switch batch "
+    "statistics and noise off, or use fisher_type 'batched'."
+)
+
+
+class SamplesInteractError(ValueError):
+    """A sample's outputs depend on the other samples of its batch, or on chance."""
+
+
+def default_forward(model: nn.Module, batch: Batch) -> Any:
+    """The outputs for a tensor, a tuple (x, ...), or a mapping of keyword arguments and labels."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key not in _LABELS})
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def default_targets(batch: Batch) -> Tensor:
+    """The labels of (x, y, ...), or of a mapping with "labels" or "label".
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The labels.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _LABELS[:2] if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            "`batches` must yield (x, y, ...) or mappings with 'labels' where labels are needed, "
+            f"got {_described(batch)}. Pass `targets`, which maps a batch to y [N] int64."
+        )
+    return found
+
+
+def checked_logits(output: Any, batch: Batch, forward: object) -> Tensor:
+    """The logits [N, C] in a model's output, refused where they can't be a classifier's.
+
+    Args:
+        output: The logits, or an object or mapping with "logits". Which item of a tuple they are is
+            never guessed.
+        batch: N samples.
+        forward: What gave the output, for the remedy.
+
+    Returns:
+        The logits.
+
+    Raises:
+        ValueError: Not a tensor [N, C].
+    """
+    logits = output
+    if isinstance(output, Mapping) and "logits" in output:
+        logits = output["logits"]
+    elif not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        logits = output.logits
+    if forward is default_forward:
+        who, remedy = "`model`", "Pass `forward`, which maps (model, batch) to them."
+    else:
+        who, remedy = "`forward`", "Pick them out of the model's output there."
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{who} must return logits [N, C], got {type(logits).__name__} for a batch of "
+            f"{_described(batch)}. {remedy}"
+        )
+    N = n_samples(batch)
+    if logits.dim() != 2 or len(logits) != N:
+        raise ValueError(
+            f"{who} must return logits [N, C], got shape {tuple(logits.shape)} for N = {N}. "
+            f"{remedy}"
+        )
+    return logits
+
+
+def _described(batch: Batch) -> str:
+    if isinstance(batch, Mapping):
+        return f"a mapping with {sorted(map(str, batch))}"
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch)}"
+    return f"a {type(batch).__name__}"
+
+
+def check_finite(logits: Tensor, first: int) -> None:
+    """Refuses NaN, inf, and a sample without any finite logit; -inf masks a class.
+
+    Args:
+        logits: [N, C].
+        first: Index of its first sample in the whole stream.
+
+    Raises:
+        ValueError: A logit is not finite.
+    """
+    if bool(logits.isfinite().all()):
+        return
+    masked = logits == -torch.inf
+    bad = (~logits.isfinite() & ~masked).any(1) | masked.all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"`model` gave a logit that is not finite for sample {first + int(bad.nonzero()[0])} "
+            "of `batches` (counted from 0, in the order they came). Did the training diverge?"
+        )
+
+
+def check_not_probabilities(logits: Tensor) -> None:
+    """Refuses outputs that are probabilities: their softmax would be that of a softmax.
+
+    Args:
+        logits: [N, C].
+
+    Raises:
+        ValueError: Every row is non-negative and sums to one.
+    """
+    close = 1e-4 if torch.finfo(logits.dtype).bits >= 32 else 1e-2
+    p = logits.detach()
+    if p.size(1) < 2 or bool((p < 0).any()):
+        return
+    if bool(((p.sum(1) - 1).abs() < close).all()):
+        raise ValueError(
+            "`model` returns probabilities (non-negative, summing to one), where logits are "
+            "expected: the Fisher would be that of the softmax of a softmax. Return what goes into "
+            "the softmax, or pass forward=lambda model, batch: model(batch[0]).log()."
+        )
+
+
+def is_half(logits: Tensor, params: Mapping[str, Tensor]) -> bool:
+    """Whether a forward pass with these parameters was computed in less than float32."""
+    dtypes = {logits.dtype, *(p.dtype for p in params.values() if p.is_floating_point())}
+    autocast = torch.is_autocast_enabled(logits.device.type)
+    return autocast or any(torch.finfo(dtype).bits < 32 for dtype in dtypes)
+
+
+def outputs_agree(got: Tensor, expected: Tensor, scale: Tensor, half: bool) -> bool:
+    """Whether outputs are equal but for rounding, entry by entry.
+
+    Args:
+        got: [M, C].
+        expected: [M, C].
+        scale: Outputs [N, C] whose largest entries, class by class, are the measure.
+        half: Whether they were computed in less than float32.
+
+    Returns:
+        False also where the shapes differ.
+    """
+    if got.shape != expected.shape:
+        return False
+    got, expected, scale = got.detach(), expected.detach(), scale.detach()
+    sizes = scale.abs().masked_fill(~scale.isfinite(), 0)
+    by_class = sizes.amax(0) if len(sizes) else sizes.sum(0)  # [C]
+    relative, of_largest = _TOLERANCES.get(expected.dtype, _HALF)
+    if half:
+        relative, of_largest = _HALF
+    elif expected.dtype == torch.float32 and expected.device.type != "cpu":
+        relative, of_largest = _ELSEWHERE
+    allowed = relative * by_class + of_largest * (by_class.max() if by_class.numel() else 0.0)
+    difference = (got - expected).masked_fill(got == expected, 0).abs()  # -inf == -inf
+    return bool((difference <= allowed).all())

@@ -1,0 +1,557 @@
+"""Models, loaders and surroundings that once gave a wrong Fisher, or a crash, without a word."""
+
+import random
+from copy import deepcopy
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
+from ewc_plugin.fisher.tracing.layer_calls import TracedCall
+from support.problems import mlp
+from support.reference import loop_fisher, relative_error
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def built(make):
+    torch.manual_seed(0)
+    return make().double().eval()
+
+
+def in_batches(size, *parts):
+    return list(zip(*(part.split(size) for part in parts), strict=True))
+
+
+LABELS = torch.arange(12) % 4
+
+
+class AttendsOverTheBatch(nn.Module):
+    """A TransformerEncoderLayer without `batch_first` on [N, T, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.TransformerEncoderLayer(6, 2, 8), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(1))
+
+
+class DividesByTheLargest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        return self.head(h / (1 + h.max()))
+
+
+class OneLargeLogit(nn.Module):
+    """The batch's mean enters the small logits, beside a large one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(x + x.mean(0)) + torch.tensor([-1e5, 0, 0, 0])
+
+
+class Experts(nn.Module):
+    """Each takes as many samples as its capacity, which grows slower than the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        choice, rows = self.gate(x).argmax(1), []
+        taken = [0, 0, 0]
+        for row, expert in zip(x, choice.tolist(), strict=True):
+            taken[expert] += 1
+            rows.append(self.experts[expert](row) if taken[expert] <= 2 else row)
+        return self.head(torch.stack(rows))
+
+
+INTERACTING = {
+    "attention": (AttendsOverTheBatch, (5, 6)),
+    "largest": (DividesByTheLargest, (6,)),
+    "one large logit": (OneLargeLogit, (6,)),
+    "experts": (Experts, (6,)),
+}
+
+
+@pytest.mark.parametrize("kind", ["predicted", "empirical", "exact"])
+@pytest.mark.parametrize(("make", "shape"), INTERACTING.values(), ids=INTERACTING)
+def test_samples_of_a_loader_of_ones_are_not_joined_where_they_would_interact(make, shape, kind):
+    model, x = built(make), normal(12, *shape)
+    got = diagonal_fisher(model, in_batches(1, x, LABELS), kind)
+    assert relative_error(got, loop_fisher(model, x, LABELS, kind)) < 1e-12
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize(("make", "shape"), INTERACTING.values(), ids=INTERACTING)
+def test_samples_that_interact_in_the_loaders_batches_are_refused(make, shape, equal):
+    x = normal(40, *shape)
+    if equal:  # the first ones, which agree with themselves
+        x[:3] = x[0]
+    with pytest.raises(ValueError, match="interact"):
+        diagonal_fisher(built(make), [(x,)])
+
+
+def test_samples_that_differ_late_are_compared_then():
+    x = normal(1, 5, 6).repeat(40, 1, 1)
+    x[30:] = normal(10, 5, 6, seed=1)
+    with pytest.raises(ValueError, match="interact"):
+        diagonal_fisher(built(AttendsOverTheBatch), in_batches(10, x))
+
+
+def test_wrong_squares_in_a_chunk_are_found_and_served_by_the_loop(monkeypatch):
+    watch = TracedCall.watch  # sees what the chunk that really runs gives the rules
+
+    def wrong(self, g, layout, N, *more):
+        watch(self, g * (1 + (N > 3)), layout, N, *more)
+
+    monkeypatch.setattr(TracedCall, "watch", wrong)
+    model, x = built(mlp), normal(12, 6)
+    with pytest.warns(UserWarning, match="not those of the sample loop, which serves these"):
+        got = diagonal_fisher(model, [(x,)])
+    assert relative_error(got, loop_fisher(model, x, LABELS, "predicted")) < 1e-12
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = self.first(x)
+        h = checkpoint(lambda t: self.body(t).tanh(), h, use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_models(reentrant, engine):
+    model, x = built(lambda: Checkpointed(reentrant)), normal(7, 6)
+    plain = built(lambda: Checkpointed(reentrant))
+    plain.forward = lambda x: plain.head(plain.body(plain.first(x)).tanh())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    got = diagonal_fisher(model, [(x,)], "exact", engine=engine)
+    assert relative_error(got, loop_fisher(plain, x, None, "exact")) < 1e-12
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRU(3, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True)
+        return self.head(self.cell(packed)[1][0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sequences_sorted_by_length_within_each_batch(size):
+    model, x = built(Packed), normal(12, 6, 3)
+    drawn = [torch.randperm(6)[:size].sort(descending=True).values + 1 for _ in range(12 // size)]
+    lengths = torch.cat(drawn)
+    got = diagonal_fisher(
+        model,
+        in_batches(size, x, LABELS, lengths),
+        "empirical",
+        forward=lambda m, b: m(b[0], b[2]),
+    )
+    expected = loop_fisher(model, (x, lengths), LABELS, "empirical", lambda m, p: m(*p))
+    assert relative_error(got, expected) < 1e-12
+
+
+class FixedBatch(nn.Module):
+    """Its state was made for the loader's batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.RNN(3, 5, batch_first=True), nn.Linear(5, 4)
+        self.register_buffer("h", torch.zeros(1, 4, 5))
+
+    def forward(self, x):
+        return self.head(self.cell(x, self.h)[0][:, -1])
+
+
+def test_a_state_made_for_the_loaders_batch_size():
+    model, x = built(FixedBatch), normal(12, 5, 3)
+    got = diagonal_fisher(model, in_batches(4, x, LABELS), "exact")
+    free = deepcopy(model)
+    free.h = torch.zeros(1, 1, 5).double()
+    assert relative_error(got, loop_fisher(free, x, LABELS, "exact")) < 1e-12
+
+
+class OneBuffer:
+    """A loader that hands the same memory out again and again."""
+
+    def __init__(self, x, y, size):
+        self.x, self.y, self.size = x, y, size
+
+    def __iter__(self):
+        bx, by = self.x[: self.size].clone(), self.y[: self.size].clone()
+        for start in range(0, len(self.x), self.size):
+            bx.copy_(self.x[start : start + self.size])
+            by.copy_(self.y[start : start + self.size])
+            yield bx, by
+            bx.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_loaders_that_reuse_their_memory(size, chunk_size):
+    model, x = built(mlp), normal(12, 6)
+    got = diagonal_fisher(model, OneBuffer(x, LABELS, size), "empirical", chunk_size=chunk_size)
+    assert relative_error(got, loop_fisher(model, x, LABELS, "empirical")) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda n, i: np.arange(n),
+        lambda n, i: [f"sample {i + j}" for j in range(n)],
+        lambda n, i: None,
+        lambda n, i: i,
+        lambda n, i: object(),
+        lambda n, i: {"rows": np.ones((n, 2)), "name": "batch"},
+    ],
+    ids=["array", "strings", "None", "number", "object", "mapping"],
+)
+def test_what_else_a_batch_holds_passes_through(extra):
+    model, x = built(mlp), normal(12, 6)
+    batches = [(x[i : i + 4], LABELS[i : i + 4], extra(4, i)) for i in (0, 4, 8)]
+    got = diagonal_fisher(model, batches, "empirical", chunk_size=5)
+    assert relative_error(got, loop_fisher(model, x, LABELS, "empirical")) < 1e-12
+
+
+def test_a_list_of_strings_is_cut_with_its_samples():
+    words = ["a", "bb", "ccc", "dddd", "eeeee"]
+    model, x = built(mlp), normal(6, 6)
+
+    def forward(m, batch):
+        return m(torch.stack([x[len(word)] for word in batch[0]]))
+
+    batches = [(words[:3], LABELS[:3]), (words[3:], LABELS[3:5])]
+    got = diagonal_fisher(model, batches, forward=forward)
+    assert relative_error(got, loop_fisher(model, x[1:], LABELS, "predicted")) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_features(layout):
+    model, x = built(mlp), normal(12, 6).relu()
+    batches = [(x[i : i + 4].to_sparse(layout=layout), LABELS[i : i + 4]) for i in (0, 4, 8)]
+    got = diagonal_fisher(model, batches, "empirical", forward=lambda m, b: m(b[0].to_dense()))
+    assert relative_error(got, loop_fisher(model, x, LABELS, "empirical")) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["empirical", "batched"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_empty_batches_count_for_nothing(kind, place):
+    model, x = built(mlp), normal(8, 6)
+    batches = in_batches(4, x, LABELS[:8])
+    expected = diagonal_fisher(model, batches, kind)
+    got = diagonal_fisher(model, [*batches[:place], (x[:0], LABELS[:0]), *batches[place:]], kind)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_head_without_a_unit():
+    class NoUnit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.later = nn.Linear(6, 4), nn.Linear(6, 0)
+
+        def forward(self, x):
+            return torch.cat([self.head(x), self.later(x)], 1)
+
+    model, x = built(NoUnit), normal(7, 6)
+    got = diagonal_fisher(model, [(x,)])
+    assert got["later.weight"].shape == (0, 6)
+    torch.testing.assert_close(
+        got["head.weight"], loop_fisher(model.head, x, None, "predicted")["weight"]
+    )
+
+
+def test_endless_loaders_are_read_as_far_as_needed():
+    read = []
+
+    def endless():
+        for i in count():
+            read.append(i)
+            yield normal(4, 6, seed=i), LABELS[:4]
+
+    model = built(mlp)
+    got = diagonal_fisher(model, endless(), "empirical", max_samples=10)
+    x = torch.cat([normal(4, 6, seed=i) for i in range(3)])[:10]
+    y = LABELS[:4].repeat(3)[:10]
+    assert relative_error(got, loop_fisher(model, x, y, "empirical")) < 1e-12
+    assert len(read) <= 3
+
+
+def test_a_subset_of_a_loader_reads_no_other_sample():
+    read = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            read.append(i)
+            return normal(6, seed=i), i % 4
+
+    diagonal_fisher(built(mlp), DataLoader(Rows(), batch_size=4, shuffle=True), max_samples=10)
+    assert len(read) == len(set(read)) == 10
+    assert max(read) > 100
+
+
+class Remembers(nn.Module):
+    """Stores what it saw, counts, and fills a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.utils.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.features, self.calls, self.seen = None, 0, []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        h = self.first(x).tanh() * self.scale
+        self.features, self.calls = h, self.calls + 1
+        self.seen.append(h)
+        self.count += len(x)
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_models_that_remember_are_left_as_found(engine, tmp_path):
+    model, x = built(Remembers), normal(7, 6)
+    diagonal_fisher(model, [(x,)], engine=engine)
+    diagonal_fisher(model, [(x,)], "batched", criterion=lambda out, y: out.sum(), targets=len)
+    assert (model.features, model.calls, model.seen) == (None, 0, [])
+    assert model.count == 0
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        nn.utils.spectral_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "old spectral_norm"],
+)
+def test_reparametrised_layers_can_be_copied_afterwards(wrap):
+    model = built(lambda: nn.Sequential(wrap(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4)))
+    x = normal(7, 6)
+    got = diagonal_fisher(model, [(x,)])
+    assert relative_error(got, loop_fisher(model, x, None, "predicted")) < 1e-12
+    with torch.no_grad():
+        model(x)
+        deepcopy(model)
+
+
+def test_batched_in_train_mode_leaves_buffers():
+    class AlwaysTraining(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    model = built(lambda: nn.Sequential(AlwaysTraining(6), nn.Linear(6, 4))).train()
+    before = deepcopy(model.state_dict())
+    diagonal_fisher(model, [(normal(7, 6), LABELS[:7])], "batched")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["predicted", "batched"])
+def test_no_global_random_state_moves(kind):
+    loader = DataLoader(TensorDataset(normal(12, 6), LABELS), batch_size=4, shuffle=True)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    diagonal_fisher(built(mlp), loader, kind)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    diagonal_fisher(built_without_seed(), loader, kind)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def built_without_seed():
+    with torch.random.fork_rng():
+        return built(mlp)
+
+
+@pytest.mark.parametrize("kind", ["predicted", "empirical", "sampled", "exact", "batched"])
+@pytest.mark.parametrize("ambient", ["inference", "meta", "float64"])
+def test_what_is_ambient_changes_nothing(kind, ambient):
+    model, x = built(mlp).float(), normal(12, 6).float()
+    batches = in_batches(5, x, LABELS)
+    expected = diagonal_fisher(model, batches, kind)
+    dtype = torch.get_default_dtype()
+    try:
+        if ambient == "inference":
+            with torch.inference_mode():
+                batches = [(a.clone(), b.clone()) for a, b in batches]
+                got = diagonal_fisher(model, batches, kind)
+        elif ambient == "meta":
+            with torch.device("meta"):
+                got = diagonal_fisher(model, batches, kind)
+        else:
+            torch.set_default_dtype(torch.float64)
+            got = diagonal_fisher(model, batches, kind)
+    finally:
+        torch.set_default_dtype(dtype)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=0)
+        assert not got[name].is_inference()
+
+
+def test_probabilities_are_refused():
+    model = built(lambda: nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)))
+    x = normal(7, 6)
+    with pytest.raises(ValueError, match="returns probabilities"):
+        diagonal_fisher(model, [(x,)])
+    got = diagonal_fisher(model, [(x,)], forward=lambda m, b: m(b[0]).log())
+    expected = loop_fisher(model, x, None, "predicted", lambda m, p: m(p[0]).log())
+    assert relative_error(got, expected) < 1e-12
+
+
+class Features(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.body, self.head, self.wrap = nn.Linear(6, 5), nn.Linear(5, 4), wrap
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.wrap(h, self.head(h))
+
+
+def test_a_tuple_is_never_guessed():
+    with pytest.raises(ValueError, match=r"got tuple for a batch of a tuple of Tensor. Pass `for"):
+        diagonal_fisher(built(lambda: Features(lambda h, z: (h, z))), [(normal(7, 6),)])
+
+
+def test_logits_of_an_output_and_a_mapping_are_found():
+    model, x = built(lambda: Features(lambda h, z: {"hidden": h, "logits": z})), normal(7, 6)
+    expected = loop_fisher(model, x, LABELS, "empirical", lambda m, p: m(p[0])["logits"])
+    for batch in ((x, LABELS[:7]), {"x": x, "labels": LABELS[:7]}):
+        got = diagonal_fisher(model, [batch], "empirical")
+        assert relative_error(got, expected) < 1e-12
+    got = diagonal_fisher(model, [x])
+    expected = loop_fisher(model, x, None, "predicted", lambda m, p: m(p[0])["logits"])
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_words_for_missing_labels():
+    for batch in (normal(7, 6), {"input": normal(7, 6)}):
+        with pytest.raises(ValueError, match=r"`batches` must yield \(x, y, ...\) or mappings"):
+            diagonal_fisher(built(mlp), [batch], "empirical")
+
+
+def test_words_for_a_given_forward():
+    with pytest.raises(ValueError, match=r"`forward` must return logits .* Pick them out"):
+        diagonal_fisher(built(mlp), [(normal(7, 6),)], forward=lambda m, b: (m(b[0]),))
+
+
+def test_complex_and_other_parameters_without_a_fisher_are_refused_at_once():
+    model = nn.Linear(6, 4, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"complex \(weight, bias\)"):
+        diagonal_fisher(model, iter(()))
+    with torch.inference_mode():
+        model = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="an inference tensor"):
+        diagonal_fisher(model, iter(()))
+    with pytest.raises(ValueError, match="on the meta device"):
+        diagonal_fisher(nn.Linear(6, 4, device="meta"), iter(()))
+    with pytest.raises(TypeError, match=r"`model` must be an nn.Module, got NoneType"):
+        diagonal_fisher(None, iter(()))
+
+
+class Merging(nn.Module):
+    """Low-rank matrices that `eval()` adds to the weight, as LoRA's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 4)
+        self.A, self.B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(4, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.base.weight.data += (-1 if mode else 1) * (self.B @ self.A).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        out = self.base(x)
+        return out if self.merged else out + x @ self.A.T @ self.B.T
+
+
+def test_parameters_that_eval_merges_are_named_and_kept_to_the_bit():
+    torch.manual_seed(0)
+    model = Merging()
+    before = deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="depend on A, B in train mode, but not in eval mode"):
+        diagonal_fisher(model, [(normal(7, 6).float(),)])
+    assert model.training and not model.merged
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["predicted", "batched"])
+def test_nan_is_refused(kind):
+    x = normal(7, 6)
+    x[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        diagonal_fisher(built(mlp), [(x, LABELS[:7])], kind)
+
+
+def test_batched_overflow_is_refused():
+    x = 1e30 * normal(7, 6).float()
+    with pytest.raises(ValueError, match=r"overflows torch.float32"):
+        diagonal_fisher(built(mlp).float(), [(x, LABELS[:7])], "batched")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_samples": 1.5}, TypeError, "`max_samples` must be a whole number"),
+        ({"max_samples": True}, TypeError, "`max_samples` must be a whole number"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` must be >= 1"),
+        ({"engine": "foo"}, ValueError, "`engine` must be one of"),
+        ({"generator": 5}, TypeError, "`generator` must be a torch.Generator"),
+        ({"forward": 3}, TypeError, "`forward` must be a function"),
+        ({"progress": "yes"}, TypeError, "`progress` must be True or False"),
+    ],
+)
+def test_options_are_refused_before_anything_is_read(options, error, message):
+    with pytest.raises(error, match=message):
+        diagonal_fisher(built(mlp), None, **options)
+
+
+def test_explain_tells_what_was_checked():
+    found = explain(built(mlp), (normal(7, 6),))
+    assert "3 different samples have the same logits" in " ".join(found.checks)
+    with_apart = explain(built(FixedBatch), (normal(4, 5, 3),))
+    assert any("no batch of another size" in check for check in with_apart.checks)
