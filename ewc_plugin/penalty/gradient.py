@@ -66,11 +66,11 @@ def value(pairs: Sequence[Pair]) -> Tensor:
     together = []
     for theta, q in pairs:
         if goes_in_blocks(theta, q):
-            values += [torch.dot(S, e.square_()) for e, S in blocks(theta, q)]
+            values += [_sum_of_squares(e, S) for e, S in blocks(theta, q)]
         else:
             together.append((theta, q))
     distances, weights = _distances(together)
-    return _total(values + _dots(distances, _products(distances, weights)))
+    return _total(values + [_sum_of_squares(e, S) for e, S in zip(distances, weights, strict=True)])
 
 
 @torch.no_grad()
@@ -92,13 +92,13 @@ def add_gradients_(pairs: Sequence[Pair], scale: float) -> Tensor:
         elif goes_in_blocks(theta, q, theta.grad):
             for e, S, grad in blocks(theta, q, theta.grad):
                 grad.addcmul_(S, e, value=2 * scale)
-                values.append(torch.dot(S, e.square_()))
+                values.append(_sum_of_squares(e, S))
         else:
             together.append((theta, q))
     distances, weights = _distances(together)
     halves = _products(distances, weights)
-    values += _dots(distances, halves)
     _add([theta for theta, _ in together], halves, 2 * scale)
+    values += [_sum_of_squares(e, S) for e, S in zip(distances, weights, strict=True)]
     return _total(values)
 
 
@@ -170,8 +170,9 @@ def _products(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_mul(first, second)) if first else []
 
 
-def _dots(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.dot(x.flatten(), y.flatten()) for x, y in zip(first, second, strict=True)]
+def _sum_of_squares(e: Tensor, S: Tensor) -> Tensor:
+    """Sum S e^2 by cascades: a dot product in float32 is off by 1e-6. Overwrites e."""
+    return e.square_().mul_(S).sum()
 
 
 def _total(values: list[Tensor]) -> Tensor:

@@ -122,3 +122,16 @@ def test_fisher_of_zeros_is_not_passed_over_in_silence():
     net = model()
     with pytest.warns(UserWarning, match="zero everywhere"):
         QuadraticPenalty().consolidate(net, {n: 0 * p for n, p in net.named_parameters()})
+
+
+@pytest.mark.parametrize("n", [10_000, 500_000])  # together; in blocks
+def test_value_of_many_entries_is_summed_without_drift(n):
+    generator = torch.Generator().manual_seed(0)
+    net, penalty = nn.ParameterList([torch.zeros(n)]), QuadraticPenalty()
+    F = torch.rand(n, generator=generator)
+    penalty.consolidate(net, {"0": F})
+    with torch.no_grad():
+        net[0].copy_(torch.rand(n, generator=generator))
+    exact = float((F.double() * net[0].detach().double().square()).sum())
+    assert float(penalty(net).detach()) == pytest.approx(exact, rel=2e-7)
+    assert float(penalty.add_gradient_(net, 1.0)) == pytest.approx(exact, rel=2e-7)
