@@ -11,8 +11,9 @@ from typing import Any, get_type_hints
 
 from rich.console import Console
 
-from experiments.command_line import parse, unknown
+from experiments.command_line import parse, unknown, write_ascii_if_needed
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune
+from experiments.sweeps import exit_status
 
 # About a solver that only GEM needs, and of evaluators whose results are read directly.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
@@ -61,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     # The same in the worker processes.
     os.environ["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in AVALANCHE_NOTES)
+    for stream in (sys.stdout, sys.stderr):
+        write_ascii_if_needed(stream)
     try:
         _run(arguments)
     except SystemExit as stop:  # after --help, or a dry run
@@ -76,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         line = f"error: {error.strerror or error}{where}; what was finished is stored."
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
         return 2
-    return 0
+    finally:
+        failures = exit_status.last_line()
+    if failures:
+        errors.print(failures, markup=False, highlight=False, soft_wrap=True)
+    return int(bool(failures))
 
 
 def _run(arguments: list[str]) -> None:

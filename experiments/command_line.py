@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import io
@@ -89,6 +90,27 @@ def unknown(name: str, what: str, valid: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(name, valid := list(valid), n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}."
     return ValueError(f"`{shown(name)}` is not {what}; {remedy}")
+
+
+ASCII = {"±": "+-", "λ": "lambda", "θ": "theta", "·": "*", "−": "-", "…": "...", "≤": "<="}
+ASCII |= (
+    dict.fromkeys("─━╸╺╌", "-") | dict.fromkeys("│┃", "|") | dict.fromkeys("╭╮╰╯┏┓┗┛┡┩┳┴╇", "+")
+)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(character, "?") for character in text), error.end
+
+
+def write_ascii_if_needed(stream: Any) -> None:
+    """Let a stream that can't take "λ" or "±", such as a redirected console, get plain letters."""
+    try:
+        "λ±─".encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        codecs.register_error("ewc-ascii", _in_ascii)
+        stream.reconfigure(errors="ewc-ascii")
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

@@ -18,9 +18,11 @@ from experiments.reporting.terminal import (
 )
 from experiments.results import schemas, statistics, tables
 from experiments.results.environment import write_environment
+from experiments.results.provenance import mixed_code
 from experiments.results.store import Store
 from experiments.settings.grids import Job, Tune
 from experiments.settings.run import PENALISED, STREAM, RunSettings
+from experiments.sweeps import exit_status
 from experiments.sweeps.jobs import make_runs, prepare
 from experiments.sweeps.queue import Task
 
@@ -85,6 +87,9 @@ def write_report(
         print_comparisons(comparisons[comparisons["config_hash"].isin(mine)], console)
     if numerical:
         print_checks(checks, console)
+    exit_status.note(runs[runs["config_hash"].isin(mine)])
+    if mixed := mixed_code(runs):
+        console.print(f"NOTE: {mixed}", style="bold yellow", soft_wrap=True)
     troubles = Console(stderr=True) if job.quiet else console
     print_troubles(runs[runs["config_hash"].isin(mine)], troubles)
     console.print(

@@ -215,7 +215,8 @@ def _download(root: Path, raw: Path) -> None:
         TensorMNIST(root=str(root), train=True, download=True)
     except Exception as error:  # torchvision lets through whatever the network layer raised
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        raise DataUnavailableError(
+        kind = DataUnavailableError if all(found.values()) else CorruptDataError
+        raise kind(
             f"looked in `{raw}` (found {', '.join(present) or 'nothing'}) and the download failed: "
             f"{cause}; put the four MNIST .gz files there, or name their folder by --data-root "
             f"or {DATA_ROOT_VARIABLE}"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.results.metrics import METRICS, continual_metrics
+from experiments.results.provenance import content_digest
 from experiments.results.schemas import ACCURACY, SETTING_NAMES
 from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
@@ -40,7 +41,11 @@ def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
         settings = _settings(record)
         if (settings.run_id, settings.config_hash) != (run_id, record["config_hash"]):
             raise TableError(f"the settings of {run_id} are not those of its id")
-        _check_rows(record, settings, rows.get(run_id, accuracy.iloc[:0]))
+        own = rows.get(run_id, accuracy.iloc[:0])
+        _check_rows(record, settings, own)
+        digest = record.get("digest")
+        if pd.notna(digest) and digest != content_digest(record, own.to_dict("records")):
+            raise TableError(f"a value of {run_id} is not the one that was stored (its digest)")
 
 
 def _settings(record: Mapping[str, Any]) -> RunSettings:

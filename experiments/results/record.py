@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experiments.results.metrics import METRICS
+from experiments.results.provenance import content_digest, provenance
 from experiments.settings.run import RunSettings
 
+REASON_LENGTH = 500
 NO_SECONDS = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
 
 
@@ -23,6 +25,11 @@ class RunResult:
 
     record: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def sealed(cls, record: dict[str, Any], rows: list[dict[str, Any]]) -> RunResult:
+        """A result whose record has the digest of all its values."""
+        return cls({**record, "digest": content_digest(record, rows)}, rows)
 
 
 def run_record(
@@ -39,16 +46,24 @@ def run_record(
     return {
         "run_id": settings.run_id,
         "status": status,
-        "reason": reason,
+        "reason": one_line(reason),
         **asdict(settings),
         **(metrics or dict.fromkeys(METRICS, math.nan)),
         **(seconds or NO_SECONDS),
         "peak_rss_mb": peak_rss_mb,
         "penalty_state_mb": penalty_state_mb,
         "config_hash": settings.config_hash,
+        **provenance(),
     }
+
+
+def one_line(text: str) -> str:
+    """Text that every table and terminal takes: no line breaks, not too long."""
+    words = " ".join(text.encode("utf-8", "replace").decode().split())
+    printable = "".join(c if c.isprintable() else "?" for c in words)
+    return printable if len(printable) <= REASON_LENGTH else f"{printable[:REASON_LENGTH]}..."
 
 
 def failed(settings: RunSettings, reason: str) -> RunResult:
     """Of a run that left nothing, not even its own reason."""
-    return RunResult(run_record(settings, "failed", reason))
+    return RunResult.sealed(run_record(settings, "failed", reason), [])

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 import pandas as pd
 import pandera.pandas as pa
 
+from experiments.results import provenance
 from experiments.results.metrics import METRICS
 from experiments.settings.run import RunSettings
 
@@ -89,6 +90,8 @@ RUNS = pa.DataFrameSchema(
         **{name: _number(pa.Check.ge(0)) for name in ("train_s", "fisher_s", "eval_s")},
         **{name: _number(pa.Check.ge(0)) for name in ("peak_rss_mb", "penalty_state_mb")},
         "config_hash": _text(),
+        # Not required: tables from before they were recorded are still read.
+        **{name: _text(nullable=True, required=False) for name in provenance.COLUMNS},
     },
     strict=True,
     name="runs.csv",
@@ -120,6 +123,7 @@ SUMMARY = pa.DataFrameSchema(
         **_INTERVAL,
         **{n: _SETTINGS[n] for n in SETTING_NAMES if n not in (*CELL, "seed")},
         "config_hash": _text(),
+        "code_hash": _text(nullable=True, required=False),  # several, where a cell mixes them
     },
     unique=["config_hash", "metric"],
     strict=True,

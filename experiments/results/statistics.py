@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.results.provenance import NOT_RECORDED
 from experiments.results.schemas import (
     CELL,
     COMPARED,
@@ -48,8 +49,14 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                     "metric": metric,
                     "unit": UNITS[metric],
                     **interval(values),
+                    "code_hash": _versions(cell),
                 })
     return frame(rows, SUMMARY)
+
+
+def _versions(runs: pd.DataFrame) -> str:
+    """The versions of the code that made the runs."""
+    return " ".join(sorted(runs["code_hash"].fillna(NOT_RECORDED).unique()))
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:

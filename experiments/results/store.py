@@ -87,8 +87,8 @@ class Store:
                 aside = path.with_name(path.name + DAMAGED)
                 path.replace(aside)
                 self._say(
-                    f"`{path}` is not a run's result ({reason}); it is now {aside.name}, and "
-                    "that run is repeated."
+                    f"`{path}` is not a run's result ({reason}); it is now {aside.name}. Rows of "
+                    "that run in the tables count; without any, it is repeated."
                 )
         return self._read.accuracy, self._read.runs
 

@@ -76,7 +76,13 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("its last line is not complete")
-        table = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype=texts)
+        table = pd.read_csv(
+            io.StringIO(text),
+            float_precision="round_trip",
+            dtype=texts,
+            keep_default_na=False,  # the text "NA" is a text
+            na_values=[""],
+        )
         # A table from before an optional setting was added has none of it.
         optional = [name for name in empty(schema) if not schema.columns[name].required]
         table = table.assign(**{name: None for name in optional if name not in table})
@@ -97,6 +103,13 @@ def load(folder: str | Path) -> dict[str, pd.DataFrame]:
         for name, schema in SCHEMAS.items()
         if (folder / name).exists()
     }
+    if {"runs", "accuracy"} <= tables.keys():
+        from experiments.results.integrity import check_runs  # which needs this module
+
+        try:
+            check_runs(tables["runs"], tables["accuracy"])
+        except TableError as error:
+            raise TableError(f"The tables in `{folder}` don't agree: {error}.") from None
     if not tables:
         raise TableError(f"`{folder}` holds none of {', '.join(SCHEMAS)}.")
     return tables

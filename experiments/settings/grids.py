@@ -65,6 +65,8 @@ class Job:
     """Runs at the same time, each in a process with one torch thread."""
     force: bool = False
     """Repeat the runs that the output folder holds already."""
+    mix_code: bool = False
+    """Add runs to a folder whose runs were computed by other code than this."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, ..."""
     data_path: DataPath = "fast"
@@ -185,8 +187,6 @@ class Grid(Job):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for one in _axes(self):
-            require(getattr(self, one.name) or not one.default, one.name, "a non-empty list", ())
         require(self.streams, "scenario", "one that the benchmark has", self.scenario)  # type: ignore[attr-defined]
         useless = self.decay_factor and "online" not in self.mode
         require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -73,10 +73,14 @@ def check_values(settings: Any) -> None:
     """Check every field of a dataclass against its annotation.
 
     Raises:
-        ValueError: Naming the first field whose value is not allowed, and what is.
+        ValueError: Naming the first field whose value is not allowed, and what is. An empty list is
+            allowed where it is the default.
     """
-    for name, hint in hints_of(type(settings)).items():
-        check_value(f"`{name}`", getattr(settings, name), hint)
+    for field in fields(settings):
+        hint, value = hints_of(type(settings))[field.name], getattr(settings, field.name)
+        check_value(f"`{field.name}`", value, hint)
+        if value == () and field.default not in ((), MISSING):
+            raise ValueError(f"`{field.name}` must be a non-empty list, got ().")
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:

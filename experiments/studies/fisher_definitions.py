@@ -28,6 +28,7 @@ from experiments.reporting.figures import style
 from experiments.reporting.figures.style import FISHER_COLOURS
 from experiments.reporting.labels import number
 from experiments.reporting.study_output import columns, study_output
+from experiments.settings.values import Count, CountOrNone, Positive, Seed
 
 LABELS = {
     "own": ("the model's own (exact)", FISHER_COLOURS["exact"]),
@@ -62,17 +63,17 @@ IDENTITIES = pa.DataFrameSchema(
 class Identities:
     """Mean, variance, mean square and curvature of the score, label by label, while training."""
 
-    steps: tuple[int, ...] = (0, 3, 10, 30, 100, 300, 1000, 3000)
+    steps: tuple[CountOrNone, ...] = (0, 3, 10, 30, 100, 300, 1000, 3000)
     """Training steps after which everything is measured."""
-    samples: int = 500
+    samples: Count = 500
     """Training images, scikit-learn's digits."""
-    hidden_size: int = 8
+    hidden_size: Count = 8
     """Units of the network's only hidden layer."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Samples per training mini-batch."""
-    learning_rate: float = 1e-2
+    learning_rate: Positive = 1e-2
     """Step size of Adam."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each seeds the initial weights, the order of the samples and the drawn labels."""
     out: str = "runs/identities"
     """Folder of the table and the plot."""

@@ -20,6 +20,7 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import Job
 from experiments.settings.run import STREAM, Dataset, Optimizer, RunSettings
+from experiments.settings.values import Count, Lambda, Seed
 from experiments.studies.completed import completed_study
 
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
@@ -42,13 +43,13 @@ IMPLICIT_STEP = pa.DataFrameSchema(
 class ImplicitStep(Job):
     """The penalty in the gradient beside the implicit step, for every lambda."""
 
-    ewc_lambda: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
+    ewc_lambda: tuple[Lambda, ...] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
     """Penalty strengths."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each seeds the permutations, the initial weights and the order of the samples."""
-    experiences: int = 3
+    experiences: Count = 3
     """Number of permutations."""
-    hidden_size: int = 100
+    hidden_size: Count = 100
     """Units in each of the two hidden layers: small, since the sweep has many runs."""
 
     name = "implicit-step"

@@ -20,6 +20,7 @@ from experiments.reporting.labels import number, stream_title
 from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Dataset, RunSettings
+from experiments.settings.values import Count, Lambda, Seed
 from experiments.training.trained import train
 
 FLOOR = 1e-3  # of the largest pixel: what is below is drawn as this
@@ -52,11 +53,11 @@ class Importance:
 
     fisher_type: FisherType = FisherType.PREDICTED
     """Labels that the Fisher averages over."""
-    ewc_lambda: float = 1e4
+    ewc_lambda: Lambda = 1e4
     """Strength of the penalty that the network is trained with."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the initial weights and the order of the samples."""
-    hidden_size: int = 256
+    hidden_size: Count = 256
     """Units in each of the two hidden layers."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""

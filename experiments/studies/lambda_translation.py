@@ -25,6 +25,7 @@ from experiments.reporting.labels import number
 from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.values import Count, Lambda, Seed
 from experiments.training.trained import Trained, train
 
 STREAMS: tuple[tuple[Benchmark, Scenario, int], ...] = (
@@ -57,13 +58,13 @@ LAMBDA_TRANSLATION = pa.DataFrameSchema(
 class LambdaTranslation:
     """Traces and maxima of F by label type, and the lambdas that make their penalties as strong."""
 
-    ewc_lambda: float = 100.0
+    ewc_lambda: Lambda = 100.0
     """Avalanche's lambda, at `batch_size`, to be translated."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Mini-batch of Avalanche's F, which depends on it."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each trains a network of its own."""
-    hidden_size: int = 256
+    hidden_size: Count = 256
     """Units in each of the two hidden layers."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""

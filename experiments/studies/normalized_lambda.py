@@ -21,6 +21,7 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import DEFAULT_EPOCHS, Job
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.values import Count, Lambda, Seed
 from experiments.studies.completed import completed_study
 
 BENCHMARKS: tuple[tuple[Benchmark, Scenario], ...] = (("permuted", "domain"), ("split", "task"))
@@ -40,17 +41,17 @@ NORMALIZED_LAMBDA = pa.DataFrameSchema(
 class NormalizedLambda(Job):
     """Accuracy over lambda with F as it is and with F divided by its mean, on validation images."""
 
-    normalized_lambda: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    normalized_lambda: tuple[Lambda, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     """Penalty strengths for F divided by its mean."""
-    plain_lambda: tuple[float, ...] = (10.0, 100.0, 1e3, 1e4)
+    plain_lambda: tuple[Lambda, ...] = (10.0, 100.0, 1e3, 1e4)
     """Penalty strengths for F as it is, with the first Fisher type alone."""
     fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED, FisherType.EXACT)
     """Labels that the Fisher averages over, where it is divided by its mean."""
-    permutations: int = 3
+    permutations: Count = 3
     """Experiences of permuted MNIST; split MNIST has five."""
-    hidden_size: int = 100
+    hidden_size: Count = 100
     """Units in each of the two hidden layers: small, since the sweep has many runs."""
-    seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
+    seeds: tuple[Seed, ...] = (100, 101, 102, 103, 104)
     """Each seeds the stream, the initial weights and the order; none of them is reported elsewhere.
     """
 

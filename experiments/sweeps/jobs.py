@@ -15,6 +15,7 @@ from experiments.results.environment import write_environment
 from experiments.results.store import Store
 from experiments.settings.grids import Job
 from experiments.settings.run import RunSettings
+from experiments.sweeps import exit_status
 from experiments.sweeps.dry_run import print_plan
 from experiments.sweeps.queue import Task
 from experiments.sweeps.sweep import sweep
@@ -73,6 +74,7 @@ def make_runs(
         checks=checks,
         scheduler=job.scheduler,
         checkpoint=job.checkpoint,
+        mix_code=job.mix_code,
         logs=logs_of(store.folder, tensorboard=job.tensorboard, wandb=job.wandb),
     )
 
@@ -95,4 +97,6 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
         _, runs = store.write_tables()
         tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
         write_environment(store.folder, source)
-    return runs[runs["run_id"].isin([cell.run_id for cell in cells])], store.folder
+    mine = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
+    exit_status.note(mine)
+    return mine, store.folder

@@ -65,7 +65,10 @@ class Display:
 
     def update(self, event: Event) -> None:
         """A run has begun (no experience is done) or finished an experience."""
-        run_id, done, accuracy = event
+        run_id, done, accuracy, note = event
+        if note:
+            self.say(note)
+            return
         if self.done.get(run_id, done + 1) > done:
             return  # its result has overtaken the event, or it is another sweep's
         total = self.n_experiences[run_id]

@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from experiments.data.sources import DataSource
+from experiments.results.provenance import NOT_RECORDED, code_hash
 from experiments.results.record import RunResult, failed
 from experiments.results.store import Store
 from experiments.settings.run import RunSettings
 from experiments.sweeps import worker
-from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess
+from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess, WorkerDiedError
 from experiments.sweeps.progress import Display
 from experiments.sweeps.queue import Task, next_task
 from experiments.training.loggers import Logs
@@ -25,10 +26,6 @@ SHORT_OF_MEMORY = "it was killed, or short of memory, of which fewer --processes
 
 Outcome = RunResult | list[dict[str, Any]]  # of a run, or of a check
 Submit = Callable[[Executor, Task], "Future[Outcome]"]
-
-
-class WorkerDiedError(ChildProcessError):
-    """A worker ended without a result; finished runs are stored."""
 
 
 def sweep(
@@ -42,6 +39,7 @@ def sweep(
     checks: Sequence[Task] = (),
     scheduler: str | None = None,
     checkpoint: bool = False,
+    mix_code: bool = False,
     logs: Logs | None = None,
 ) -> list[dict[str, Any]]:
     """Makes the runs that the store lacks; each result is stored as soon as it is there.
@@ -57,13 +55,14 @@ def sweep(
         checks: Tasks whose rows are returned rather than stored.
         scheduler: Address of a Dask scheduler whose workers take the place of the processes.
         checkpoint: Keep the state of unfinished runs, and go on from that of a killed one.
+        mix_code: Add runs where the store has some of other code.
         logs: Further loggers of each run.
 
     Returns:
         The rows of the checks.
 
     Raises:
-        ValueError: The scheduler can't be reached.
+        ValueError: The scheduler can't be reached, or the store has runs of other code.
         WorkerDiedError: The scheduler was lost, or a check's process died again and again.
     """
     finished = store.finished()  # also with `force`: a damaged table is found before any run
@@ -74,16 +73,28 @@ def sweep(
     tasks = [*map(Task, wanted), *checks]
     if not tasks:
         return rows
+    if wanted and not mix_code:
+        _check_code(store, {cell.run_id for cell in wanted})
+    console.print(
+        f"{len(wanted)} runs and {len(checks)} checks begin, "
+        f"{'on ' + scheduler if scheduler else f'{min(processes, len(tasks))} at a time'}; "
+        f"results go to {store.folder}.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     if force:
         for cell in wanted:
             store.checkpoint(cell.run_id).unlink(missing_ok=True)
 
+    code = code_hash()
+
     def submit(executor: Executor, task: Task) -> Future[Outcome]:
         cell = task.cell
         if task.check:
-            return executor.submit(worker.check_cell, cell, source, task.check)
+            return executor.submit(worker.check_cell, code, cell, source, task.check)
         path = store.checkpoint(cell.run_id) if checkpoint else None
-        return executor.submit(worker.run_cell, cell, source, path, logs, executor.report)
+        return executor.submit(worker.run_cell, code, cell, source, path, logs, executor.report)
 
     with Display(wanted, console) as display:
         executors = _open_executors(min(processes, len(tasks)), scheduler, display)
@@ -98,6 +109,17 @@ def sweep(
             for executor in executors:
                 executor.close()
     return rows
+
+
+def _check_code(store: Store, wanted: set[str]) -> None:
+    runs = store.results()[1]
+    kept = runs.loc[~runs["run_id"].isin(wanted), "code_hash"].fillna(NOT_RECORDED)
+    if len(others := kept[kept != code_hash()]):
+        raise ValueError(
+            f"`out` must hold runs of this code ({code_hash()}), got {store.folder} with "
+            f"{len(others)} runs of other code ({', '.join(sorted(others.unique()))}): name "
+            "another folder, or add to it by --mix-code."
+        )
 
 
 def _open_executors(processes: int, scheduler: str | None, display: Display) -> list[Executor]:

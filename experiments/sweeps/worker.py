@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.data.sources import DataSource
+from experiments.results.provenance import code_hash
 from experiments.results.record import RunResult
 from experiments.settings.run import RunSettings
 from experiments.sweeps.queue import Check
@@ -26,11 +27,12 @@ from experiments.training.loggers import Logs
 
 
 class Event(NamedTuple):
-    """The progress of a run: its id, experiences done, and the mean accuracy on them."""
+    """The progress of a run: its id, experiences done, and the mean accuracy on them; or a note."""
 
     run_id: str
     done: int
     accuracy: float
+    note: str = ""
 
 
 Report = Callable[[Event], None]
@@ -76,15 +78,31 @@ def report_to_cluster(event: Event) -> None:
     get_worker().log_event(TOPIC, tuple(event))
 
 
+class OtherCodeError(RuntimeError):
+    """A worker has other sources than the command that gives it runs."""
+
+
+def check_code(expected: str) -> None:
+    """Raise an `OtherCodeError` unless this process would compute with the expected code."""
+    if code_hash() != expected:
+        raise OtherCodeError(
+            f"the worker has code {code_hash()} where the command has {expected}: start it anew "
+            "from the same checkout"
+        )
+
+
 def run_cell(
+    code: str,
     cell: RunSettings,
     source: DataSource,
     checkpoint: Path | None,
     logs: Logs | None,
     report: Report,
 ) -> RunResult:
-    """One run, with `report` called when it begins and after each experience."""
+    """One run, by this `code` alone; `report` gets its begin and each experience."""
     from experiments.training.run import run
+
+    check_code(code)
 
     with _alone():
         report(Event(cell.run_id, 0, 0.0))
@@ -94,11 +112,15 @@ def run_cell(
             lambda done, accuracy: report(Event(cell.run_id, done, accuracy)),
             checkpoint,
             logs=logs,
+            say=lambda line: report(Event(cell.run_id, 0, 0.0, line)),
         )
 
 
-def check_cell(cell: RunSettings, source: DataSource, check: Check) -> list[dict[str, Any]]:
-    """The rows of a check on a cell's stream."""
+def check_cell(
+    code: str, cell: RunSettings, source: DataSource, check: Check
+) -> list[dict[str, Any]]:
+    """The rows of a check on a cell's stream, by this `code` alone."""
+    check_code(code)
     with _alone():
         return check(cell, source)
 

@@ -18,6 +18,7 @@ from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
 from experiments.settings.grids import PermutedMnist, SplitMnist
 from experiments.settings.run import Dataset, Method, RunSettings
+from experiments.settings.values import Count
 from experiments.training.run import run as run_once
 
 MEASURED = ("naive", "avalanche-ewc", "ewc")
@@ -28,9 +29,9 @@ PATHS = ("classic", "fast")
 class DataSpeed:
     """Seconds per run through the classic stream and through the fast data path."""
 
-    rounds: int = 5
+    rounds: Count = 5
     """Times each run is made on each path, in turn."""
-    experiences: int = 2
+    experiences: Count = 2
     """Experiences of permuted MNIST; split MNIST has five."""
     methods: tuple[Method, ...] = MEASURED  # type: ignore[assignment]
     """Methods to run."""

@@ -36,6 +36,8 @@ from rich.console import Console
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
+from experiments.settings.grids import check_device
+from experiments.settings.values import Count
 from experiments.timing.fisher_engines import (
     ENGINES,
     NETWORKS,
@@ -101,7 +103,7 @@ class FisherSpeedSettings:
     """Engines to measure; the gradient pass is always among them."""
     kinds: tuple[Kind, ...] = KINDS
     """Label types: the model's argmax, or all classes."""
-    rounds: int = 9
+    rounds: Count = 9
     """Times each engine is measured, in turn, after one round that is not counted."""
     device: str = "cpu"
     """Where to run: cpu, or cuda."""
@@ -166,8 +168,7 @@ def _check(settings: FisherSpeedSettings) -> None:
                 raise ValueError(f"`{field}` must be among {', '.join(allowed)}, got {name!r}.")
     if settings.rounds < 1:
         raise ValueError(f"`rounds` must be >= 1, got {settings.rounds}.")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("`device` is 'cuda', but PyTorch sees no GPU here. Use --device cpu.")
+    check_device(settings.device)
 
 
 def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,6 +34,8 @@ from ewc_plugin.avalanche.placement import InLoss
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
+from experiments.settings.run import Optimizer
+from experiments.settings.values import Count, Positive, Processes
 from experiments.training.run import OPTIMIZERS, state_bytes
 
 MIB = 2**20
@@ -68,21 +70,26 @@ PENALTY_SPEED = pa.DataFrameSchema(
 class PenaltySpeed:
     """Step time and memory of the penalty over the number of past experiences."""
 
-    past_experiences: tuple[int, ...] = (1, 10, 100)
+    past_experiences: tuple[Count, ...] = (1, 10, 100)
     """Numbers of experiences that the penalty remembers."""
-    models: tuple[str, ...] = ("mlp-512", "mlp-2x256", "mlp-2x2000", "cnn")
+    models: tuple[Literal["mlp-512", "mlp-2x256", "mlp-2x2000", "cnn"], ...] = (
+        "mlp-512",
+        "mlp-2x256",
+        "mlp-2x2000",
+        "cnn",
+    )
     """Networks: 784-512-10, 784-256-256-10, 784-2000-2000-10, Avalanche's SimpleCNN."""
-    optimizers: tuple[str, ...] = ("sgd", "adam")
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adam")
     """The plain step is cheapest with sgd, so that the penalty's share is largest there."""
-    batch_sizes: tuple[int, ...] = (64, 128)
+    batch_sizes: tuple[Count, ...] = (64, 128)
     """Samples per step: the penalty costs the same whatever they are, the plain step does not."""
-    rounds: int = 20
+    rounds: Count = 20
     """Rounds, in each of which every method has its turn."""
-    steps: int = 5
+    steps: Count = 5
     """Steps in a turn, after one that is not counted."""
-    threads: int = 1
+    threads: Processes = 1
     """Threads of torch; the CPU time of all of them is what is measured."""
-    avalanche_limit_mib: float = 1024
+    avalanche_limit_mib: Positive = 1024
     """Leave Avalanche's plugin out where it would keep more than this."""
     out: str = "runs/penalty-speed"
     """Folder of the table and the plot."""

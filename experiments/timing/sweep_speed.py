@@ -26,6 +26,7 @@ from experiments.results.environment import write_environment
 from experiments.results.tables import replace_file
 from experiments.settings.grids import PermutedMnist
 from experiments.settings.run import Dataset, RunSettings
+from experiments.settings.values import Count, CountOrNone, Processes
 from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
 from experiments.training.run import run as run_once
 
@@ -42,17 +43,17 @@ BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
 class SweepSpeed:
     """Permuted MNIST with EWC, timed as single runs and as a grid."""
 
-    rounds: int = 2
+    rounds: Count = 2
     """Times each run, and each grid, is made, in turn."""
-    experiences: int = 5
+    experiences: Count = 5
     """Experiences per run."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the data of each."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples per training mini-batch. Unset: 512 on MNIST, 128 on the digits."""
-    processes: tuple[int, ...] = (1, 2)
+    processes: tuple[Processes, ...] = (1, 2)
     """Numbers of processes that the grid is swept with, each compared with the fewest."""
-    seeds: int = 12
+    seeds: CountOrNone = 12
     """Runs in that grid. 0: no grid."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""

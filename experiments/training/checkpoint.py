@@ -5,10 +5,10 @@ The file holds tensors and plain values alone. It is replaced by rename, as resu
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from avalanche.training.plugins import EWCPlugin
 from avalanche.training.utils import ParamData
 
-import ewc_plugin
 from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.sources import DataSource
 from experiments.results.files import folder_lock, replace_file
+from experiments.results.provenance import code_hash
 from experiments.settings.run import RunSettings
 
 State = dict[str, Any]
+CHECKSUM_BYTES = 32  # of SHA-256, in front of the state
 
 
 def write_checkpoint(
@@ -47,19 +48,43 @@ def write_checkpoint(
     }
     file = io.BytesIO()
     torch.save(state, file)
+    content = file.getvalue()
     with folder_lock(path.parent):
-        replace_file(path, file.getvalue())
+        replace_file(path, hashlib.sha256(content).digest() + content)
 
 
-def read_checkpoint(path: Path, settings: RunSettings, source: DataSource) -> State | None:
-    """The state that such a run left there; None if there is none, or of other code or data."""
+def read_checkpoint(
+    path: Path,
+    settings: RunSettings,
+    source: DataSource,
+    say: Callable[[str], None] = lambda line: None,
+) -> State | None:
+    """The state that a run left there.
+
+    Args:
+        path: The file, if there is one.
+        settings: Of the run.
+        source: Its data.
+        say: Called with a line where a file can't be used, so that the run starts anew.
+
+    Returns:
+        The state; None without a file, or if it is damaged or of other code, data or settings.
+    """
     try:
-        state: State = torch.load(path, map_location=settings.device, weights_only=True)
-        return state if state["of"] == _identity(settings, source) else None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        stored = path.read_bytes()
+    except OSError:
         return None
-    except pickle.UnpicklingError:
+    checksum, content = stored[:CHECKSUM_BYTES], stored[CHECKSUM_BYTES:]
+    if hashlib.sha256(content).digest() != checksum:
+        say(f"{settings.run_id}: its checkpoint is damaged; the run starts anew.")
         return None
+    state: State = torch.load(io.BytesIO(content), map_location=settings.device, weights_only=True)
+    mine = _identity(settings, source)
+    if state["of"] != mine:
+        other = [name for name, value in mine.items() if state["of"].get(name) != value]
+        say(f"{settings.run_id}: its checkpoint is of another {other[0]}; the run starts anew.")
+        return None
+    return state
 
 
 def restore(state: State, strategy: Any, experiences: Sequence[Any]) -> State:
@@ -98,7 +123,7 @@ def _identity(settings: RunSettings, source: DataSource) -> State:
         "run_id": settings.run_id,
         "data": source.checksum,
         "torch": str(torch.__version__),
-        "ewc_plugin": ewc_plugin.__version__,
+        "code": code_hash(),
     }
 
 

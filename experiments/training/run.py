@@ -48,6 +48,7 @@ def run(
     checkpoint: Path | None = None,
     *,
     logs: Logs | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> RunResult:
     """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
 
@@ -57,7 +58,8 @@ def run(
         observe: Called after each experience, for a progress display.
         checkpoint: File for the state after each experience but the last; a run that finds its own
             goes on from there, to the same bits.
-        logs: What else is told how it goes.
+        logs: Further loggers.
+        say: Called with a line about a checkpoint that can't be used.
 
     Returns:
         The rows; those that were complete if the run diverged or failed.
@@ -66,12 +68,12 @@ def run(
     status, reason = "ok", ""
     try:
         with logs.open(settings) if logs else nullcontext([]) as current.loggers:  # type: ignore[attr-defined]
-            current.run(observe, checkpoint)
+            current.run(observe, checkpoint, say)
     except DivergedError as error:
         status, reason = "diverged", str(error)
     except Exception as error:  # a failed run is a row, so that a sweep goes on
         status, reason = "failed", f"{type(error).__name__}: {error}"
-    return RunResult(current.record(status, reason), current.rows)
+    return RunResult.sealed(current.record(status, reason), current.rows)
 
 
 class Run:
@@ -87,7 +89,12 @@ class Run:
         self.loggers: list[Any] = []
         self.model: nn.Module = nn.Identity()
 
-    def run(self, observe: Observer, checkpoint: Path | None = None) -> None:
+    def run(
+        self,
+        observe: Observer,
+        checkpoint: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Trains on each experience in turn, evaluating on all of them before and after each."""
         settings = self.settings
         stream = shared_stream(settings, self.source)
@@ -95,7 +102,7 @@ class Run:
         strategy, watch = self._strategy(stream)
         experiences = list(stream.benchmark.train_stream)
         joint = settings.method == "joint"
-        state = checkpoint and read_checkpoint(checkpoint, settings, self.source)
+        state = checkpoint and read_checkpoint(checkpoint, settings, self.source, say)
         if state:
             self._go_on(restore(state, strategy, experiences))
         else:

@@ -21,7 +21,7 @@ METHODS = {
     "avalanche-ewc, online": ("avalanche-ewc", ONLINE),
 }
 
-TIMES = ("train_s", "fisher_s", "eval_s", "peak_rss_mb")
+TIMES = ("train_s", "fisher_s", "eval_s", "peak_rss_mb", "measured_at", "digest")
 
 
 def settings(method="naive", benchmark="permuted", scenario="domain", n_experiences=4, **changes):

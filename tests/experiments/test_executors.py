@@ -18,6 +18,7 @@ from rich.console import Console
 
 from experiments.data.sources import find_data
 from experiments.results import schemas, tables
+from experiments.results.provenance import code_hash
 from experiments.results.store import PARTS, Store
 from experiments.settings.grids import PermutedMnist
 from experiments.sweeps import sweep as sweep_module
@@ -33,7 +34,7 @@ DIGITS = find_data("digits", None)
 holds_signals = pytest.mark.skipif(
     not hasattr(signal, "pthread_sigmask"), reason="signals are not held here"
 )
-TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
+TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb", "measured_at", "digest"]
 
 
 def no_rows(cell, source):
@@ -84,13 +85,13 @@ class FakeExecutor:
         self.died = 0
         self.report = lambda event: None
 
-    def submit(self, task, cell, *arguments):
+    def submit(self, task, code, cell, *arguments):
         future = Future()
         if cell.run_id == self.deadly and self.died < self.deaths:
             self.died += 1
             future.set_exception(BrokenExecutor("died"))
         else:
-            future.set_result(task(cell, *arguments))
+            future.set_result(task(code, cell, *arguments))
         return future
 
     def events(self):
@@ -307,7 +308,7 @@ def test_runs_of_one_process_do_not_mix(tmp_path):
     threads = [
         threading.Thread(
             target=lambda c=c: rows.extend(
-                worker.run_cell(c, DIGITS, None, None, lambda e: None).rows
+                worker.run_cell(code_hash(), c, DIGITS, None, None, lambda e: None).rows
             )
         )
         for c in wanted

@@ -67,7 +67,7 @@ def test_a_repeated_run_replaces_its_own_rows_only(tmp_path, results):
     store.write_tables()
     again = json.loads(json.dumps(vars(results[0])))
     again["record"]["train_s"] = 123.0
-    store.add(type(results[0])(**again))
+    store.add(type(results[0]).sealed(**again))
     accuracy, runs = store.write_tables()
     assert len(runs) == 2
     assert list(runs["train_s"])[0] == 123.0
@@ -78,7 +78,7 @@ def test_a_repeated_run_replaces_its_own_rows_only(tmp_path, results):
 def test_failed_runs_are_kept_and_tried_again(tmp_path, results):
     record = {**results[0].record, "status": "failed", "reason": "RuntimeError: no luck"}
     store = Store(tmp_path)
-    store.add(type(results[0])(record, []))
+    store.add(type(results[0]).sealed(record, []))
     store.write_tables()
     assert list(tables.read(tmp_path, schemas.RUNS)["reason"]) == ["RuntimeError: no luck"]
     assert store.finished() == set()

@@ -16,7 +16,7 @@ from experiments.results import tables
 from experiments.results.store import PARTS, Store
 from support.paths import ROOT
 
-TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb"]
+TIMES = ["train_s", "fisher_s", "eval_s", "peak_rss_mb", "measured_at", "digest"]
 SWEEP = ["sweep", "--dataset", "digits", "--methods", "naive", "ewc", "--ewc-lambda", "10"]
 SWEEP += [
     "--hidden-size",

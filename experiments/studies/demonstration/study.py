@@ -26,6 +26,7 @@ from ewc_plugin.plain import EWC, ewc_train, normal_train
 from experiments.data.sources import DataSource, load_images
 from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.run import N_CLASSES, Dataset
+from experiments.settings.values import Count, Lambda, Positive, Seed
 from experiments.studies.demonstration.figure import METHODS, draw_curves
 from experiments.studies.demonstration.fisher import FISHER, time_fisher
 
@@ -52,23 +53,23 @@ CURVES = pa.DataFrameSchema(
 class Demonstration:
     """Three tasks, plain SGD against EWC, and the Fisher beside a loop over samples."""
 
-    importance: float = 1000.0
+    importance: Lambda = 1000.0
     """Weight of the penalty: cross_entropy + importance * penalty."""
-    samples: int = 200
+    samples: Count = 200
     """Fisher samples per old task."""
-    tasks: int = 3
+    tasks: Count = 3
     """The first has the pixels as they are, each other one permutes them anew."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Passes over each task's data. Unset: 50 on MNIST, 400 on the digits."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Step size of SGD. Unset: 0.001 on MNIST, 0.003 on the digits."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Samples per training mini-batch."""
-    hidden_size: int = 200
+    hidden_size: Count = 200
     """Units in each of the three hidden layers."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each seeds the permutations, the initial weights, the order and the Fisher samples."""
-    rounds: int = 21
+    rounds: Count = 21
     """How often both ways to the Fisher are timed, in turns."""
     dataset: Dataset | None = None
     """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from experiments.reporting.study_output import columns, study_output
+from experiments.settings.values import Count, Seed
 from experiments.studies.laplace.figure import NAIVE, draw_densities, draw_weights
 from experiments.studies.laplace.problems import (
     PROBLEMS,
@@ -55,13 +56,13 @@ LAPLACE = pa.DataFrameSchema(
 class Laplace:
     """EWC's quadratic beside the true posterior; its optimum beside the joint one."""
 
-    n: tuple[int, ...] = (30, 100, 300, 1000)
+    n: tuple[Count, ...] = (30, 100, 300, 1000)
     """Samples per task."""
-    pictured: int = 100
+    pictured: Count = 100
     """Which of them the picture shows, and the penalty's weight is varied for."""
-    factors: int = 25
+    factors: Count = 25
     """Weights of the penalty from 0.001 to 1,000 times Bayes' own."""
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: tuple[Seed, ...] = tuple(range(10))
     """Each draws the tasks' data anew; the first is pictured."""
     out: str = "runs/laplace"
     """Folder of the table and the plot."""

@@ -20,6 +20,7 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import Job
 from experiments.settings.run import STREAM, Dataset, RunSettings
+from experiments.settings.values import Count, Seed
 from experiments.studies.completed import completed_study
 
 LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
@@ -44,11 +45,11 @@ LAMBDA_CURVES = pa.DataFrameSchema(
 class Curves(Job):
     """A grid of lambda for each way to compute F."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each seeds the permutations, the initial weights and the order of the samples."""
-    hidden_size: int = 100
+    hidden_size: Count = 100
     """Units in each of the two hidden layers."""
-    experiences: int = 5
+    experiences: Count = 5
     """Number of permutations."""
 
     name = "parity/curves"

@@ -23,6 +23,7 @@ from experiments.results.store import read_results
 from experiments.settings.grids import Job, PermutedMnist, SplitMnist
 from experiments.settings.run import PENALISED, Dataset, RunSettings
 from experiments.settings.tuned import TUNING_GRIDS
+from experiments.settings.values import Count, Seed
 from experiments.studies.parity.curves import Curves, run_curves
 from experiments.sweeps.jobs import completed_runs, show_plan
 
@@ -40,13 +41,13 @@ class Parity(Job):
 
     parts: tuple[Part, ...] = ("numerical", "behaviour", "curves")
     """What to do; what is not named is kept as it is in the output folder."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     """Reported: paired, the same for both methods."""
-    tuning_seeds: tuple[int, ...] = (100,)
+    tuning_seeds: tuple[Seed, ...] = (100,)
     """Not reported: each method's lambda is chosen with them."""
-    curve_seeds: tuple[int, ...] = (0, 1, 2)
+    curve_seeds: tuple[Seed, ...] = (0, 1, 2)
     """Of the curves over lambda."""
-    hidden_size: int = 100
+    hidden_size: Count = 100
     """Units per hidden layer in the numerical checks and the curves."""
     tables_only: bool = False
     """Run nothing: write tables and pictures of what is there."""

@@ -19,6 +19,7 @@ from experiments.reporting.figures.style import save
 from experiments.results import schemas, tables
 from experiments.settings.grids import Job
 from experiments.settings.run import Dataset, RunSettings
+from experiments.settings.values import Seed
 from experiments.studies.reproduce.figures import TASKS_DRAWN, draw_tasks
 from experiments.studies.reproduce.protocol import Protocol, load_protocol
 from experiments.studies.reproduce.table import arms_table
@@ -33,7 +34,7 @@ class Reproduce(Job):
 
     protocol: Annotated[Name, tyro.conf.Positional] = "kirkpatrick2017"
     """Which one."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Other seeds than the protocol's."""
     search: bool = False
     """Try the candidates for what the source leaves open, on validation images, instead."""

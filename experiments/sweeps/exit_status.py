@@ -1,0 +1,38 @@
+"""The runs of this command that did not end well, which decide its exit status."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+SAME_GRID = ["benchmark", "dataset", "scenario", "method"]
+
+_unsuccessful: list[tuple[str, str, str]] = []  # run id, status, reason
+_n_runs = 0
+
+
+def note(runs: pd.DataFrame) -> None:
+    """Count the runs of a job.
+
+    A run that diverged is no surprise where the job tries several lambdas or learning rates.
+
+    Args:
+        runs: The job's rows of `runs.csv`.
+    """
+    global _n_runs
+    _n_runs += len(runs)
+    varied = runs.groupby(SAME_GRID)[["ewc_lambda", "learning_rate"]].nunique()
+    expected = bool((varied > 1).any(axis=None))
+    bad = runs[runs["status"].eq("failed") | (runs["status"].eq("diverged") & (not expected))]
+    _unsuccessful.extend(zip(bad["run_id"], bad["status"], bad["reason"], strict=True))
+
+
+def last_line() -> str:
+    """How many runs did not end well, and the first one's reason; "" if all did. Counts anew."""
+    global _n_runs
+    bad, n = list(_unsuccessful), _n_runs
+    _unsuccessful.clear()
+    _n_runs = 0
+    if not bad:
+        return ""
+    run_id, status, reason = bad[0]
+    return f"error: {len(bad)} of {n} runs did not end well; {run_id} {status}: {reason}"
