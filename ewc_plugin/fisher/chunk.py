@@ -108,7 +108,7 @@ def _forward(
     if not rules:  # nothing to trace, so nothing that tracing could disturb
         return call.logits(batch), Trace(torch.empty(0, device="cpu"))
     names = {id(p): name for name, p in rules.items()}
-    with Capture(call.model, names, on_gradient) as capture:
+    with Capture(call.model, names, on_gradient, N) as capture:
         logits = call.logits(batch)
     return logits, capture.trace
 

@@ -15,6 +15,7 @@ from ewc_plugin.batches import (
     join,
     joinable,
     n_entries,
+    n_samples,
     take,
 )
 from ewc_plugin.fisher.model_call import ModelCall
@@ -267,7 +268,7 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
     """The first sample: what was traced, its logits, and why nothing could be traced."""
     try:
         names = {id(p): name for name, p in call.params.items()}
-        with Capture(call.model, names, None) as capture:
+        with Capture(call.model, names, None, 1) as capture:
             alone = call.sample_logits(copied(batch), 0)
         return tuple(capture.trace.calls), alone, ""
     except SamplesInteractError:
@@ -285,7 +286,7 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
     """Logits, what was traced, and whether the model worked on its input in place."""
     names = {id(p): name for name, p in call.params.items()}
     batch = copied(batch)
-    with Capture(call.model, names, on_gradient) as capture:
+    with Capture(call.model, names, on_gradient, n_samples(batch)) as capture:
         logits = call.logits(batch)
     leaves = [leaf for leaf in tree_leaves(batch) if has_samples(leaf)]
     return logits, capture.trace, any(leaf._version for leaf in leaves)

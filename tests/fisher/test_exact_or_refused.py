@@ -85,6 +85,30 @@ class Experts(nn.Module):
         return self.head(torch.stack(rows))
 
 
+class Unpadded(nn.Module):
+    """Runs on the tokens that count alone, all samples' in one long list."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x, mask):
+        out = x.new_zeros(*x.shape[:2], 5)
+        out[mask] = self.token(x[mask]).tanh()
+        return self.head(out.sum(1))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_per_sample_are_not_judged_by_their_total(rows):
+    model, x = built(Unpadded), normal(40, 4, 3)
+    lengths = torch.full((40,), rows)
+    lengths[20], lengths[30] = rows - 1, rows + 1  # after the first ones, with the same total
+    mask = torch.arange(4) < lengths[:, None]
+    got = diagonal_fisher(model, [(x, mask)], forward=lambda m, b: m(*b))
+    expected = loop_fisher(model, (x, mask), None, "predicted", lambda m, p: m(*p))
+    assert relative_error(got, expected) < 1e-12
+
+
 INTERACTING = {
     "attention": (AttendsOverTheBatch, (5, 6)),
     "largest": (DividesByTheLargest, (6,)),

@@ -21,6 +21,28 @@ from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
 from ewc_plugin.fisher.tracing.attention import attention, plain_call
 from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, TracedCall
 
+# Functions that give a sample as many rows as its data say. A total that happens to fit does not
+# show to which sample a row belongs.
+_PICKING = {
+    *(torch.nonzero, torch.argwhere, torch.masked_select, torch.repeat_interleave),
+    *(Tensor.nonzero, Tensor.argwhere, Tensor.masked_select, Tensor.repeat_interleave),
+}
+
+
+def _picks_rows(func: Any, args: Any, N: int) -> bool:
+    """Whether a call picks rows by the data; a mask [N] has a sample's row once or not at all."""
+    if func in _PICKING:
+        counts = args[1:2]
+        repeats = func in (torch.repeat_interleave, Tensor.repeat_interleave)
+        return not repeats or any(isinstance(c, Tensor) for c in counts)
+    if func is torch.where:
+        return len(args) == 1
+    if func is not Tensor.__getitem__:
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
+    return any(mask.shape != (N,) for mask in masks)
+
 
 class Capture(TorchFunctionMode):
     """While entered, fills a `Trace` with the calls on the parameters in `names`.
@@ -29,9 +51,10 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(
-        self, model: nn.Module, names: dict[int, str], on_gradient: OnGradient | None
+        self, model: nn.Module, names: dict[int, str], on_gradient: OnGradient | None, N: int
     ) -> None:
         super().__init__()
+        self._N = N  # samples in the batch
         self._model = model
         self._names = dict(names)  # id of a parameter -> its name
         self._on_gradient = on_gradient
@@ -90,6 +113,7 @@ class Capture(TorchFunctionMode):
             if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
                 with self:
                     return attention(plain)
+            self.trace.picked_rows |= _picks_rows(func, args, self._N)
             return func(*args, **kwargs)
         call = rule.bind(*args, **kwargs)
         if call is None or not self._names_parameters(call):
@@ -103,8 +127,11 @@ class Capture(TorchFunctionMode):
         names = {
             role: self._names[id(p)] for role, p in call.params.items() if id(p) in self._names
         }
-        if names and not torch.is_grad_enabled():
-            self.trace.untraceable |= dict.fromkeys(names.values(), "called without gradients")
+        reason = "" if torch.is_grad_enabled() else "called without gradients"
+        if self.trace.picked_rows:
+            reason = "its rows per sample depend on the data"
+        if names and reason:
+            self.trace.untraceable |= dict.fromkeys(names.values(), reason)
             return False
         call.names = names
         return bool(names)

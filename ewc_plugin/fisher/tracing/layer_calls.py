@@ -208,6 +208,7 @@ class Trace:
         inputs: The input of each of them, with its graph.
         of_registered_rules: Parameters of layers with a registered rule; they stay in the graph.
         untraceable: Parameters seen in a call that no rule can serve, each with the reason.
+        picked_rows: Whether rows were picked by the data, as by a mask of tokens.
     """
 
     anchor: Tensor
@@ -215,6 +216,7 @@ class Trace:
     inputs: list[Tensor] = field(default_factory=list)
     of_registered_rules: set[str] = field(default_factory=set)
     untraceable: dict[str, str] = field(default_factory=dict)
+    picked_rows: bool = False
 
     def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
         """Sends v [N, C] back from the logits; each traced call meets its gradient."""
