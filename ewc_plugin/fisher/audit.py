@@ -14,7 +14,7 @@ from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.tracing.layer_calls import Watch
 
 _SHARE = 0.01  # of the time of a pass
-_BESIDE_OTHERS = 8  # samples of a chunk that are also run beside fewer others
+_BESIDE_OTHERS = 5  # samples of a chunk that are also run beside fewer others
 
 # Largest relative difference of a sample's squares, summed over a tensor: a ReLU at zero that
 # flips in another batch changes few of its entries. The other is a floor, relative to the largest

@@ -16,6 +16,7 @@ from ewc_plugin.fisher.options import EngineName
 from ewc_plugin.fisher.per_sample import vmap_squares
 from ewc_plugin.fisher.probe import SAMPLES, Probe
 from ewc_plugin.fisher.rules.base import Layout, Sums
+from ewc_plugin.fisher.rules.registry import RegisteredRule
 from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall, Watch
 
 
@@ -148,23 +149,24 @@ def _matching_layout(seen: Probe, traced: TracedCall, layouts: list[Layout]) -> 
 
 
 def _agrees(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout) -> bool:
-    """Whether the first sample's squares are the loop's, and all squares those of the first two."""
+    """Whether a rule gives the first sample's squares as the loop does."""
+    # One of a third party's must also add up two samples' squares, instead of squaring a sum.
     if not traced.fits(layout, SAMPLES):
         return False
     names = traced.call.names.values()
     try:
-        first, second = (_squares_of(seen, traced, g, layout, n) for n in range(2))
-        together: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
-        traced = traced.fresh()
-        traced.add(g, layout, SAMPLES, together)
-        traced.finish(layout, SAMPLES, together)
+        first = _squares_of(seen, traced, g, layout, 0)
+        if isinstance(traced.rule, RegisteredRule):
+            second = _squares_of(seen, traced, g, layout, 1)
+            together: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
+            traced = traced.fresh()
+            traced.add(g, layout, SAMPLES, together)
+            traced.finish(layout, SAMPLES, together)
+            if not all(seen.close(together[n], first[n] + second[n]) for n in names):
+                return False
     except (RuntimeError, IndexError, OverwrittenError):
         return False  # the rule's shapes do not hold in this layout
-    return all(
-        seen.close(together[name], first[name] + second[name])
-        and seen.close(first[name], seen.reference[name])
-        for name in names
-    )
+    return all(seen.close(first[name], seen.reference[name]) for name in names)
 
 
 def _squares_of(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout, n: int) -> Sums:

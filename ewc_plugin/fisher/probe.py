@@ -198,7 +198,6 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
     alone = alone.detach()
     if call.alone == "copies":
         return call, replace(seen, apart="it takes no batch of another size than the loader's")
-    expected = torch.cat([alone, *(_quietly(call, batch, n) for n in range(1, _SCORED))])
     gradients: dict[int, Tensor] = {}
     try:
         together, trace, copies_input = _run(
@@ -207,10 +206,10 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
     except SamplesInteractError:
         raise
     except Exception as error:  # whatever a model's code raises
-        return call, _not_together(call, seen, expected, error)
+        return call, _not_together(call, seen, alone, error)
     call = replace(call, copies_input=copies_input)
-    if not outputs_agree(together[:_SCORED], expected, together, half):
-        return call, _not_together(call, seen, expected, None)
+    if not outputs_agree(together[:1], alone, together, half):
+        return call, _not_together(call, seen, alone, None)
     check_finite(together, 0)
     direct = parameters_in_graph(together)
     if not untraced:
@@ -292,13 +291,13 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
     return logits, capture.trace, any(leaf._version for leaf in leaves)
 
 
-def _not_together(call: ModelCall, seen: Probe, expected: Tensor, error: Exception | None) -> Probe:
+def _not_together(call: ModelCall, seen: Probe, alone: Tensor, error: Exception | None) -> Probe:
     """Finds out whether tracing changed the outputs, or the samples must stay apart, or interact.
 
     Args:
         call: The model.
         seen: What was seen so far.
-        expected: Logits of the first samples alone.
+        alone: Logits of the first sample alone.
         error: What the traced forward pass of three samples raised, if it did.
 
     Returns:
@@ -309,11 +308,11 @@ def _not_together(call: ModelCall, seen: Probe, expected: Tensor, error: Excepti
     """
     samples = seen.samples
     again = _quietly(call, samples.batch, 0)
-    if not outputs_agree(again, expected[:1], expected, seen.half):
+    if not outputs_agree(again, alone, alone, seen.half):
         raise SamplesInteractError(f"`model` gives the same sample two outputs: {INTERACT}")
     try:
         plain = call.logits(copied(samples.batch))
-        if outputs_agree(plain[:_SCORED], expected, plain, seen.half):
+        if outputs_agree(plain[:1], alone, plain, seen.half):
             why = _line(error) if error else "other outputs"
             return replace(seen, untraced=f"not traced: {why}")
     except Exception as caught:  # whatever a model's code raises
