@@ -82,7 +82,7 @@ class OneProcess:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Hands the call to the process, a new one if it has died since its last task."""
-        if not self._listener.is_alive():
+        if not (self._process.is_alive() and self._listener.is_alive()):
             self.close()
             self._start()
         self._future = Future[Any]()
