@@ -1,0 +1,130 @@
+"""Every figure can be read: names inside it, legends off the data, no axes collapsed."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from experiments.reporting.figures import style
+from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, matrices_of
+from experiments.reporting.figures.over_lambda import draw_over_lambda
+from experiments.reporting.figures.runs import draw_differences, draw_trade_off
+from experiments.reporting.labels import number, without_common
+from experiments.results import schemas, statistics, tables
+from support.run_rows import run_rows
+
+TYPES = ("predicted", "empirical", "sampled", "exact", "batched")
+LAMBDAS = (0.1, 1.0, 10.0, 1e3, 1e6)
+
+
+def grid(n_types, n_lambdas, n_sizes=1):
+    """Tables of a grid: each Fisher type at each lambda and size, beside the other methods."""
+    random = np.random.default_rng(0)
+    parts = [run_rows("naive", [0.5, 0.6]), run_rows("joint", [0.95, 0.96])]
+    kinds = itertools.product(TYPES[:n_types], LAMBDAS[:n_lambdas], range(n_sizes))
+    for i, (fisher_type, ewc_lambda, size) in enumerate(kinds):
+        changes = {"fisher_type": fisher_type, "hidden_size": 100 + size, "ewc_lambda": ewc_lambda}
+        status = "diverged" if i % 7 == 6 else "ok"
+        parts.append(run_rows("ewc", random.uniform(0.6, 0.9, 2), status=status, **changes))
+    for ewc_lambda in LAMBDAS[:n_lambdas]:
+        values = random.uniform(0.6, 0.9, 2)
+        parts.append(run_rows("avalanche-ewc", values, ewc_lambda=ewc_lambda))
+    records, rows = ([row for part in parts for row in part[i]] for i in (0, 1))
+    return tables.frame(records, schemas.RUNS), tables.frame(rows, schemas.ACCURACY)
+
+
+def drawn(kind, runs, accuracy):
+    title = "Split digits, task-incremental"
+    if kind in ("curves", "matrices"):
+        cells = matrices_of(accuracy, runs)
+        return (draw_curves if kind == "curves" else draw_matrices)(cells, title)
+    if kind == "differences":
+        return draw_differences(statistics.paired_differences(runs))
+    return (draw_over_lambda if kind == "lambda" else draw_trade_off)(runs, title)
+
+
+def extent(text, renderer):
+    """Of the words alone, without the line that leads to them."""
+    return Text.get_window_extent(text, renderer)
+
+
+@pytest.mark.parametrize("kind", ["curves", "matrices", "lambda", "trade-off", "differences"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 5), (4, 2, 6)], ids=str)
+def test_names_lie_inside_legends_off_the_data_and_no_axes_collapse(kind, size):
+    figure = drawn(kind, *grid(*size))
+    if figure is None:
+        assert (kind, size) in {("lambda", (1, 1)), ("differences", (1, 5)),
+                                ("differences", (5, 5)), ("differences", (4, 2, 6))}  # fmt: skip
+        return
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    page = figure.bbox.padded(6)  # of layouts that end at the edge
+    boxes = [axis.get_window_extent(renderer) for axis in figure.axes]
+    for axis, box in zip(figure.axes, boxes, strict=True):
+        assert box.height > 0.04 * figure.bbox.height
+        assert box.width > (0.005 if axis.get_label() == "<colorbar>" else 0.1) * figure.bbox.width
+        lines = [line for line in axis.lines if len(line.get_xdata()) > 2]
+        assert len(lines) <= style.MOST_LINES
+        names = [extent(text, renderer) for text in axis.texts if text.get_text()]
+        for name in names:
+            assert page.xmin <= name.xmin and name.xmax <= page.xmax, kind
+            assert page.ymin <= name.ymin and name.ymax <= page.ymax, kind
+        if kind in ("curves", "lambda"):
+            for a, b in itertools.combinations(names, 2):
+                assert not a.padded(-1.5).overlaps(b.padded(-1.5))
+    for legend in figure.legends:
+        box = legend.get_window_extent(renderer)
+        assert not any(box.overlaps(other) for other in boxes)
+        assert page.xmin <= box.xmin and box.xmax <= page.xmax
+    assert not any(axis.get_legend() for axis in figure.axes)
+    plt.close(figure)
+
+
+def test_a_band_never_sets_an_axis():
+    assert style.limits([0.6, 0.9, float("nan")]) == pytest.approx((0.576, 0.924))
+    low, high = style.limits([0.0, 1.0])
+    assert -0.05 < low < 0 and 1 < high < 1.05
+    assert style.limits([]) == (0, 1)
+
+
+def test_a_cell_has_the_same_colour_in_every_figure():
+    assert style.colour_of("ewc", "predicted") == style.METHOD_COLOURS["ewc"]
+    assert style.colour_of("ewc", "exact") == style.FISHER_COLOURS["exact"]
+    assert style.colour_of("avalanche-ewc", None) == style.METHOD_COLOURS["avalanche-ewc"]
+    known = [c for c in {*style.METHOD_COLOURS.values(), *style.FISHER_COLOURS.values()}]
+    assert set(known) <= {style.INK, *(light for light, _ in style.PALETTE.values())}
+
+
+def test_lines_of_one_colour_have_shades_that_differ():
+    shades = style.shades(style.METHOD_COLOURS["ewc"], 5)
+    assert len(set(shades)) == 5
+    assert style.shades("#123456", 1) == ["#123456"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.001, "0.001"), (1e-4, "1e-4"), (300.0, "300"), (1e6, "1e6"), (2.5e7, "2.5e7"),
+     (1e10, "1e10"), (-5e4, "-5e4"), (0.25, "0.25")],
+)  # fmt: skip
+def test_numbers_have_one_format(value, text):
+    assert number(value) == text
+
+
+def test_what_names_share_is_said_once():
+    labels = ["EWC, exact, λ = 1", "EWC, exact, λ = 2"]
+    assert without_common(labels) == ("EWC, exact", ["λ = 1", "λ = 2"])
+    assert without_common(["EWC", "EWC, online"]) == ("", ["EWC", "EWC, online"])
+    assert without_common([]) == ("", [])
+
+
+def test_a_figure_is_written_whole_and_in_few_bytes(tmp_path):
+    figure, axis = plt.subplots()
+    axis.plot([0, 1], [0, 1], color=style.METHOD_COLOURS["ewc"])
+    path = style.save(figure, tmp_path / "new" / "a.png")
+    with Image.open(path) as image:
+        assert image.mode == "P"
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    assert not plt.fignum_exists(figure.number)
