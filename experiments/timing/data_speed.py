@@ -6,16 +6,14 @@ The same runs, interleaved in one process with one thread; their accuracies must
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pandera.pandas as pa
 import torch
-from rich.console import Console
 
-from experiments.data.sources import DataSource, find_data
-from experiments.results.environment import write_environment
-from experiments.results.tables import replace_file
+from experiments.data.sources import DataSource
+from experiments.reporting.study_output import columns, study_on_images
 from experiments.settings.grids import PermutedMnist, SplitMnist
 from experiments.settings.run import Dataset, Method, RunSettings
 from experiments.settings.values import Count
@@ -23,6 +21,19 @@ from experiments.training.run import run as run_once
 
 MEASURED = ("naive", "avalanche-ewc", "ewc")
 PATHS = ("classic", "fast")
+
+
+DATA_SPEED = pa.DataFrameSchema(
+    {
+        **columns(str, "benchmark", "dataset", "method"),
+        **columns(int, "n_experiences", "epochs", "rounds", check=pa.Check.ge(1)),
+        **columns(float, "classic_s", "fast_s", "ratio", "ratio_min", "ratio_max"),
+        **columns(bool, "same_results"),
+    },
+    unique=["benchmark", "dataset", "method"],
+    strict=True,
+    name="data_speed.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,17 @@ def run(settings: DataSpeed) -> pd.DataFrame:
         rounds' ratios with their smallest and largest, and whether every accuracy and loss was
         the same.
     """
-    source, folder = find_data(settings.dataset, settings.data_root), Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    source, output = study_on_images(settings)
     torch.set_num_threads(1)
     grids = (
         SplitMnist(methods=settings.methods, seeds=(0,)),
         PermutedMnist(methods=settings.methods, seeds=(0,), experiences=(settings.experiences,)),
     )
-    console, rows = Console(), []
+    rows: list[dict[str, object]] = []
     for cell in (cell for grid in grids for cell in grid.cells(source.name)):
         rows.append(_measure(cell, source, settings.rounds))
-        console.print(rows[-1], highlight=False)
-    table = pd.DataFrame(rows)
-    replace_file(folder / "data_speed.csv", table.to_csv(index=False))
-    write_environment(folder, source)
-    return table
+        output.console.print(rows[-1], highlight=False)
+    return output.table(rows, DATA_SPEED)
 
 
 def _measure(cell: RunSettings, source: DataSource, rounds: int) -> dict[str, object]:

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pandera.pandas as pa
 import torch
 from rich.console import Console
 
-from experiments.data.sources import DataSource, find_data
-from experiments.results.environment import write_environment
+from experiments.data.sources import DataSource
+from experiments.reporting.study_output import columns, study_on_images
+from experiments.results.metrics import accuracy_matrix
 from experiments.results.tables import replace_file
 from experiments.settings.grids import PermutedMnist
 from experiments.settings.run import Dataset, RunSettings
@@ -37,6 +39,41 @@ _GIVEN = (
 )
 OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
 BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
+
+
+_SIZES = {
+    **columns(str, "dataset"),
+    **columns(
+        *(int, "n_experiences", "epochs", "batch_size", "hidden_layers", "hidden_size"),
+        check=pa.Check.ge(1),
+    ),
+}
+_SECONDS = columns(float, "seconds", "seconds_min", "seconds_max", check=pa.Check.gt(0))
+SWEEP_SPEED = pa.DataFrameSchema(
+    {
+        **columns(str, "run", unique=True),
+        **_SIZES,
+        **columns(int, "rounds", check=pa.Check.ge(1)),
+        **_SECONDS,
+        **columns(float, "ratio", "ratio_min", "ratio_max", check=pa.Check.gt(0)),
+        **columns(float, "average_accuracy", check=pa.Check.in_range(0, 1)),
+        **columns(object, "same_accuracies", nullable=True),
+    },
+    strict=True,
+    name="sweep_speed.csv",
+)
+SWEEP_SCALING = pa.DataFrameSchema(
+    {
+        **_SIZES,
+        **columns(int, "runs", "processes", "commands", "rounds", check=pa.Check.ge(1)),
+        **_SECONDS,
+        **columns(float, "efficiency", "efficiency_min", "efficiency_max", check=pa.Check.gt(0)),
+        **columns(bool, "same_accuracies"),
+    },
+    unique=["processes", "commands"],
+    strict=True,
+    name="sweep_scaling.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -84,26 +121,19 @@ def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns:
         A row per way of making the run, and a row per number of processes.
     """
-    source, folder = find_data(settings.dataset, settings.data_root), Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    console = Console()
-    rounds = time_rounds(settings, source, folder / "sweep_speed_rounds.csv", console)
-    runs = summarise_rounds(rounds)
-    replace_file(folder / "sweep_speed.csv", runs.to_csv(index=False))
-    _show(console, runs)
-    sweeps = time_sweeps(settings, source, folder / "sweep_scaling_rounds.csv", console)
+    source, output = study_on_images(settings)
+    rounds = time_rounds(settings, source, output.folder / "sweep_speed_rounds.csv", output.console)
+    runs = output.table(summarise_rounds(rounds), SWEEP_SPEED)
+    output.show(runs, "%.4g", index=False)
+    sweeps = time_sweeps(
+        settings, source, output.folder / "sweep_scaling_rounds.csv", output.console
+    )
     scaling = summarise_sweeps(sweeps)
     if len(scaling):
-        replace_file(folder / "sweep_scaling.csv", scaling.to_csv(index=False))
-        _show(console, scaling)
-    write_environment(folder, source)
+        scaling = output.table(scaling, SWEEP_SCALING)
+        output.show(scaling, "%.4g", index=False)
     return runs, scaling
-
-
-def _show(console: Console, table: pd.DataFrame) -> None:
-    text = table.to_string(index=False, float_format="%.4g")
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _grid(settings: SweepSpeed, **options: object) -> PermutedMnist:
@@ -230,9 +260,9 @@ def _through_avalanche(cell: RunSettings, source: DataSource) -> Timed:
     record = result.record
     if record["status"] != "ok":
         raise ValueError(f"a run to be timed {record['status']}: {record['reason']}")
-    accuracies: Accuracies = [[] for _ in range(cell.n_experiences + 1)]
-    for row in result.rows:  # tested on experience 0, 1, ... after each
-        accuracies[row["train_exp"] + 1].append(row["accuracy"])
+    names = ("train_exp", "eval_exp", "accuracy")
+    matrix = accuracy_matrix(*([row[name] for row in result.rows] for name in names))
+    accuracies: Accuracies = matrix.tolist()
     return Timed(sum(record[part] for part in ("train_s", "fisher_s", "eval_s")), accuracies)
 
 

@@ -25,7 +25,7 @@ from ewc_plugin.avalanche.metrics import ewc_metrics
 from experiments.data.sources import DataSource
 from experiments.data.streams import Stream, shared_stream
 from experiments.data.tensor_path import FISHER_BATCH, FastData
-from experiments.results.metrics import continual_metrics
+from experiments.results.metrics import Matrix, accuracy_matrix, continual_metrics
 from experiments.results.record import NO_SECONDS, RunResult, run_record
 from experiments.settings.run import RunSettings
 from experiments.training.avalanche_ewc import BuiltinEWC, in_order
@@ -214,12 +214,9 @@ class Run:
             })
         return [found["Top1_Acc"][j] for j in sorted(found["Top1_Acc"])]
 
-    def _matrix(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        n = self.settings.n_experiences
-        matrix = np.full((n + 1, n), np.nan)
-        for row in self.rows:
-            matrix[row["train_exp"] + 1, row["eval_exp"]] = row["accuracy"]
-        return matrix
+    def _matrix(self) -> Matrix:
+        columns = ("train_exp", "eval_exp", "accuracy")
+        return accuracy_matrix(*([row[name] for row in self.rows] for name in columns))
 
 
 class _Watch(SupervisedPlugin):
