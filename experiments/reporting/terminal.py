@@ -14,6 +14,7 @@ from experiments.reporting.cells import SHOWN, summary_cells
 from experiments.reporting.labels import in_words
 from experiments.results.statistics import chosen_lambdas
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MAY_WRAP = ("method", "compared", "what", "beside", "verdict")  # between words; others are short
 
 
@@ -27,6 +28,8 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
     """
     if not rows:
         return
+    # The terminal breaks lines at no-break spaces too: `λ=30` stays whole.
+    rows = [{column: text.replace(NO_BREAK, "") for column, text in row.items()} for row in rows]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0]:
         wraps = column in MAY_WRAP
@@ -79,7 +82,8 @@ def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:
         console: Where to print.
     """
     for sentence in comparison.answers(comparisons):
-        console.print(sentence, highlight=False, markup=False, style="bold")
+        words = sentence.replace(NO_BREAK, "")
+        console.print(words, highlight=False, markup=False, style="bold")
     rows = pd.DataFrame(comparison.comparison_rows(comparisons))
     for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
         shown = part.drop(columns="stream").to_dict("records")
