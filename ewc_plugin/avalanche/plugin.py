@@ -45,7 +45,7 @@ from ewc_plugin.penalty.stability import DivergedError, check_optimizer_state, l
 
 
 class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Adds ewc_lambda * sum_t F_t (theta - theta*_t)^2 to the loss of every later experience.
+    """Add ewc_lambda * sum_t F_t (theta - theta*_t)^2 to the loss of every later experience.
 
     F is exact per sample: see `diagonal_fisher`. With ewc_lambda = 0, and before the first
     experience has ended, the run is the one without the plugin, to the last bit. `strategy.loss` is
@@ -54,8 +54,11 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     it; in one that does not, one per `consolidate_every` experiences. In a distributed run F is
     summed over the ranks, each of which has its share of the samples.
 
-    A model with other outputs or batches needs nothing where the strategy's own `forward` is the
-    user's; else override `unpack`, `forward` or `active_classes`.
+    F sees what the strategy's template feeds its model, and is of the likelihood that the criterion
+    trains: cross entropy and NLL of a softmax classifier, whose labels `fisher_type` names; MSE and
+    BCE with logits of their own, exactly. Samples whose label the criterion ignores are left out.
+    What is not certain is refused before the first step; override `unpack`, `forward` or
+    `active_classes` to say what a batch holds and which logits [N, C] the model gives.
 
     Args:
         ewc_lambda: Weight of the penalty; Avalanche's, half of the lambda of Kirkpatrick et al. A
@@ -63,8 +66,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         mode: "separate" or "online", as `QuadraticPenalty` has them.
         decay_factor: Weight of the past in "online".
         keep_importance_data: Keep every experience's F and theta* in `penalty.history`.
-        fisher_type: Which labels F is the Fisher of; or a `Score`, such as `gaussian_score`, where
-            the model is no softmax classifier.
+        fisher_type: Labels that F averages over; or a `Score`, such as `gaussian_score`, of
+            another likelihood.
         fisher_data: "experience" or "training": see `FisherData`.
         fisher_batches: Called with the strategy at the end of an experience, gives its batches as
             `unpack` takes them, on the model's device; in a distributed run, the rank's share.
@@ -76,15 +79,16 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             normalize="mean" with ewc_lambda=0.01, which was among the best on split and on permuted
             MNIST, for "predicted" and "exact" alike (results/normalized_lambda), where F as it is
             wants lambdas that lie orders of magnitude apart.
-        consolidate_every: Number of experiences that share one F, where there are no task
-            boundaries in an online stream: it is computed at the end of the last, on all of them.
+        consolidate_every: For online streams without task boundaries: compute one F after every
+            so many experiences, on their data together.
         implicit: Take the penalty as an implicit step after the optimizer's: stable for every
             ewc_lambda, see `implicit_step_`.
-        storage_dtype: Of what the penalty remembers, as `QuadraticPenalty` has it.
-        storage_device: Where it is kept, likewise.
+        storage_dtype: Of the remembered F, as in `QuadraticPenalty`.
+        storage_device: Of all that is remembered, as in `QuadraticPenalty`.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, here or when it is set later.
+        TypeError: An argument has another type.
 
     Attributes:
         penalty: The `QuadraticPenalty`.
@@ -152,7 +156,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         )
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        """Makes sure that no other strategy uses this plugin, and that this one can."""
+        """Refuse a strategy that cannot use this plugin, or a plugin that another strategy uses."""
         check_calls_the_hooks(strategy)
         owner = self._strategy and self._strategy()
         if owner is not None and owner is not strategy:
@@ -168,7 +172,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._known_likelihood(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuses an experience without samples."""
+        """Refuse an experience without samples."""
         experience = strategy.experience
         if not len(experience.dataset):
             raise ValueError(
@@ -184,7 +188,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._placement = placement_of(self, strategy, self.penalty, implicit=self.implicit)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Warns, once, of a lambda that plain gradient descent cannot bear."""
+        """Warn, once, of a lambda above the largest stable one of plain gradient descent."""
         self._shared.read_loader(strategy.dataloader)
         if not self._is_active or self.implicit or self._warned:
             return
@@ -226,7 +230,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self._placement.after_update(strategy, self.ewc_lambda)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuses a template that does not call what the penalty needs."""
+        """Refuse a template that does not call `before_backward`."""
         if not self._hooks_called:
             raise RuntimeError(
                 f"{type(strategy).__name__} never calls `before_backward`, so the penalty would "
@@ -234,7 +238,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Computes F on the experience and remembers it with the parameters."""
+        """Compute F on the experience and remember it with the parameters."""
         if not self._shared.end(strategy.experience):
             return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
@@ -307,11 +311,11 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return {name: f * (target / trace) for name, f in fisher.items()}
 
     def unpack(self, batch: Batch) -> Unpacked:
-        """(inputs, targets, task labels or None) of a batch; override it for other batches."""
+        """Return (inputs, targets, task labels or None) of a batch; override for other batches."""
         return unpack(batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [N, C] of a batch; override it for other models."""
+        """Return the logits [N, C] of a batch; override for other models."""
         inputs, _, task_labels = self.unpack(batch)
         if isinstance(inputs, Mapping) and isinstance(batch, Mapping):
             output = model(**inputs)
@@ -323,7 +327,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return logits
 
     def active_classes(self, strategy: Any, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Which classes the Fisher's labels run over, [C] or [N, C] bool; None: all.
+        """Return which classes the Fisher's labels run over, [C] or [N, C] bool; None: all.
 
         By default those of a `MaskedCrossEntropy`, and in a multi-head model those of the sample's
         head, which Avalanche pads with zeros up to the widest one.
@@ -374,7 +378,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             yield from dataset_batches(strategy, dataset, self._num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and plain values.
+        """Return what a resumed run needs: tensors and plain values.
 
         Returns:
             What `torch.load(weights_only=True)` accepts.
@@ -397,7 +401,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the state of a plugin with the same settings.
+        """Take over the state of a plugin with the same settings.
 
         Args:
             state: Of `state_dict()`.
