@@ -105,9 +105,14 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 def write_ascii_if_needed(stream: Any) -> None:
-    """Let a stream that can't take "λ" or "±", such as a redirected console, get plain letters."""
+    """Let a stream that can't take "λ" or "±", such as a redirected console, get plain letters.
+
+    A stream that encodes nothing, such as `io.StringIO`, takes every letter and stays as it is.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return
     try:
-        "λ±─".encode(stream.encoding or "ascii")
+        "λ±─".encode(stream.encoding)
     except (UnicodeEncodeError, LookupError):
         codecs.register_error("ewc-ascii", _in_ascii)
         stream.reconfigure(errors="ewc-ascii")

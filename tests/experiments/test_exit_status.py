@@ -79,6 +79,13 @@ def test_no_letter_stops_a_stream(encoding):
     stream.flush()
 
 
+def test_a_stream_that_encodes_nothing_stays_as_it_is():
+    stream = io.StringIO()
+    write_ascii_if_needed(stream)
+    stream.write("λ")
+    assert stream.getvalue() == "λ"
+
+
 def test_a_corrupt_archive_never_becomes_the_digits(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
