@@ -1,7 +1,6 @@
 """One chunk of samples: forward, one backward per score vector, and the squares of each engine."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.one_hidden_layer import find_one_hidden_layer
 from ewc_plugin.fisher.outputs import check_finite
 from ewc_plugin.fisher.per_sample import loop_squares, vmap_squares
-from ewc_plugin.fisher.plan import Served
+from ewc_plugin.fisher.plan import Served, layout_of, wrong_numbers
 from ewc_plugin.fisher.rules.base import Layout, Sums
 from ewc_plugin.fisher.scores import LabelScores, Scores
 from ewc_plugin.fisher.tracing.capture import Capture
@@ -23,6 +22,7 @@ from ewc_plugin.fisher.tracing.layer_calls import (
     Watch,
     parameters_in_graph,
 )
+from ewc_plugin.fisher.tracing.shared import find_shared
 
 _VECTORS_PER_BLOCK = 32  # handed to vmap and the loop, which repeat the forward pass per block
 
@@ -69,7 +69,7 @@ def add_chunk(
     scores = label_scores.vectors(batch, logits)
     per_sample = any(s.engine != "rules" for s in served.values())
     one_by_one = per_sample or (watch and scores.count > WATCHED_VECTORS)
-    hidden = None if one_by_one else find_one_hidden_layer(trace, logits, scores)
+    hidden = None if one_by_one or trace.shared else find_one_hidden_layer(trace, logits, scores)
     if hidden is not None:
         vectors = [scores.vector(s).to(logits.dtype) for s in range(scores.count)]
         hidden.add(trace, torch.stack(vectors, 1))
@@ -110,6 +110,7 @@ def _forward(
     names = {id(p): name for name, p in rules.items()}
     with Capture(call.model, names, on_gradient, N) as capture:
         logits = call.logits(batch)
+    capture.trace.shared = find_shared(capture.trace.calls)
     return logits, capture.trace
 
 
@@ -117,7 +118,6 @@ def _used_otherwise(
     call: ModelCall, served: dict[str, Served], logits: Tensor, trace: Trace, N: int
 ) -> set[str]:
     """Parameters used in another way than in the probe."""
-    calls = Counter(name for t in trace.calls for name in t.call.names.values())
     in_graph = parameters_in_graph(logits)
     found = {
         name
@@ -125,11 +125,10 @@ def _used_otherwise(
         if id(p) in in_graph and name not in trace.of_registered_rules
     }
     for traced in trace.calls:
-        for name in traced.call.names.values():
-            layout = served[name].layout
-            if calls[name] > 1 or layout is None or not traced.fits(layout, N):
-                found |= set(traced.call.names.values())
-    return found | set(trace.untraceable)
+        layout = layout_of(served, traced)
+        if layout is None or not traced.fits(layout, N):
+            found |= set(traced.params)
+    return found | wrong_numbers(served, trace.calls) | set(trace.untraceable)
 
 
 def _pull_back(
@@ -154,6 +153,8 @@ def _pull_back(
         if watch:
             watch.sees(v)
         trace.pull_back(logits, v, retain_graph=not last)
+        for shared in trace.shared:
+            shared.add(n_samples(batch), into, watch)
         if per_sample:
             vectors.append(v)
         if vectors and (last or len(vectors) == _VECTORS_PER_BLOCK):
@@ -202,7 +203,7 @@ def _params(call: ModelCall, served: dict[str, Served], engine: str) -> dict[str
 
 
 def _layout(served: dict[str, Served], traced: TracedCall) -> Layout:
-    layout = served[next(iter(traced.call.names.values()))].layout
+    layout = layout_of(served, traced)
     assert layout is not None
     return layout
 

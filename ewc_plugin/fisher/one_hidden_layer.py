@@ -81,7 +81,7 @@ def find_one_hidden_layer(trace: Trace, logits: Tensor, scores: Scores) -> OneHi
     h, weight = trace.inputs[1], last.call.params.get("weight")
     wide = logits.dtype in (torch.float32, torch.float64) and h.dtype == logits.dtype
     rows = h.dim() == 2 and hidden.out_shape == h.shape
-    linear = isinstance(hidden.rule, Linear) and isinstance(last.rule, Linear)
+    linear = type(hidden.rule) is Linear and type(last.rule) is Linear
     if not (wide and rows and linear and weight is not None):
         return None
     if logits._backward_hooks or h._backward_hooks:  # they expect every vector

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.options import EngineName
@@ -18,6 +17,9 @@ from ewc_plugin.fisher.probe import SAMPLES, Probe
 from ewc_plugin.fisher.rules.base import Layout, Sums
 from ewc_plugin.fisher.rules.registry import RegisteredRule
 from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall, Watch
+from ewc_plugin.fisher.tracing.shared import connected, find_shared
+
+_DATA_DEPENDENT = "its calls depend on the data"
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Served:
     Attributes:
         engine: "rules", "vmap" or "loop".
         detail: The layer rule's name, or why no rule serves it.
-        layout: Where a rule finds the samples.
+        layout: Where a rule finds the samples: one for each call on the parameter, or one for all
+            of several calls, however many another batch has.
     """
 
     engine: Literal["rules", "vmap", "loop"]
     detail: str
-    layout: Layout | None = None
+    layout: Layout | tuple[Layout, ...] | None = None
 
 
 def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Served]:
@@ -59,49 +62,67 @@ def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Ser
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"`engine` 'rules' can't serve every parameter ({listed}). Use 'auto'.")
     if reasons:
-        failure = _vmap_failure(call.only({name: call.params[name] for name in reasons}), seen)
-        if failure and engine == "vmap":
+        failures = _vmap_failures(call.only({name: call.params[name] for name in reasons}), seen)
+        if failures and engine == "vmap":
+            failure = next(iter(failures.values()))
             raise ValueError(f"`engine` 'vmap' can't serve this model ({failure}). Use 'auto'.")
         for name, reason in reasons.items():
-            if failure:
-                plan[name] = Served("loop", f"{reason}; vmap: {failure}")
+            if name in failures:
+                plan[name] = Served("loop", f"{reason}; vmap: {failures[name]}")
             else:
                 plan[name] = Served("vmap", reason)
     return {name: plan[name] for name in call.params}
 
 
-def _vmap_failure(call: ModelCall, seen: Probe) -> str:
-    """Why vmap can't serve these parameters, or nothing."""
+def layout_of(served: dict[str, Served], traced: TracedCall) -> Layout | None:
+    """Where a call has its samples; None for one that the probe did not see."""
+    layout = served[traced.params[0]].layout
+    if not isinstance(layout, tuple):
+        return layout
+    return layout[traced.position] if traced.position < len(layout) else None
+
+
+def wrong_numbers(served: dict[str, Served], calls: list[TracedCall]) -> set[str]:
+    """Parameters that fewer or more calls read than in the probe, where that matters."""
+    count = Counter(name for traced in calls for name in set(traced.params))
+    layouts = {name: served[name].layout for name in count}
+    return {
+        name
+        for name, layout in layouts.items()
+        if isinstance(layout, tuple) and len(layout) < count[name]
+    }
+
+
+def _vmap_failures(call: ModelCall, seen: Probe) -> dict[str, str]:
+    """The parameters that vmap can't serve, each with the reason."""
     if seen.apart:
-        return seen.apart
+        return dict.fromkeys(call.params, seen.apart)
     first_alone = torch.zeros_like(seen.v)
     first_alone[0] = seen.v[0]
     try:
         sums = vmap_squares(call, seen.samples.batch, first_alone[:, None])
     except Exception as error:  # whatever a model's code raises under a transform
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    if all(seen.close(sums[name], seen.reference[name]) for name in call.params):
-        return ""
-    return "its values differ from the loop's"
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return dict.fromkeys(call.params, reason)
+    wrong = {name for name in call.params if seen.wrong({name: sums[name]})}
+    return dict.fromkeys(wrong, "its values differ from the loop's")
 
 
 def _match_rules(seen: Probe) -> tuple[dict[str, Served], dict[str, str]]:
     """What the layer rules serve, and for all other parameters the reason why not."""
     reasons = _unservable(seen)
-    together, single = seen.traced, seen.single
-    if [t.call.names for t in together] != [t.call.names for t in single]:
-        _mark_calls(together, "its calls depend on the data", reasons)
+    alone = _shapes_alone(seen)
+    _mark_calls([t for t in seen.traced if id(t) not in alone], _DATA_DEPENDENT, reasons)
     plan: dict[str, Served] = {}
-    for traced, alone in zip(together, single, strict=False):
-        names = traced.call.names.values()
-        if any(name in reasons for name in names):  # a call is served as a whole
-            _mark_calls((traced,), "its layer's other parameter has no rule", reasons)
+    for calls in connected(list(seen.traced)):  # calls that share a parameter are served together
+        if any(name in reasons for traced in calls for name in traced.params):
+            _mark_calls(calls, "another parameter of its layer has no rule", reasons)
             continue
-        served = _matching_layout(seen, traced, _layouts(traced.out_shape, alone.out_shape))
-        if isinstance(served, Served):
-            plan |= dict.fromkeys(names, served)
+        layouts = _matching_layouts(seen, calls, [alone[id(traced)] for traced in calls])
+        if isinstance(layouts, str):
+            _mark_calls(calls, layouts, reasons)
         else:
-            _mark_calls((traced,), served, reasons)
+            plan |= _served(calls, layouts)
     for name, total in seen.reference.items():
         if name not in plan and name not in reasons:
             if bool(total.any()):
@@ -111,78 +132,131 @@ def _match_rules(seen: Probe) -> tuple[dict[str, Served], dict[str, str]]:
     return plan, {name: reasons[name] for name in seen.reference if name in reasons}
 
 
-def _mark_calls(calls: tuple[TracedCall, ...], reason: str, reasons: dict[str, str]) -> None:
+def _shapes_alone(seen: Probe) -> dict[int, torch.Size]:
+    """Shape of the output for one sample, by the id of a call on three."""
+    # A loop over time steps may call its cell less often for a single sample.
+    single: dict[tuple[str, ...], list[TracedCall]] = {}
+    for traced in seen.single:
+        single.setdefault((traced.rule.name, *traced.params), []).append(traced)
+    count: Counter[tuple[str, ...]] = Counter()
+    shapes = {}
+    for traced in seen.traced:
+        what = (traced.rule.name, *traced.params)
+        if same := single.get(what):
+            shapes[id(traced)] = same[min(count[what], len(same) - 1)].out_shape
+        count[what] += 1
+    return shapes
+
+
+def _served(calls: list[TracedCall], layouts: list[Layout]) -> dict[str, Served]:
+    """The entries of the parameters of these calls, which rules serve in these layouts."""
+    served: dict[str, Served] = {}
+    for name in dict.fromkeys(name for traced in calls for name in traced.params):
+        own = [i for i, traced in enumerate(calls) if name in traced.params]
+        rules = " + ".join(dict.fromkeys(calls[i].rule.name for i in own))
+        layout = tuple(layouts[i] for i in own)
+        same = len(own) > 1 and len(set(layout)) == 1
+        times = f" in {len(own)} calls" if len(own) > 1 else ""
+        served[name] = Served("rules", f"{rules}{times}", layout[0] if same else layout)
+    return served
+
+
+def _mark_calls(calls: list[TracedCall], reason: str, reasons: dict[str, str]) -> None:
     """Gives the parameters of these calls a reason, unless they have one."""
     for traced in calls:
-        for name in traced.call.names.values():
+        for name in traced.params:
             reasons.setdefault(name, reason)
 
 
 def _unservable(seen: Probe) -> dict[str, str]:
     """Parameters that no rule can serve, whatever its values, each with the reason."""
-    calls = Counter(name for traced in seen.traced for name in traced.call.names.values())
+    calls = Counter(name for traced in seen.traced for name in traced.params)
     reasons = {name: _why_none(seen, name, calls[name]) for name in seen.reference}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _why_none(seen: Probe, name: str, n_calls: int) -> str:
-    if name in seen.of_registered_rules and n_calls == 1:
-        return ""
+    if name in seen.of_registered_rules:
+        return f"its registered rule is used in {n_calls} calls" if n_calls > 1 else ""
     if seen.untraceable and name in seen.untraceable:
         return seen.untraceable[name]
-    if n_calls > 1:
-        return f"used in {n_calls} calls"
     if name in seen.direct:
         return "used in a call and directly" if n_calls else "used directly"
     return ""
 
 
-def _matching_layout(seen: Probe, traced: TracedCall, layouts: list[Layout]) -> Served | str:
-    """The one layout in which the rule gives the loop's answer, or why there is none."""
-    if not layouts:
+def _matching_layouts(
+    seen: Probe, calls: list[TracedCall], alone: list[torch.Size]
+) -> list[Layout] | str:
+    """The one layout of each call in which the rules give the loop's answer, or why there is none.
+
+    Args:
+        seen: What the probe saw.
+        calls: Those that share parameters.
+        alone: Shape of each one's output for one sample.
+
+    Returns:
+        A layout per call, or the reason.
+    """
+    options = [_layouts(t.out_shape, one) for t, one in zip(calls, alone, strict=True)]
+    if not all(options):
         return "no sample axis found"
-    g = (seen.gradients or {}).get(id(traced))
-    right = [layout for layout in layouts if g is None or _agrees(seen, traced, g, layout)]
-    if len(right) == 1:
-        return Served("rules", traced.rule.name, right[0])
+    # Calls that share parameters in one model fold samples in the same way, or not at all.
+    choices = [
+        [option[min(i, len(option) - 1)] for option in options]
+        for i in range(max(len(option) for option in options))
+    ]
+    right = [layouts for layouts in choices if _agrees(seen, calls, layouts)]
+    if len(right) == 1 or (right and not any(id(t) in (seen.gradients or {}) for t in calls)):
+        return right[0]
     return "the layer rule disagrees with the loop" if not right else "ambiguous sample axis"
 
 
-def _agrees(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout) -> bool:
-    """Whether a rule gives the first sample's squares as the loop does."""
+def _agrees(seen: Probe, calls: list[TracedCall], layouts: list[Layout]) -> bool:
+    """Whether the rules give the first sample's squares as the loop does."""
     # One of a third party's must also add up two samples' squares, instead of squaring a sum.
-    if not traced.fits(layout, SAMPLES):
+    if not all(t.fits(layout, SAMPLES) for t, layout in zip(calls, layouts, strict=True)):
         return False
-    names = traced.call.names.values()
     try:
-        first = _squares_of(seen, traced, g, layout, 0)
-        if isinstance(traced.rule, RegisteredRule):
-            second = _squares_of(seen, traced, g, layout, 1)
-            together: Sums = {name: torch.zeros_like(seen.reference[name]) for name in names}
-            traced = traced.fresh()
-            traced.add(g, layout, SAMPLES, together)
-            traced.finish(layout, SAMPLES, together)
-            if not all(seen.close(together[n], first[n] + second[n]) for n in names):
+        first = _squares_of(seen, calls, layouts, 0)
+        if isinstance(calls[0].rule, RegisteredRule):
+            second = _squares_of(seen, calls, layouts, 1)
+            both = {name: first[name] + second[name] for name in first}
+            together: Sums = {name: torch.zeros_like(seen.reference[name]) for name in first}
+            traced = calls[0].fresh()
+            if (g := (seen.gradients or {}).get(id(calls[0]))) is not None:
+                traced.add(g, layouts[0], SAMPLES, together)
+            traced.finish(layouts[0], SAMPLES, together)
+            if seen.wrong(together, both):
                 return False
     except (RuntimeError, IndexError, OverwrittenError):
         return False  # the rule's shapes do not hold in this layout
-    return all(seen.close(first[name], seen.reference[name]) for name in names)
+    return not seen.wrong(first)
 
 
-def _squares_of(seen: Probe, traced: TracedCall, g: Tensor, layout: Layout, n: int) -> Sums:
-    watch = Watch(n)
-    traced = traced.fresh()
-    traced.watch(g, layout, SAMPLES, watch)
-    traced.finish(layout, SAMPLES, {}, watch)
+def _squares_of(seen: Probe, calls: list[TracedCall], layouts: list[Layout], n: int) -> Sums:
+    watch, fresh = Watch(n), [traced.fresh() for traced in calls]
+    shared = find_shared(fresh)
+    for traced, original, layout in zip(fresh, calls, layouts, strict=True):
+        if (g := (seen.gradients or {}).get(id(original))) is None:
+            continue
+        if traced.shared is not None:
+            traced.add(g, layout, SAMPLES, {})
+        else:
+            traced.watch(g, layout, SAMPLES, watch)
+    for several in shared:
+        several.watch(SAMPLES, watch)
+    for traced, layout in zip(fresh, layouts, strict=True):
+        traced.finish(layout, SAMPLES, {}, watch)
     return watch.squares
 
 
 def _layouts(three: torch.Size, one: torch.Size) -> list[Layout]:
-    """Layouts under which one axis grows from one sample to three, and no other does."""
+    """Layouts under which an axis grows from one sample to three, whatever the others do."""
     if len(three) != len(one):
         return []
+    # A model may cut its sequences to the longest of a batch, so several axes may grow.
     grown = [dim for dim in range(len(three)) if three[dim] != one[dim]]
-    if len(grown) != 1 or three[grown[0]] != SAMPLES * one[grown[0]]:
-        return []
-    layout = Layout(grown[0], one[grown[0]])
-    return [layout] if layout.folded == 1 else [layout, replace(layout, interleaved=True)]
+    layouts = [Layout(dim, one[dim]) for dim in grown if three[dim] == SAMPLES * one[dim]]
+    folded = [replace(layout, interleaved=True) for layout in layouts if layout.folded > 1]
+    return layouts + folded

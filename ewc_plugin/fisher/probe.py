@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ from ewc_plugin.fisher.tracing.layer_calls import (
 SAMPLES = 3
 _SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
 _READ_AHEAD = 8  # batches, for different samples
+
+# Roundings in a gradient that cancels, relative to the largest one of its calls and of the model.
+# In half precision they are capped, so that a wrong rule still shows.
+_CALL_NOISE, _MODEL_NOISE, _MOST_NOISE = 1024, 16, 2.0**-5
 
 _CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
 # Every layer call also costs a CPU tenths of a millisecond of Python per chunk. Where one vector
@@ -132,13 +137,42 @@ class Probe:
     untraceable: dict[str, str] | None = None
     direct: frozenset[str] = frozenset()
 
-    def close(self, got: Tensor, expected: Tensor) -> bool:
-        """Whether squares agree but for rounding and a flipped ReLU; overwrites `got`."""
+    def wrong(self, sums: Sums, expected: Sums | None = None) -> set[str]:
+        """Parameters whose squares differ from the loop's by more than rounding and a flipped ReLU.
+
+        A gradient that is zero in exact arithmetic (the bias of a key projection: softmax is shift
+        invariant) is rounding noise in both, so a difference does not count below the square of
+        16 eps times the largest gradient of the model, or of 1024 eps times the largest one among
+        `sums`, which come from the same layer calls. eps is that of the dtype of the outputs.
+
+        Args:
+            sums: Squares of parameters of the same calls; overwritten.
+            expected: What they should be. Default: the loop's.
+
+        Returns:
+            Their names.
+        """
+        eps = torch.finfo(self.v.dtype).eps
+        noise = max(
+            min(_MODEL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest.values()),
+            min(_CALL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest[name] for name in sums),
+        )
+        expected = expected or self.reference
+        return {name for name in sums if not self._close(sums[name], expected[name], noise)}
+
+    @cached_property
+    def _largest(self) -> dict[str, float]:
+        return {
+            name: float(total.max()) if total.numel() else 0.0
+            for name, total in self.reference.items()
+        }
+
+    def _close(self, got: Tensor, expected: Tensor, noise: float) -> bool:
         if not got.numel():
             return True
         low, high = got.sub_(expected).aminmax()
         tolerance = 0.1 if self.half else 0.01
-        return bool(torch.maximum(-low, high) <= tolerance * expected.max())
+        return bool(torch.maximum(-low, high) <= tolerance * expected.max() + noise)
 
     def fitting_chunk(self, one_vector: bool) -> int:
         """Largest power-of-two batch whose traced layer outputs stay near cache size."""

@@ -8,7 +8,7 @@ from torch import nn
 from ewc_plugin.batches import draw_samples, n_entries
 from ewc_plugin.fisher import accumulate
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
-from support.problems import PROBLEMS, BareParameter, DataDependent, mlp
+from support.problems import PROBLEMS, DataDependent, Einsum, mlp
 from support.reference import flags, loop_fisher, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -67,7 +67,7 @@ def test_float32_is_within_1e_4(problem):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["predicted", "exact"])
-@pytest.mark.parametrize("build", [mlp, BareParameter], ids=["rules", "vmap"])
+@pytest.mark.parametrize("build", [mlp, Einsum], ids=["rules", "vmap"])
 def test_half_precision_has_no_silent_zeros(dtype, kind, build):
     model, (x, y) = seeded(build, dtype), data(dtype=dtype)
     head = model[2] if build is mlp else model.head
@@ -91,7 +91,7 @@ def test_autocast_sums_in_float32():
     assert 0 < relative_error(got, doubled(expected)) < 0.1
 
 
-@pytest.mark.parametrize("build", [mlp, BareParameter], ids=["rules", "vmap"])
+@pytest.mark.parametrize("build", [mlp, Einsum], ids=["rules", "vmap"])
 @pytest.mark.parametrize("where", ["forward", "backward"])  # before and after the labels are drawn
 def test_out_of_memory_halves_the_chunk(where, build):
     model, (x, y) = seeded(build), data()
@@ -344,7 +344,7 @@ def test_no_batches(kind):
         diagonal_fisher(seeded(mlp), [], kind)
 
 
-@pytest.mark.parametrize(("build", "engine"), [(BareParameter, "rules"), (DataDependent, "vmap")])
+@pytest.mark.parametrize(("build", "engine"), [(Einsum, "rules"), (DataDependent, "vmap")])
 def test_forced_engine_that_cannot(build, engine):
     with pytest.raises(ValueError, match=f"`engine` '{engine}' can't serve"):
         diagonal_fisher(seeded(build), [data()], engine=engine)

@@ -121,9 +121,9 @@ def scaled():
 def test_registered_rule_serves_its_layer(scale_rule):
     model, batch = scaled(), (torch.randn(7, 6).double(),)
     expected = diagonal_fisher(model, [batch], "exact")
-    assert explain(model, batch)["0.scale"].engine == "vmap"
+    assert explain(model, batch)["0.scale"].detail == "broadcast"
     scale_rule(lambda layer, a, g: {"scale": (a * g).square().sum(0)})
-    assert explain(model, batch)["0.scale"].engine == "rules"
+    assert explain(model, batch)["0.scale"].detail == "Scale"
     assert not model[0]._forward_hooks
     got = diagonal_fisher(model, [batch], "exact", engine="rules")
     for name in expected:

@@ -120,6 +120,13 @@ class BareParameter(nn.Module):
         return self.head(torch.tanh(x * self.scale))
 
 
+class Einsum(BareParameter):
+    """No rule knows `einsum`."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(torch.einsum("ni,i->ni", x, self.scale)))
+
+
 class Masked(nn.Module):
     """W * mask: the function sees a product, not the parameter."""
 
@@ -227,17 +234,17 @@ PROBLEMS = [
         normal(3, 6),
     ),
     Problem("masked-head", MaskedHead, normal(6)),
-    Problem("tied", Tied, normal(6), engine="vmap"),
-    Problem("called-twice", CalledTwice, normal(6), engine="vmap"),
-    Problem("bare-parameter", BareParameter, normal(6), engine="vmap"),
-    Problem("weight-mask", Masked, normal(6), engine="vmap"),
+    Problem("tied", Tied, normal(6)),
+    Problem("called-twice", CalledTwice, normal(6)),
+    Problem("bare-parameter", BareParameter, normal(6)),
+    Problem("einsum", Einsum, normal(6), engine="vmap"),
+    Problem("weight-mask", Masked, normal(6)),
     Problem(
         "weight-norm",
         lambda: nn.Sequential(
             nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4)
         ),
         normal(6),
-        engine="vmap",
     ),
     Problem("data-dependent", DataDependent, normal(6), engine="loop"),
     Problem("two-heads", TwoHeads, with_tasks, engine="loop", forward=lambda m, b: m(b[0], b[1])),
@@ -448,17 +455,17 @@ LAYER_PROBLEMS = [
         tokens(9),
         engine="vmap",
     ),
-    Problem("positions", Positions, tokens(6), engine="vmap"),
+    Problem("positions", Positions, tokens(6)),
     Problem("attention", Attention, normal(3, 6)),
     Problem("attention-time-first", lambda: Attention(batch_first=False), normal(3, 6)),
     Problem("attention-causal", lambda: Attention(causal=True), normal(3, 6)),
     Problem("attention-padded", lambda: Attention(causal=True, padded=True), normal(3, 6)),
-    Problem("attention-cross", CrossAttention, normal(5, 3), engine="vmap"),
+    Problem("attention-cross", CrossAttention, normal(5, 3)),
     Problem("transformer", encoder, normal(5, 6)),
     Problem("transformer-norm-first", lambda: encoder(norm_first=True), normal(3, 6)),
     Problem("rnn", lambda: Recurrent(nn.RNN), normal(4, 3), engine="loop"),
     Problem("lstm", lambda: Recurrent(nn.LSTM), normal(4, 3), engine="loop"),
     Problem("gru", lambda: Recurrent(nn.GRU), normal(4, 3), engine="loop"),
-    Problem("low-rank-adapter", LowRank, normal(6), engine="vmap"),
+    Problem("low-rank-adapter", LowRank, normal(6)),
 ]
 PROBLEMS += LAYER_PROBLEMS

@@ -17,13 +17,16 @@ class LayerCall:
         a: The layer's input.
         params: Role ("weight", "bias") -> the tensor passed.
         options: Whatever else the rule needs to know of the call.
-        names: Role -> parameter name, for the trainable parameters alone; set at capture.
+        names: Role -> name of a trainable parameter, or of a tensor computed from parameters
+            alone (`Source`); set at capture.
+        sample_dim: Axis of the output that the samples are on; set when its gradient arrives.
     """
 
     a: Tensor
     params: dict[str, Tensor | None]
     options: Any = None
     names: dict[str, str] = field(default_factory=dict)
+    sample_dim: int = 0
 
     def sum_dtype(self) -> torch.dtype:
         """Dtype of the sums of its parameters."""
@@ -57,8 +60,9 @@ class Layout:
 
 
 class LayerRule:
-    """Squared per-sample gradients of the parameters of one torch function.
+    """Per-sample gradients of the parameters of one torch function, and their squares.
 
+    `per_sample` is the formula; a rule overrides `add` where it has a cheaper form of the squares.
     A rule that gains from seeing more than one score vector's gradient also inherits `TakesSquares`
     or `TakesSeveral`. K counts the entries that a sample has folded into its axis (see `Layout`),
     and all tensors come in the dtype of the sums.
@@ -78,8 +82,25 @@ class LayerRule:
         """What `add` takes for `a` [N, K, ...], computed once for all score vectors."""
         return a
 
+    def fits(self, call: LayerCall, layout: Layout) -> bool:
+        """Whether the rule holds for samples in this layout."""
+        return True
+
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """Gradient of each sample [N, ...] by name, from a [N, K, ...] and g [N, K, ...]."""
+        raise NotImplementedError
+
     def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
         """Add sum_n (gradient of sample n)^2, from a [N, K, ...] and g [N, K, ...], to `into`."""
+        for name, gradients in self.per_sample(call, a, g).items():
+            into[name].add_(gradients.square().sum(0))
+
+
+class JoinsCalls:
+    """Part of a rule for which k calls on the same parameters are one call on all their rows."""
+
+    def rows(self, call: LayerCall, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and gradients as [N, T, ...], a sample's rows along the second axis."""
         raise NotImplementedError
 
 

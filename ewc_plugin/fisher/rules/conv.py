@@ -92,6 +92,10 @@ class Convolution(LayerRule, TakesSeveral):
         """
         self.add_several(call, a, [g], into)
 
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """Gradients of the weight and sums of g_n over positions."""
+        return _per_sample(call, a, g)
+
     def block_size(self, call: LayerCall, g: Tensor, count: int) -> int:
         """As many vectors as share the unfolding of an input, in blocks of like size."""
         if not _unfolds(call.options, g):
@@ -140,12 +144,27 @@ class TransposedConvolution(LayerRule):
         )
         return LayerCall(input, {"weight": weight, "bias": bias}, geometry)
 
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """As for `Convolution`."""
+        return _per_sample(call, a, g)
+
     def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
         """As for `Convolution`."""
         if name := call.names.get("weight"):
             _add_weight(call.options, a, g, into[name])
         if name := call.names.get("bias"):
             into[name].add_(channel_sums(g).square_().sum(0))
+
+
+def _per_sample(call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+    gradients = {}
+    if name := call.names.get("weight"):
+        weight = call.params["weight"]
+        assert weight is not None
+        gradients[name] = _grouped_gradients(call.options, a, g, weight.shape)
+    if name := call.names.get("bias"):
+        gradients[name] = channel_sums(g)
+    return gradients
 
 
 def _unfolds(geometry: _Geometry, g: Tensor) -> bool:
@@ -231,11 +250,14 @@ def _add_grouped(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> Non
             into.addcmul_(gradient, gradient)
         return
     for a_part, g_part in zip(a.split(_GROUP), g.split(_GROUP), strict=True):
-        # Each sample a group of its own, its K images the batch: [K, n * I, ...].
-        n, (out_channels, *rest) = len(a_part), into.shape
-        a_part, g_part = (t.transpose(0, 1).flatten(1, 2) for t in (a_part, g_part))
-        gradients = _weight_gradient(geometry, a_part, g_part, (n * out_channels, *rest), n)
-        into.add_(gradients.view(n, *into.shape).square_().sum(0))
+        into.add_(_grouped_gradients(geometry, a_part, g_part, into.shape).square_().sum(0))
+
+
+def _grouped_gradients(geometry: _Geometry, a: Tensor, g: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gradients of the weight [N, *shape]: each sample a group of its own, its K images a batch."""
+    n, (out_channels, *rest) = len(a), shape
+    a, g = (t.transpose(0, 1).flatten(1, 2) for t in (a, g))  # [K, n * I, ...]
+    return _weight_gradient(geometry, a, g, (n * out_channels, *rest), n).view(n, *shape)
 
 
 def _weight_gradient(

@@ -25,22 +25,26 @@ class _Norm(LayerRule):
 class _ChannelNorm(_Norm):
     """Weight and bias have an entry per channel."""
 
-    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-        """F_w += sum_n (sum_t g_nt x_hat_nt)^2; F_b += sum_n (sum_t g_nt)^2; [N, K, C, ...]."""
-        if name := call.names.get("weight"):
-            into[name].add_(channel_sums(a * g).square_().sum(0))
-        if name := call.names.get("bias"):
-            into[name].add_(channel_sums(g).square_().sum(0))
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """Of the weight sum_t g_nt x_hat_nt, of the bias sum_t g_nt; a and g [N, K, C, ...]."""
+        return {
+            name: channel_sums(a * g if role == "weight" else g)
+            for role, name in call.names.items()
+        }
 
 
 class _FeatureNorm(_Norm):
     """Weight and bias have the shape of the trailing axes."""
 
-    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-        """The same sums over all other axes of a sample; [N, K, ..., *shape]."""
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """The same sums over all other axes of a sample; a and g [N, K, ..., *shape]."""
+        gradients = {}
         for role, name in call.names.items():
+            p = call.params[role]
+            assert p is not None
             terms = a * g if role == "weight" else g
-            into[name].add_(terms.reshape(len(g), -1, *into[name].shape).sum(1).square_().sum(0))
+            gradients[name] = terms.reshape(len(g), -1, *p.shape).sum(1)
+        return gradients
 
 
 class BatchNorm(_ChannelNorm):

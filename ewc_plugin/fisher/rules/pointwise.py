@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums, channel_sums
+from ewc_plugin.fisher.rules.base import JoinsCalls, LayerCall, LayerRule, Sums, channel_sums
 
 
-class Embedding(LayerRule):
+class Embedding(LayerRule, JoinsCalls):
     """Rows of a table, picked by an index per position; `options` is the padding word, or None."""
 
     def bind(
@@ -25,6 +25,22 @@ class Embedding(LayerRule):
         if padding_idx is not None and padding_idx < 0:
             padding_idx += len(weight)
         return LayerCall(input, {"weight": weight}, padding_idx)
+
+    def rows(self, call: LayerCall, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [N, T] and gradients [N, T, D]."""
+        return a.reshape(len(a), -1), g.reshape(len(g), -1, g.size(-1))
+
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """Row v: the sum of g_nt over the positions t that hold v."""
+        weight = call.params["weight"]
+        assert weight is not None
+        index, g = self.rows(call, a, g)
+        gradients = g.new_zeros(len(g), *weight.shape)
+        first = torch.arange(len(g), device=g.device)[:, None] * len(weight)
+        gradients.flatten(0, 1).index_add_(0, (first + index).flatten(), g.flatten(0, 1))
+        if call.options is not None:
+            gradients[:, call.options] = 0  # the padding word has no gradient
+        return {call.names["weight"]: gradients}
 
     def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
         """F[v] += sum_n (sum of g_nt over the positions t that hold v)^2."""
@@ -47,12 +63,13 @@ class PReLU(LayerRule):
         """The arguments of `F.prelu`."""
         return LayerCall(input, {"weight": weight})
 
-    def add(self, call: LayerCall, a: Tensor, g: Tensor, into: Sums) -> None:
-        """F += sum_n (sum_t g_nt min(a_nt, 0))^2, per channel where the weight has channels."""
-        F_weight = into[call.names["weight"]]
+    def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
+        """sum_t g_nt min(a_nt, 0), per channel where the weight has channels."""
+        weight = call.params["weight"]
+        assert weight is not None
         products = a.clamp(max=0).mul_(g)  # [N, K, C, ...]
-        if F_weight.numel() == 1:
+        if weight.numel() == 1:
             sums = products.flatten(1).sum(1, keepdim=True)
         else:
             sums = channel_sums(products)
-        F_weight.add_(sums.square_().sum(0).view_as(F_weight))
+        return {call.names["weight"]: sums.view(len(g), *weight.shape)}

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule, Sums
 from ewc_plugin.fisher.rules.conv import Convolution, TransposedConvolution
-from ewc_plugin.fisher.rules.linear import Linear
+from ewc_plugin.fisher.rules.linear import Addmm, Linear, Matmul
 from ewc_plugin.fisher.rules.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ewc_plugin.fisher.rules.pointwise import Embedding, PReLU
 
@@ -27,6 +28,11 @@ RULES: dict[Any, LayerRule] = {  # by the torch function that they serve
     F.instance_norm: InstanceNorm("instance_norm"),
     F.embedding: Embedding("embedding"),
     F.prelu: PReLU("prelu"),
+    torch.addmm: Addmm("addmm"),
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__),
+        Matmul("matmul"),
+    ),
 }
 
 Squares = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]

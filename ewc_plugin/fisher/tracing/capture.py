@@ -5,6 +5,10 @@ A function mode sees `F.linear` wherever it is called from: in a module, in a fu
 detached, so the backward pass computes no weight gradient, and a tap behind the call hands the
 output's gradient to the rule. A tap's output is an alias of the layer's, which a later in-place
 activation may overwrite.
+
+What a function reads may also be computed from parameters alone (`lineage.py`): it is detached in
+the same way. A parameter that no layer function reads, but an elementwise one or `torch.cat`, is
+expanded to the shape in which it meets the batch, with a tap behind the expansion.
 """
 
 from collections.abc import Callable
@@ -17,9 +21,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule
+from ewc_plugin.fisher.rules.broadcast import ELEMENTWISE, Broadcast
 from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
 from ewc_plugin.fisher.tracing.attention import attention, plain_call
 from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, TracedCall
+from ewc_plugin.fisher.tracing.lineage import Lineage, Source, tensors_in
+
+_BROADCAST = Broadcast("broadcast")
+_JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+_MATMUL = {f for f in RULES if RULES[f].name == "matmul"}
+_OPERATORS = ("add", "sub", "mul", "truediv", "div", "pow", "and", "or")
+# Entries of a matrix that is written down once per sample.
+_EXPANDED_ENTRIES = 2**14
+
+
+def changes_first(func: Any) -> bool:
+    """Whether a function writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", *(f"__i{op}__" for op in _OPERATORS))
+
 
 # Functions that give a sample as many rows as its data say. A total that happens to fit does not
 # show to which sample a row belongs.
@@ -27,6 +48,8 @@ _PICKING = {
     *(torch.nonzero, torch.argwhere, torch.masked_select, torch.repeat_interleave),
     *(Tensor.nonzero, Tensor.argwhere, Tensor.masked_select, Tensor.repeat_interleave),
 }
+
+_PICKED = "its rows per sample depend on the data"
 
 
 def _picks_rows(func: Any, args: Any, N: int) -> bool:
@@ -59,6 +82,7 @@ class Capture(TorchFunctionMode):
         self._names = dict(names)  # id of a parameter -> its name
         self._on_gradient = on_gradient
         self._hooks: list[RemovableHandle] = []
+        self._lineage = Lineage(model, {})
         device = next(model.parameters()).device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
@@ -74,6 +98,7 @@ class Capture(TorchFunctionMode):
                 if names:
                     hook = self._layer_hook(RegisteredRule(module, squares), names)
                     self._hooks.append(module.register_forward_hook(hook))
+        self._lineage = Lineage(self._model, self._names)
         super().__enter__()
         return self
 
@@ -93,10 +118,16 @@ class Capture(TorchFunctionMode):
 
         return hook
 
-    def _record(self, rule: LayerRule, call: LayerCall, out: Tensor) -> Tensor:
+    def _record(
+        self,
+        rule: LayerRule,
+        call: LayerCall,
+        out: Tensor,
+        sources: dict[str, Source] | None = None,
+    ) -> Tensor:
         self.trace.inputs.append(call.a)
         call.a = call.a.detach()  # shares the version counter
-        traced = TracedCall(rule, call, out.shape, call.a._version)
+        traced = TracedCall(rule, call, out.shape, call.a._version, sources or {})
         self.trace.calls.append(traced)
         if self._on_gradient is None:
             return out
@@ -106,41 +137,74 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs `func`; where a rule knows it and it reads a named parameter, records it."""
+        """Runs `func`; where it brings parameters together with the batch, records it."""
         kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is None:
-            if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
-                with self:
-                    return attention(plain)
-            self.trace.picked_rows |= _picks_rows(func, args, self._N)
+        found, foreign = self._lineage.read_by(func, args, kwargs)
+        if not found:
+            out = func(*args, **kwargs)
+            if foreign:
+                self.trace.picked_rows |= _picks_rows(func, args, self._N)
+            else:
+                self._lineage.learn_constant(func, args, out)
+            return out
+        if not torch.is_grad_enabled():
+            if func in RULES:
+                self._give_up(found, "called without gradients")
             return func(*args, **kwargs)
-        call = rule.bind(*args, **kwargs)
-        if call is None or not self._names_parameters(call):
-            return func(*args, **kwargs)
-        if self._on_gradient is not None:
-            args, kwargs = self._without_parameters(func, call, args, kwargs)
-        return self._record(rule, call, func(*args, **kwargs))
+        if changes_first(func) and args and self._lineage.source(args[0]):
+            return func(*args, **kwargs)  # what it writes to must stay what the model reads
+        if not foreign:
+            out = func(*args, **kwargs)
+            if not tensors_in((out,)) or not any(source.unexpanded for source in found):
+                self._lineage.learn(func, args, found, out)
+                return out
+        if func not in ELEMENTWISE or not foreign:
+            args, kwargs = self._mapped(self._tapped_expansion, args, kwargs)
+            found, foreign = self._lineage.read_by(func, args, kwargs)
+        return self._meets_batch(func, args, kwargs) if found else func(*args, **kwargs)
 
-    def _names_parameters(self, call: LayerCall) -> bool:
-        """Sets the names of a call's parameters; False where it has none that a rule can serve."""
-        names = {
-            role: self._names[id(p)] for role, p in call.params.items() if id(p) in self._names
-        }
-        reason = "" if torch.is_grad_enabled() else "called without gradients"
+    def _meets_batch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs a function of parameters and the batch."""
         if self.trace.picked_rows:
-            reason = "its rows per sample depend on the data"
-        if names and reason:
-            self.trace.untraceable |= dict.fromkeys(names.values(), reason)
-            return False
-        call.names = names
-        return bool(names)
+            self._give_up(self._lineage.read_by(func, args, kwargs)[0], _PICKED)
+            return func(*args, **kwargs)
+        self.trace.picked_rows |= _picks_rows(func, args, self._N)
+        if rule := RULES.get(func):
+            call = rule.bind(*args, **kwargs)
+            if call is not None and (sources := self._name(call)):
+                if self._on_gradient is not None:
+                    args, kwargs = self._without_parameters(func, call, args, kwargs)
+                return self._record(rule, call, func(*args, **kwargs), sources)
+        if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
+            with self:
+                return attention(plain)
+        if func in _JOINING:
+            args, kwargs = self._mapped(self._tapped_source, args, kwargs)
+        elif func in ELEMENTWISE:
+            args, kwargs = self._broadcast(func, args, kwargs)
+        elif func in _MATMUL and not kwargs:
+            args = self._expanded_matrix(*args)
+        return func(*args, **kwargs)
+
+    def _give_up(self, sources: list[Source], reason: str) -> None:
+        names = [name for source in sources for name in source.params]
+        self.trace.untraceable |= dict.fromkeys(names, reason)
+
+    def _name(self, call: LayerCall) -> dict[str, Source]:
+        """Sets the names of a call's parameters; returns their sources by these names."""
+        sources: dict[str, Source] = {}
+        for role, p in call.params.items():
+            source = self._lineage.source(p)
+            if source is not None:
+                call.names[role] = self.trace.name_of(source)
+                sources[call.names[role]] = source
+        return sources
 
     def _without_parameters(
         self, func: Any, call: LayerCall, args: Any, kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments, with the parameters detached."""
-        served = {id(p) for p in call.params.values() if id(p) in self._names}
+        served = {id(call.params[role]) for role in call.names}
 
         def passed(arg: Any) -> Any:
             if id(arg) in served:
@@ -152,3 +216,64 @@ class Capture(TorchFunctionMode):
             return arg
 
         return [passed(arg) for arg in args], {k: passed(arg) for k, arg in kwargs.items()}
+
+    def _mapped(
+        self, function: Callable[[Any], Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, and those in lists and tuples, through a function."""
+
+        def mapped(arg: Any) -> Any:
+            if isinstance(arg, (list, tuple)):
+                items = [mapped(item) for item in arg]
+                return items if isinstance(arg, list) or hasattr(arg, "_fields") else tuple(items)
+            return function(arg)
+
+        return [mapped(arg) for arg in args], {key: mapped(arg) for key, arg in kwargs.items()}
+
+    def _tapped_expansion(self, arg: Any) -> Any:
+        source = self._lineage.source(arg)
+        return arg if source is None or not source.unexpanded else self._tapped(source, arg)
+
+    def _tapped_source(self, arg: Any) -> Any:
+        source = self._lineage.source(arg)
+        return arg if source is None else self._tapped(source, arg)
+
+    def _broadcast(
+        self, func: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of an elementwise function, its parameters in the shape of the result."""
+        tensors = tensors_in((*args, *kwargs.values()))
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        dtypes = {t.dtype for t in tensors if t.dtype != torch.bool}
+
+        def passed(arg: Any) -> Any:
+            source = self._lineage.source(arg)
+            # Expanded, a scalar would take part in type promotion.
+            if source is None or (arg.dim() == 0 and len(dtypes) > 1):
+                return arg
+            return self._tapped(source, self._plain(source).expand(shape))
+
+        return self._mapped(passed, args, kwargs)
+
+    def _expanded_matrix(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of a batched product, where the parameter is not the right one on rows."""
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        pair = []
+        for t in (left, right):
+            source = self._lineage.source(t)
+            if source is not None and t.dim() > 1 and t.numel() <= _EXPANDED_ENTRIES:
+                t = self._tapped(source, self._plain(source).expand(*batch, *t.shape[-2:]))
+            pair.append(t)
+        return pair[0], pair[1]
+
+    def _plain(self, source: Source) -> Tensor:
+        return (source.unexpanded or source).value
+
+    def _tapped(self, source: Source, expanded: Tensor) -> Tensor:
+        """A source, expanded to some shape, with a tap behind it."""
+        source = source.unexpanded or source
+        # Either is another tensor than the source, so it counts as coming from the batch.
+        out = expanded.view_as(expanded) if self._on_gradient is None else expanded.detach()
+        name = self.trace.name_of(source)
+        call = LayerCall(out, {"value": source.value}, names={"value": name})
+        return self._record(_BROADCAST, call, out, {name: source})

@@ -1,8 +1,8 @@
 """A traced call of a layer function, and the tap that brings it the gradient at its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from ewc_plugin.fisher.rules.base import (
     Sums,
     TakesSeveral,
     TakesSquares,
+    sum_dtype,
 )
+from ewc_plugin.fisher.tracing.lineage import Source
 
 WATCHED_VECTORS = 16  # of the watched sample, so that a thousand classes cost no thousand products
 
@@ -49,6 +51,13 @@ class OverwrittenError(Exception):
     """The input of a traced call was modified in place before its gradient arrived."""
 
 
+class Receives(Protocol):
+    """What takes the gradients of several calls."""
+
+    def receive(self, traced: "TracedCall", g: Tensor, layout: Layout) -> None:
+        """Keeps a gradient g [N, K, ...]."""
+
+
 @dataclass
 class TracedCall:
     """One call of a layer function in a forward pass.
@@ -61,6 +70,9 @@ class TracedCall:
         call: Its arguments; `call.a` is detached.
         out_shape: Shape of its output.
         version: Of `call.a`: an in-place change after the call would falsify the rule.
+        sources: What the names of `call` stand for; a name without one is a parameter's.
+        shared: Takes its gradients, where other calls read its parameters too.
+        position: Of this call among those of its first parameter.
         squares: sum_s g_s^2 [N, K, ...] so far, where the rule takes squares.
     """
 
@@ -68,16 +80,43 @@ class TracedCall:
     call: LayerCall
     out_shape: torch.Size
     version: int
+    sources: dict[str, Source] = field(default_factory=dict)
+    shared: "Receives | None" = None
+    position: int = 0
     squares: Tensor | None = None
+    _of_sources: Sums = field(default_factory=dict)  # squares of those that are no parameters
     _block: list[Tensor] = field(default_factory=list)  # g [N, K, ...], where it takes several
     _prepared: Tensor | None = None  # the rule's own form of the input, for the next vector
     _watched: list[Tensor] = field(default_factory=list)  # g [1, K, ...] of the watched sample
 
+    @property
+    def params(self) -> list[str]:
+        """Names of its trainable parameters, one for each way in which it reads them."""
+        names: list[str] = []
+        for name in self.call.names.values():
+            names += self.sources[name].params if name in self.sources else (name,)
+        return names
+
+    @property
+    def separable(self) -> bool:
+        """Whether the squares of what it reads can be taken one by one."""
+        selects = all(source.selects for source in self.sources.values())
+        return selects and len(set(self.params)) == len(self.params)
+
+    def fresh(self) -> "TracedCall":
+        """The same call, with nothing collected."""
+        return TracedCall(self.rule, self.call, self.out_shape, self.version, self.sources)
+
     def fits(self, layout: Layout, N: int) -> bool:
         """Whether input and output hold N samples in this layout, and the input still is there."""
         shapes = (self.out_shape, self.call.a.shape)
-        return self.call.a._version == self.version and all(
-            len(shape) > layout.dim and shape[layout.dim] == N * layout.folded for shape in shapes
+        return (
+            self.call.a._version == self.version
+            and all(
+                len(shape) > layout.dim and shape[layout.dim] == N * layout.folded
+                for shape in shapes
+            )
+            and self.rule.fits(self.call, layout)
         )
 
     def add(
@@ -100,10 +139,11 @@ class TracedCall:
             count: How many vectors there are.
             unscale: What g is multiplied by.
         """
-        rule, dtype = self.rule, self.call.sum_dtype()
-        g = layout.samples_first(g, N).to(dtype)
-        if unscale != 1.0:
-            g = g * unscale  # in the wide dtype, where nothing underflows
+        rule = self.rule
+        g = self.samples_first(g, layout, N, unscale)
+        if self.shared is not None:
+            self.shared.receive(self, g, layout)
+            return
         if isinstance(rule, TakesSquares) and rule.takes_squares(self.call, g):
             self.squares = g.square() if self.squares is None else self.squares.addcmul_(g, g)
         elif isinstance(rule, TakesSeveral) and (size := rule.block_size(self.call, g, count)) > 1:
@@ -113,23 +153,20 @@ class TracedCall:
         else:
             a = self._prepared
             if a is None:
-                a = rule.prepare(self.call, self._input(layout, N, dtype))
+                a = self.prepared_input(layout, N, g.dtype)
                 self._prepared = a if count > 1 else None
-            rule.add(self.call, a, g, into)
+            rule.add(self.call, a, g, self.sums(into))
 
     def watch(self, g: Tensor, layout: Layout, N: int, watch: Watch, unscale: float = 1.0) -> None:
         """Keeps the watched sample's part of a gradient, for `finish`."""
-        if len(self._watched) < WATCHED_VECTORS:
+        self.call.sample_dim = layout.dim
+        if self.shared is None and len(self._watched) < WATCHED_VECTORS:
             own = layout.samples_first(g, N)[watch.n : watch.n + 1]
             self._watched.append(own.to(self.call.sum_dtype(), copy=True) * unscale)
 
     def watch_squares(self) -> None:
         """Watches the squares of all vectors together instead of their gradients."""
         self._watched = []
-
-    def fresh(self) -> "TracedCall":
-        """The same call, with nothing collected."""
-        return TracedCall(self.rule, self.call, self.out_shape, self.version)
 
     def finish(self, layout: Layout, N: int, into: Sums, watch: Watch | None = None) -> None:
         """Adds what was collected, after the last vector."""
@@ -138,33 +175,83 @@ class TracedCall:
         if self.squares is not None:
             assert isinstance(self.rule, TakesSquares)
             a = self._input(layout, N, self.squares.dtype)
-            self.rule.add_squares(self.call, a, self.squares, into)
+            self.rule.add_squares(self.call, a, self.squares, self.sums(into))
             self.squares = None
         if self._block:
             self._add_block(layout, N, into)
         self._prepared = None
+        self._add_of_sources(into)
+
+    def _add_of_sources(self, into: Sums) -> None:
+        for name, squares in self._of_sources.items():
+            self.sources[name].add_squares(squares, into)
+        self._of_sources = {}
+
+    def samples_first(self, g: Tensor, layout: Layout, N: int, unscale: float = 1.0) -> Tensor:
+        """A gradient at its output as [N, K, ...], in the dtype of the sums."""
+        self.call.sample_dim = layout.dim
+        g = layout.samples_first(g, N).to(self.call.sum_dtype())
+        return g * unscale if unscale != 1.0 else g  # in the wide dtype, where nothing underflows
+
+    def prepared_input(self, layout: Layout, N: int, dtype: torch.dtype) -> Tensor:
+        """Its input as the rule takes it, [N, K, ...]."""
+        return self.rule.prepare(self.call, self._input(layout, N, dtype))
+
+    def per_sample(self, a: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Gradients [N, ...] by parameter, from a prepared input and g [N, K, ...]."""
+        for name, gradients in self.rule.per_sample(self.call, a, g).items():
+            if name in self.sources:
+                yield from self.sources[name].pull_back(gradients)
+            else:
+                yield name, gradients
+
+    def sums(self, into: Sums) -> Sums:
+        """The sums by the names that the rule knows."""
+        if all(source.is_parameter for source in self.sources.values()):
+            return into
+        sums: Sums = {}
+        for role, name in self.call.names.items():
+            if self.sources[name].is_parameter:
+                sums[name] = into[name]
+            else:
+                if name not in self._of_sources:
+                    value = self.call.params[role]
+                    assert value is not None
+                    zeros = torch.zeros_like(value, dtype=sum_dtype(value), requires_grad=False)
+                    self._of_sources[name] = zeros.contiguous()
+                sums[name] = self._of_sources[name]
+        return sums
 
     def _add_watched(self, layout: Layout, N: int, watch: Watch) -> None:
-        dtype = self.call.sum_dtype()
-        a = self._input(layout, N, dtype)[watch.n : watch.n + 1]
+        for name, p in self._own_params():
+            zero = torch.zeros_like(p.detach(), dtype=self.call.sum_dtype())
+            watch.squares.setdefault(name, zero)
+        if self.shared is not None:
+            return
+        a = self._input(layout, N, self.call.sum_dtype())[watch.n : watch.n + 1]
+        own = self.fresh()
+        into = own.sums(watch.squares)
+        if not self._watched and self.squares is not None:  # of all vectors together
+            assert isinstance(self.rule, TakesSquares)
+            squares = self.squares[watch.n : watch.n + 1]
+            self.rule.add_squares(self.call, a, squares, into)
+        elif self._watched:
+            prepared = self.rule.prepare(self.call, a)
+            for g in self._watched:
+                self.rule.add(self.call, prepared, g, into)
+            self._watched = []
+        own._add_of_sources(watch.squares)
+
+    def _own_params(self) -> Iterator[tuple[str, Tensor]]:
         for role, name in self.call.names.items():
             p = self.call.params[role]
             assert p is not None
-            watch.squares[name] = torch.zeros_like(p.detach(), dtype=dtype)
-        if not self._watched and self.squares is not None:  # of all vectors together
-            assert isinstance(self.rule, TakesSquares)
-            own = self.squares[watch.n : watch.n + 1]
-            self.rule.add_squares(self.call, a, own, watch.squares)
-            return
-        prepared = self.rule.prepare(self.call, a)
-        for g in self._watched:
-            self.rule.add(self.call, prepared, g, watch.squares)
-        self._watched = []
+            yield from self.sources[name].params.items() if name in self.sources else ((name, p),)
 
     def _add_block(self, layout: Layout, N: int, into: Sums) -> None:
         assert isinstance(self.rule, TakesSeveral)
         a = self._input(layout, N, self._block[0].dtype)
-        self.rule.add_several(self.call, a, self._block, into)
+        self.rule.add_several(self.call, a, self._block, self.sums(into))
         self._block = []
 
     def _input(self, layout: Layout, N: int, dtype: torch.dtype) -> Tensor:
@@ -207,6 +294,7 @@ class Trace:
         calls: The traced calls in order.
         inputs: The input of each of them, with its graph.
         of_registered_rules: Parameters of layers with a registered rule; they stay in the graph.
+        shared: What takes the gradients of calls that read the same parameters; see `shared.py`.
         untraceable: Parameters seen in a call that no rule can serve, each with the reason.
         picked_rows: Whether rows were picked by the data, as by a mask of tokens.
     """
@@ -217,6 +305,14 @@ class Trace:
     of_registered_rules: set[str] = field(default_factory=set)
     untraceable: dict[str, str] = field(default_factory=dict)
     picked_rows: bool = False
+    shared: list[Any] = field(default_factory=list)
+    _names: dict[int, str] = field(default_factory=dict)  # id of a source -> its name
+
+    def name_of(self, source: Source) -> str:
+        """A parameter's name, or one for what is computed from parameters."""
+        if source.is_parameter:
+            return next(iter(source.params))
+        return self._names.setdefault(id(source), f"{'+'.join(source.params)}#{len(self._names)}")
 
     def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
         """Sends v [N, C] back from the logits; each traced call meets its gradient."""
