@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     )
     from ewc_plugin.fisher import (
         FisherType,
+        adam_fisher,
         bernoulli_score,
+        causal_lm,
         diagonal_fisher,
         explain,
         gaussian_score,
+        log_likelihood_score,
+        loss_score,
+        masked_lm,
         register_rule,
+        weighted_label_score,
     )
     from ewc_plugin.fisher_file import load_fisher, save_fisher
     from ewc_plugin.penalty import DivergedError, QuadraticPenalty
@@ -36,15 +42,21 @@ __all__ = [
     "FisherType",
     "QuadraticPenalty",
     "TidyCSVLogger",
+    "adam_fisher",
     "bernoulli_score",
+    "causal_lm",
     "diagonal_fisher",
     "ewc_metrics",
     "experience_batches",
     "explain",
     "gaussian_score",
     "load_fisher",
+    "log_likelihood_score",
+    "loss_score",
+    "masked_lm",
     "register_rule",
     "save_fisher",
+    "weighted_label_score",
 ]
 
 _HOME = {
@@ -55,15 +67,21 @@ _HOME = {
     "FisherType": "fisher",
     "QuadraticPenalty": "penalty",
     "TidyCSVLogger": "avalanche",
+    "adam_fisher": "fisher",
     "bernoulli_score": "fisher",
+    "causal_lm": "fisher",
     "diagonal_fisher": "fisher",
     "ewc_metrics": "avalanche",
     "experience_batches": "avalanche",
     "explain": "fisher",
     "gaussian_score": "fisher",
     "load_fisher": "fisher_file",
+    "log_likelihood_score": "fisher",
+    "loss_score": "fisher",
+    "masked_lm": "fisher",
     "register_rule": "fisher",
     "save_fisher": "fisher_file",
+    "weighted_label_score": "fisher",
 }
 
 

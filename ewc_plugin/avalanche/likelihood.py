@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ewc_plugin.avalanche.template import left_as_it_was, overrides
 from ewc_plugin.batch_parts import logits_of, with_logits
 from ewc_plugin.contexts import untouched_randomness
-from ewc_plugin.fisher.scores import FisherType, Score, bernoulli_score, gaussian_score
+from ewc_plugin.fisher.likelihoods import bernoulli_score, gaussian_score
+from ewc_plugin.fisher.scores import FisherType, Score
 
 _IGNORED = -100  # torch's default `ignore_index`
 _REMEDY = (
@@ -60,7 +61,7 @@ class Likelihood:
         Raises:
             ValueError: It has none.
         """
-        if self.score is not None and fisher_type in (FisherType.EMPIRICAL, FisherType.SAMPLED):
+        if self.score is not None and fisher_type not in (FisherType.PREDICTED, FisherType.EXACT):
             raise ValueError(
                 f"`fisher_type` {fisher_type.value!r} is of softmax classifiers, and the criterion "
                 "trains another likelihood. Use 'exact', or a score of your own."

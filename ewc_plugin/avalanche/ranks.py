@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher.scores import FisherType, Score
 
 Fisher = Mapping[str, Tensor]
 _FAILED = -1.0
@@ -36,6 +37,22 @@ def shard(N: int) -> range:
     """
     n = world_size()
     return range(dist.get_rank() if n > 1 else 0, N, n)
+
+
+def check_adds_up_over_ranks(fisher_type: FisherType | Score) -> None:
+    """Raise where the ranks' own importances do not give that of all samples.
+
+    Args:
+        fisher_type: The plugin's.
+
+    Raises:
+        ValueError: It is a class mean, in a distributed run.
+    """
+    if world_size() > 1 and isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
+        raise ValueError(
+            f"`fisher_type` {fisher_type.value!r} squares the means of classes, whose samples are "
+            "spread over the ranks of a distributed run. Use 'predicted' or 'empirical'."
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

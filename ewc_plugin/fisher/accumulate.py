@@ -10,12 +10,13 @@ from torch import Tensor
 from ewc_plugin.batches import Chunk, different_samples, n_entries, n_samples
 from ewc_plugin.fisher.audit import Auditor
 from ewc_plugin.fisher.chunk import add_chunk, out_of_memory
+from ewc_plugin.fisher.label_scores import LabelScores
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError
 from ewc_plugin.fisher.per_sample import zeros
 from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Sums
-from ewc_plugin.fisher.scores import LabelScores
+from ewc_plugin.fisher.scores import ScoreError
 from ewc_plugin.fisher.tracing.layer_calls import Watch
 
 _RECENT_ENTRIES = 2**20  # of inputs kept for a repetition, where the parameters are fewer
@@ -52,20 +53,31 @@ class Accumulator:
         self._audited_joined, self._audited_different = False, all_different
         self._sums: Sums = {}
         self._recent = zeros(call.params)
+        self._ignored = self._recent_ignored = 0  # samples without a label
         self._inputs: list[Chunk] = []  # of `_recent`
         self._input_entries = 0
         self._most_entries = max(sum(p.numel() for p in call.params.values()), _RECENT_ENTRIES)
         self._generator_state = label_scores.generator.get_state()  # before the first of them
 
+    @property
+    def n_labelled(self) -> int:
+        """Number of samples so far that have a label where labels are read."""
+        return self.N - self._ignored - self._recent_ignored
+
     def mean(self) -> Sums:
         """The sums over samples, divided once."""
         self._merge_recent()
+        if not self.n_labelled:
+            raise ValueError(
+                "No sample of `batches` has a label other than `ignore_index`, so there is no "
+                "Fisher."
+            )
         for name, total in self._sums.items():
             if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
                 raise ValueError(
                     f"The Fisher of `{name}` is not finite: its gradients overflow {total.dtype}."
                 )
-        return {name: total.div_(self.N) for name, total in self._sums.items()}
+        return {name: total.div_(self.n_labelled) for name, total in self._sums.items()}
 
     def add(self, chunk: Chunk) -> None:
         """Adds the squares of some samples, in parts where the model or the memory wants them."""
@@ -94,7 +106,7 @@ class Accumulator:
         joined = len(chunk.sizes) > 1
         watch = self.auditor.watch(N, must=self._must_audit(chunk, joined))
         try:
-            add_chunk(
+            ignored = add_chunk(
                 self.call,
                 self.served,
                 self.label_scores,
@@ -103,13 +115,18 @@ class Accumulator:
                 self._recent,
                 watch,
             )
-            return watch is not None and not self._holds(chunk, watch, joined)
+            if watch is not None and not self._holds(chunk, watch, joined):
+                return True
+            self._recent_ignored += ignored
+            return False
         except RuntimeError as error:
             if out_of_memory(error) and N > 1:
                 self.limit = (N + 1) // 2
                 return True
             if out_of_memory(error) or not joined:
                 raise
+        except ScoreError:
+            raise
         except Exception:  # whatever a model's code raises on more samples than the loader gives
             if not joined:
                 raise
@@ -170,6 +187,7 @@ class Accumulator:
             for name, total in self._recent.items():
                 self._sums[name] += total
                 total.zero_()
+        self._ignored, self._recent_ignored = self._ignored + self._recent_ignored, 0
         self._inputs, self._input_entries = [], 0
         self._generator_state = self.label_scores.generator.get_state()
 
@@ -178,6 +196,7 @@ class Accumulator:
         inputs, self._inputs, self._input_entries = self._inputs, [], 0
         for total in self._recent.values():
             total.zero_()
+        self._recent_ignored = 0
         self.label_scores.generator.set_state(self._generator_state)
         # The last one was never counted.
         self.N -= sum(n_samples(chunk.batch) for chunk in inputs[:-1])

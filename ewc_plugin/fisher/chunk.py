@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher.label_scores import LabelScores
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.one_hidden_layer import find_one_hidden_layer
 from ewc_plugin.fisher.outputs import check_finite
 from ewc_plugin.fisher.per_sample import loop_squares, vmap_squares
 from ewc_plugin.fisher.plan import Served, layout_of, wrong_numbers
 from ewc_plugin.fisher.rules.base import Layout, Sums
-from ewc_plugin.fisher.scores import LabelScores, Scores
+from ewc_plugin.fisher.scores import Scores
 from ewc_plugin.fisher.tracing.capture import Capture
 from ewc_plugin.fisher.tracing.layer_calls import (
     WATCHED_VECTORS,
@@ -43,7 +44,7 @@ def add_chunk(
     first: int,
     into: Sums,
     watch: Watch | None = None,
-) -> None:
+) -> int:
     """Adds the squares of a chunk's samples.
 
     Args:
@@ -56,14 +57,16 @@ def add_chunk(
         first: Index of the first one in the whole stream.
         into: Parameter name -> its sum.
         watch: A sample whose logits, vectors and squares are to be kept.
+
+    Returns:
+        How many of the samples have no label.
     """
     N, scale = n_samples(batch), _Scale()
     logits, trace = _forward(call, served, batch, scale, into, watch)
     check_finite(logits, first)
     if moved := _used_otherwise(call, served, logits, trace, N):
         served |= dict.fromkeys(moved, Served("loop", "its calls depend on the data"))
-        add_chunk(call, served, label_scores, batch, first, into, watch)
-        return
+        return add_chunk(call, served, label_scores, batch, first, into, watch)
     if first == 0:
         label_scores.check_outputs(logits)
     scores = label_scores.vectors(batch, logits)
@@ -86,6 +89,7 @@ def add_chunk(
     del logits, hidden
     for traced in trace.calls:
         traced.finish(_layout(served, traced), N, into, watch)
+    return 0 if scores.n_samples is None else N - scores.n_samples
 
 
 def _forward(
@@ -143,7 +147,7 @@ def _pull_back(
     watch: Watch | None,
 ) -> None:
     """One backward pass per vector, and the per-sample engines on blocks of vectors."""
-    factor = _score_factor(call, scores, logits)
+    factor = score_factor(call, scores, logits)
     scale.unscale, scale.n_vectors = 1 / factor, scores.count
     per_sample = any(s.engine != "rules" for s in served.values())
     vectors: list[Tensor] = []
@@ -163,7 +167,7 @@ def _pull_back(
             vectors = []
 
 
-def _score_factor(call: ModelCall, scores: Scores, logits: Tensor) -> float:
+def score_factor(call: ModelCall, scores: Scores, logits: Tensor) -> float:
     """A power of two that brings half-precision score vectors to size 1, off the underflow."""
     dtypes = {logits.dtype, *(p.dtype for p in call.params.values())}
     wide = all(torch.finfo(dtype).bits >= 32 for dtype in dtypes)

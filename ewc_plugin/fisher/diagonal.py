@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ewc_plugin.batches import Batch, draw_samples, not_empty, rechunk
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.accumulate import Accumulator
+from ewc_plugin.fisher.class_mean import ClassMeans
+from ewc_plugin.fisher.hugging_face import check_labels_are_shifted
+from ewc_plugin.fisher.label_scores import IGNORE_INDEX, LabelScores
 from ewc_plugin.fisher.mini_batch import batched_importances
 from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.options import EngineName, check_options
@@ -22,7 +25,7 @@ from ewc_plugin.fisher.parameters import check_model, trainable, warn_of_unreach
 from ewc_plugin.fisher.plan import Served, make_plan
 from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
-from ewc_plugin.fisher.scores import FisherType, LabelScores, Score, parsed_type
+from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
 
 _SEED = 0  # of the generator that is made where none is passed
 
@@ -33,7 +36,7 @@ def diagonal_fisher(
     fisher_type: FisherType | str | Score = FisherType.PREDICTED,
     *,
     forward: Forward | None = None,
-    targets: Callable[[Batch], Tensor] | None = None,
+    targets: Callable[[Batch], Tensor | None] | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     n_draws: int = 1,
     max_samples: int | None = None,
@@ -41,6 +44,9 @@ def diagonal_fisher(
     chunk_size: int | None = None,
     engine: EngineName = "auto",
     progress: bool = False,
+    class_dim: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    positions: Callable[[Batch], Tensor | None] | None = None,
 ) -> Fisher:
     """Diagonal of the Fisher information, averaged over samples.
 
@@ -64,7 +70,9 @@ def diagonal_fisher(
         fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
             `Score`, such as `gaussian_score`.
         forward: Maps (model, batch) to logits [N, C].
-        targets: Maps a batch to y [N] int64; EMPIRICAL and BATCHED read it. Default: batch[1].
+        targets: Maps a batch to y [N] int64, or for dense outputs y [N, T], [N, H, W], or None
+            where there are none. Types at the data's labels and BATCHED read it; dense outputs for
+            `class_dim` and `ignore_index` too. Default: batch[1], or "labels" of a mapping.
         criterion: BATCHED alone: maps (logits, y) to the loss. Default: the mean cross entropy.
         n_draws: SAMPLED alone: labels drawn per sample.
         max_samples: Use only so many samples, and read no others. Of a `DataLoader` over a
@@ -76,6 +84,12 @@ def diagonal_fisher(
         engine: "auto" serves each parameter by its layer's rule where there is one, else by
             `vmap(grad)`, else by a loop over samples; "rules", "vmap", "loop" force one.
         progress: Show a line on stderr.
+        class_dim: Axis of the classes in dense outputs, [N, T, V] or [N, C, H, W]. Default: the one
+            whose removal gives the labels' shape.
+        ignore_index: The label of a sample, token or pixel without a score. Where labels are read
+            it has none, and a sample without any is not counted in N.
+        positions: Maps a batch to the positions of dense outputs that have a score, nonzero or
+            True, in the labels' shape; or to None: all. Default: "attention_mask" of a mapping.
 
     Returns:
         One tensor per trainable parameter, by name: its shape and device, in float32 or the
@@ -109,15 +123,20 @@ def diagonal_fisher(
         chunk_size=chunk_size,
         engine=engine,
         progress=progress,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        positions=positions,
     )
     check_model(model)
+    at_data_labels = isinstance(fisher_type, FisherType) and fisher_type.at_data_labels
+    if at_data_labels and forward is None and targets is None:
+        check_labels_are_shifted(model)
     generator = generator or torch.Generator().manual_seed(_SEED)
     with evaluating(model) as state:
         call = ModelCall(model, forward or default_forward, trainable(model), state)
-        targets = targets or default_targets
         if isinstance(fisher_type, FisherType) and fisher_type is FisherType.BATCHED:
             tensors = batched_importances(
-                call, not_empty(batches), targets, criterion or F.cross_entropy
+                call, not_empty(batches), targets or default_targets, criterion or F.cross_entropy
             )
             return Fisher(tensors, fisher_type=fisher_type.value)
         if max_samples is not None:
@@ -126,17 +145,29 @@ def diagonal_fisher(
         samples, read = first_samples(stream)
         if samples is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
-        label_scores = LabelScores(fisher_type, n_draws, generator, targets)
-        call, seen = probe(call, samples)
-        served = make_plan(call, seen, engine)
-        accumulator = Accumulator(
-            call,
-            served,
-            label_scores,
-            _chunk_size(call, seen, chunk_size, label_scores.one_vector),
-            may_join=not seen.apart,
-            all_different=samples.n_different > 1,
+        label_scores = LabelScores(
+            fisher_type,
+            n_draws,
+            generator,
+            targets,
+            class_dim=class_dim,
+            ignore_index=ignore_index,
+            positions=positions,
         )
+        call, seen = probe(call, samples)
+        size = _chunk_size(call, seen, chunk_size, label_scores.one_vector)
+        accumulator: Accumulator | ClassMeans
+        if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
+            accumulator = ClassMeans(call, label_scores, size, may_regroup=not seen.apart)
+        else:
+            accumulator = Accumulator(
+                call,
+                make_plan(call, seen, engine),
+                label_scores,
+                size,
+                may_join=not seen.apart,
+                all_different=samples.n_different > 1,
+            )
         show = _Progress() if progress else None
         chunks = rechunk(
             chain(read, stream), lambda: accumulator.limit, lambda: accumulator.may_join
@@ -148,7 +179,7 @@ def diagonal_fisher(
         if show:
             print(file=sys.stderr)
         name = fisher_type.value if isinstance(fisher_type, FisherType) else _name(fisher_type)
-        fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.N)
+        fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.n_labelled)
         warn_of_unreached(call, samples.batch, fisher, seen.reached)
         return fisher
 

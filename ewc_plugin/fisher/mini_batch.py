@@ -1,6 +1,7 @@
 """Avalanche's importances: squares of mini-batch gradients, kept for parity alone."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from ewc_plugin.fisher.model_call import ModelCall
 def batched_importances(
     call: ModelCall,
     batches: Iterable[Batch],
-    targets: Callable[[Batch], Tensor],
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    targets: Callable[[Batch], Tensor | None],
+    criterion: Callable[[Tensor, Any], Tensor],
 ) -> dict[str, Tensor]:
     """1/B sum_b (d criterion(logits_b, y_b) / d theta)^2 over the B mini-batches as they come.
 

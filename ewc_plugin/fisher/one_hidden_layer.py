@@ -74,6 +74,8 @@ def find_one_hidden_layer(trace: Trace, logits: Tensor, scores: Scores) -> OneHi
         None where the layers are others, where anything but elementwise functions lies between
         them, or where one backward pass per vector is cheaper.
     """
+    if logits.dim() != 2:
+        return None
     N, C = logits.shape
     if len(trace.calls) != 2 or scores.count < 2 or n_pairs(C) > scores.count * C:
         return None

@@ -22,6 +22,9 @@ def check_options(
     chunk_size: object = None,
     engine: object = "auto",
     progress: object = False,
+    class_dim: object = None,
+    ignore_index: object = -100,
+    positions: object = None,
 ) -> None:
     """Raises where `diagonal_fisher` would refuse its options, whatever the model and the data.
 
@@ -36,6 +39,9 @@ def check_options(
         chunk_size: None, or at least 1; not for BATCHED.
         engine: One of `EngineName`.
         progress: A bool.
+        class_dim: None, or a whole number.
+        ignore_index: A whole number.
+        positions: None, or a function.
 
     Raises:
         ValueError: A value is out of its range, or does not fit `fisher_type`.
@@ -50,7 +56,13 @@ def check_options(
     if not isinstance(engine, str) or engine not in get_args(EngineName):
         allowed = ", ".join(repr(e) for e in get_args(EngineName))
         raise ValueError(f"`engine` must be one of {allowed}, got {engine!r}.")
-    for name, function in (("forward", forward), ("targets", targets), ("criterion", criterion)):
+    functions = {
+        "forward": forward,
+        "targets": targets,
+        "criterion": criterion,
+        "positions": positions,
+    }
+    for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"`{name}` must be a function or None, got {function!r}.")
     _check_count("n_draws", n_draws)
@@ -65,6 +77,9 @@ def check_options(
         )
     if not isinstance(progress, bool):
         raise TypeError(f"`progress` must be True or False, got {progress!r}.")
+    if class_dim is not None:
+        _check_whole("class_dim", class_dim)
+    _check_whole("ignore_index", ignore_index)
     batched = fisher_type is FisherType.BATCHED
     kind = repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"
     if criterion is not None and not batched:
@@ -76,6 +91,11 @@ def check_options(
             "`max_samples` and `chunk_size` would change what fisher_type 'batched' computes. "
             "Leave them out."
         )
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
 
 
 def _check_count(name: str, value: object) -> None:

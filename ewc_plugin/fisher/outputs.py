@@ -1,4 +1,4 @@
-"""What goes into a model by default, and what its outputs must be: finite logits [N, C]."""
+"""What goes into a model by default, and what its outputs must be: finite, one row a sample."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +34,15 @@ def default_forward(model: nn.Module, batch: Batch) -> Any:
     return model(batch if isinstance(batch, Tensor) else batch[0])
 
 
+def found_targets(batch: Batch) -> Tensor | None:
+    """The labels of (x, y, ...), or of a mapping with "labels" or "label"; None: it has none."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _LABELS[:2] if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
 def default_targets(batch: Batch) -> Tensor:
     """The labels of (x, y, ...), or of a mapping with "labels" or "label".
 
@@ -46,11 +55,8 @@ def default_targets(batch: Batch) -> Tensor:
     Raises:
         ValueError: It has none.
     """
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in _LABELS[:2] if key in batch), None)
-    else:
-        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    if not isinstance(found, Tensor):
+    found = found_targets(batch)
+    if found is None:
         raise ValueError(
             "`batches` must yield (x, y, ...) or mappings with 'labels' where labels are needed, "
             f"got {_described(batch)}. Pass `targets`, which maps a batch to y [N] int64."
@@ -68,10 +74,10 @@ def checked_logits(output: Any, batch: Batch, forward: object) -> Tensor:
         forward: What gave the output, for the remedy.
 
     Returns:
-        The logits.
+        The logits, [N, C] or [N, ...].
 
     Raises:
-        ValueError: Not a tensor [N, C].
+        ValueError: Not a tensor with a row for each sample.
     """
     logits = output
     if isinstance(output, Mapping) and "logits" in output:
@@ -88,10 +94,10 @@ def checked_logits(output: Any, batch: Batch, forward: object) -> Tensor:
             f"{_described(batch)}. {remedy}"
         )
     N = n_samples(batch)
-    if logits.dim() != 2 or len(logits) != N:
+    if logits.dim() < 1 or len(logits) != N:
         raise ValueError(
-            f"{who} must return logits [N, C], got shape {tuple(logits.shape)} for N = {N}. "
-            f"{remedy}"
+            f"{who} must return logits [N, C], or [N, ...] where outputs are dense, got shape "
+            f"{tuple(logits.shape)} for N = {N}. {remedy}"
         )
     return logits
 
@@ -104,23 +110,26 @@ def _described(batch: Batch) -> str:
     return f"a {type(batch).__name__}"
 
 
-def check_finite(logits: Tensor, first: int) -> None:
+def check_finite(logits: Tensor, places: int | Tensor) -> None:
     """Refuses NaN, inf, and a sample without any finite logit; -inf masks a class.
 
     Args:
-        logits: [N, C].
-        first: Index of its first sample in the whole stream.
+        logits: [N, C], or dense outputs [N, ...].
+        places: Index of its first sample in the whole stream, or of each of them [N].
 
     Raises:
         ValueError: A logit is not finite.
     """
     if bool(logits.isfinite().all()):
         return
-    masked = logits == -torch.inf
-    bad = (~logits.isfinite() & ~masked).any(1) | masked.all(1)
+    rows = logits.flatten(1) if logits.dim() > 1 else logits[:, None]
+    masked = rows == -torch.inf
+    bad = (~rows.isfinite() & ~masked).any(1) | masked.all(1)
     if bool(bad.any()):
+        n = int(bad.nonzero()[0])
+        place = int(places[n]) if isinstance(places, Tensor) else places + n
         raise ValueError(
-            f"`model` gave a logit that is not finite for sample {first + int(bad.nonzero()[0])} "
+            f"`model` gave a logit that is not finite for sample {place} "
             "of `batches` (counted from 0, in the order they came). Did the training diverge?"
         )
 

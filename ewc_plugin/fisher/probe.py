@@ -364,10 +364,10 @@ def _not_together(call: ModelCall, seen: Probe, alone: Tensor, error: Exception 
 
 
 def _random_vectors(logits: Tensor) -> Tensor:
-    """[3, C]; the last sample has no score, so whatever lands in its rows still shows."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(_SCORED, logits.size(1), generator=generator, dtype=torch.float64, device="cpu")
-    last = torch.zeros(SAMPLES - _SCORED, logits.size(1), dtype=torch.float64, device="cpu")
+    """[3, ...]; the last sample has no score, so whatever lands in its rows still shows."""
+    generator, shape = torch.Generator().manual_seed(0), logits.shape[1:]
+    v = torch.randn(_SCORED, *shape, generator=generator, dtype=torch.float64, device="cpu")
+    last = torch.zeros(SAMPLES - _SCORED, *shape, dtype=torch.float64, device="cpu")
     return torch.cat([v, last]).to(logits).detach()
 
 

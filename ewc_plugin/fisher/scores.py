@@ -4,32 +4,33 @@ Every Fisher type is data: F = 1/N sum_n sum_s (J_n^T v_ns)^2, where J_n is the 
 n's logits. What pulls the vectors back never asks which type they came from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ewc_plugin.batches import Batch
-from ewc_plugin.fisher.outputs import check_not_probabilities
-
-Score = Callable[[Tensor, Batch], Tensor]
-"""Any other likelihood: maps (outputs [N, D], batch) to vectors [S, N, D] or, where S = 1, [N, D].
-Each is d log p(y | x) / d outputs for one y, times the square root of the weight that y has."""
 
 _BLOCK_ENTRIES = 2**18  # of EXACT's vectors that are made at a time
 
 
 class FisherType(str, Enum):
-    """Which labels the expectation in the Fisher runs over.
+    """Which labels the expectation in the Fisher runs over; or an importance of another kind.
 
     PREDICTED: the model's own argmax. EMPIRICAL: the data's labels. SAMPLED: labels drawn from
-    the model's softmax. EXACT: every class, weighted by its probability. BATCHED: Avalanche's
-    definition, the square of a mini-batch's mean gradient, kept for parity alone.
+    the model's softmax. EXACT: every class, weighted by its probability.
 
-    Source: Kirkpatrick et al. 2017; Kunstner et al. 2019 (empirical against exact).
+    The others are no Fisher information, which is E[g^2] of the score g. CLASS_MEAN: squares of
+    the classes' mean scores, at the predicted labels; CLASS_MEAN_EMPIRICAL: at the data's. See
+    `class_mean`. REVERSED: g of the reversed logits, -z for z, at the data's labels. BATCHED:
+    Avalanche's definition, the square of a mini-batch's mean gradient, kept for parity alone.
+
+    Source: Kirkpatrick et al. 2017; Kunstner et al. 2019 (empirical against exact); Liu and Chang
+        2026, arXiv 2603.18596 (reversed logits, there with means over mini-batches).
     """
 
     PREDICTED = "predicted"
@@ -37,6 +38,23 @@ class FisherType(str, Enum):
     SAMPLED = "sampled"
     EXACT = "exact"
     BATCHED = "batched"
+    CLASS_MEAN = "class_mean"
+    CLASS_MEAN_EMPIRICAL = "class_mean_empirical"
+    REVERSED = "reversed"
+
+    @property
+    def at_data_labels(self) -> bool:
+        """Whether the scores are those of the data's labels."""
+        return self in (
+            FisherType.EMPIRICAL,
+            FisherType.CLASS_MEAN_EMPIRICAL,
+            FisherType.REVERSED,
+        )
+
+    @property
+    def is_class_mean(self) -> bool:
+        """Whether squares are taken of classes' mean scores, not of samples'."""
+        return self in (FisherType.CLASS_MEAN, FisherType.CLASS_MEAN_EMPIRICAL)
 
     @classmethod
     def parse(cls, value: "FisherType | str") -> "FisherType":
@@ -65,89 +83,40 @@ class FisherType(str, Enum):
             ) from None
 
 
-def parsed_type(value: "FisherType | str | Score") -> "FisherType | Score":
-    """A Fisher type looked up by its value, or the caller's own score."""
-    if callable(value):
-        return value
-    return FisherType.parse(value)
-
-
 @dataclass(frozen=True)
 class Scores:
     """`count` score vectors, each made when it is asked for: with 1,000 classes they are many.
 
     Attributes:
         count: Number S of vectors.
-        vector: Maps s in [0, S) to v_s [N, C].
+        vector: Maps s in [0, S) to v_s, of the outputs' shape.
+        n_samples: How many samples have a label; None: all.
     """
 
     count: int
     vector: Callable[[int], Tensor]
+    n_samples: int | None = None
+
+    def stacked(self) -> Tensor:
+        """All vectors at once, [S, N, C]."""
+        return torch.stack([self.vector(s) for s in range(self.count)])
 
 
-class LabelScores:
-    """The score vectors of one Fisher type, for any outputs.
-
-    Attributes:
-        one_vector: Whether each sample is known to have one vector, before any is made.
-    """
-
-    def __init__(
-        self,
-        fisher_type: "FisherType | Score",
-        n_draws: int,
-        generator: torch.Generator,
-        targets: Callable[[Batch], Tensor],
-    ) -> None:
-        self.fisher_type, self.n_draws = fisher_type, n_draws
-        self.generator, self.targets = generator, targets
-        self.one_vector = n_draws == 1 and fisher_type in (
-            FisherType.PREDICTED,
-            FisherType.EMPIRICAL,
-            FisherType.SAMPLED,
-        )
-
-    def check_outputs(self, outputs: Tensor) -> None:
-        """Raises where these outputs, [N, C], can't be what the scores are of."""
-        if isinstance(self.fisher_type, FisherType):
-            check_not_probabilities(outputs)
-
-    def vectors(self, batch: Batch, outputs: Tensor) -> Scores:
-        """The vectors of a batch, in its order; SAMPLED advances the generator.
-
-        Args:
-            batch: N samples.
-            outputs: The model's, [N, C].
-
-        Returns:
-            The vectors [N, C].
-
-        Raises:
-            ValueError: The targets are no class indices of these outputs, or as `score_vectors`
-                and `own_vectors`.
-        """
-        if not isinstance(self.fisher_type, FisherType):
-            return own_vectors(outputs, self.fisher_type, batch)
-        y = None
-        if self.fisher_type is FisherType.EMPIRICAL:
-            y = _checked_targets(self.targets(batch), outputs)
-        return score_vectors(
-            outputs, self.fisher_type, targets=y, n_draws=self.n_draws, generator=self.generator
-        )
+class ScoreError(ValueError):
+    """A score that is none, whatever the batches."""
 
 
-def _checked_targets(y: Tensor, logits: Tensor) -> Tensor:
-    N, C = logits.shape
-    if y.shape != (N,) or y.is_floating_point():
-        raise ValueError(
-            f"`targets` must be class indices [N] int64, got shape {tuple(y.shape)} {y.dtype}."
-        )
-    if bool((y < 0).any()) or bool((y >= C).any()):
-        raise ValueError(
-            f"`targets` must be in [0, {C}), the logits' classes, got {int(y.min())} to "
-            f"{int(y.max())}."
-        )
-    return y.long()
+Score = Callable[[Tensor, Batch], Tensor | Scores]
+"""Any other likelihood: maps (outputs [N, D], batch) to vectors [S, N, D] or, where S = 1, [N, D],
+or to `Scores` where they are many. Each is d log p(y | x) / d outputs for one y, times the square
+root of the weight that y has."""
+
+
+def parsed_type(value: "FisherType | str | Score") -> "FisherType | Score":
+    """A Fisher type looked up by its value, or the caller's own score."""
+    if callable(value):
+        return value
+    return FisherType.parse(value)
 
 
 def score_vectors(
@@ -162,11 +131,15 @@ def score_vectors(
 
     PREDICTED and EMPIRICAL: onehot(y) - p. SAMPLED: sqrt(share of draws) (onehot(y) - p) for each
     distinct y. EXACT: C - 1 columns L with L L^T = diag(p) - p p^T, over the classes with p > 0.
+    The class means pull back the vectors of their labels.
+
+    REVERSED: onehot(y) - softmax(-z), the gradient of the cross entropy of -z at y with respect to
+    z. Its sign is that of +d loss / d z where the others have -d loss / d z; squares lose it.
 
     Args:
         logits: [N, C], finite or -inf for a class that is masked out.
         fisher_type: Any but BATCHED.
-        targets: [N] int64; EMPIRICAL alone reads them.
+        targets: [N] int64; the types at the data's labels alone read them.
         n_draws: Draws per sample, SAMPLED alone.
         generator: Draws the labels of SAMPLED; on its own device.
 
@@ -174,9 +147,11 @@ def score_vectors(
         The vectors, in float32 or the logits' dtype where that is wider.
 
     Raises:
-        ValueError: BATCHED has no score vectors; EMPIRICAL without targets; fewer than 2 classes.
+        ValueError: BATCHED has no score vectors; no targets for a type at the data's labels; fewer
+            than 2 classes.
 
-    Source: Kunstner et al. 2019, section 2 (the types); the factor follows from
+    Source: Kunstner et al. 2019, section 2 (the types); Liu and Chang 2026 (REVERSED); the factor
+        of EXACT follows from
         diag(p) - p p^T = D (I - q q^T) D with q = sqrt(p), D = diag(q), and a
         Householder reflection.
 
@@ -192,15 +167,19 @@ def score_vectors(
             "gaussian_score."
         )
     logits = logits.detach()
+    if fisher_type is FisherType.REVERSED:
+        logits = torch.where(logits == -torch.inf, logits, -logits)  # masked classes stay out
     p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+    if fisher_type.at_data_labels:
+        if targets is None:
+            raise ValueError(
+                f"`targets` are needed by fisher_type {fisher_type.value!r}, got None."
+            )
+        return Scores(1, lambda s: label_scores(p, targets))
     match fisher_type:
-        case FisherType.PREDICTED:
+        case FisherType.PREDICTED | FisherType.CLASS_MEAN:
             predicted = logits.argmax(1)
-            return Scores(1, lambda s: _label_scores(p, predicted))
-        case FisherType.EMPIRICAL:
-            if targets is None:
-                raise ValueError("`targets` are needed by fisher_type 'empirical', got None.")
-            return Scores(1, lambda s: _label_scores(p, targets))
+            return Scores(1, lambda s: label_scores(p, predicted))
         case FisherType.SAMPLED:
             return _sampled(p, n_draws, generator)
         case FisherType.EXACT:
@@ -213,30 +192,44 @@ def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:
     """The vectors of a caller's own score.
 
     Args:
-        outputs: [N, D].
+        outputs: [N, ...].
         score: The caller's.
         batch: What the outputs came from.
 
     Returns:
-        The vectors.
+        The vectors, each checked when it is made.
 
     Raises:
         ValueError: Their shape does not fit the outputs, or one is not finite.
     """
-    vectors = score(outputs.detach(), batch).detach()
-    if vectors.dim() == 2:
-        vectors = vectors[None]
-    if vectors.dim() != 3 or vectors.shape[1:] != outputs.shape:
-        raise ValueError(
-            f"`fisher_type`, a score, must give [S, N, D] or [N, D] for outputs "
-            f"{tuple(outputs.shape)}, got {tuple(vectors.shape)}."
-        )
-    if not bool(torch.isfinite(vectors).all()):
-        raise ValueError("`fisher_type`, a score, gave a vector that is not finite.")
-    return Scores(len(vectors), lambda s: vectors[s])
+    found = score(outputs.detach(), batch)
+    if isinstance(found, Tensor):
+        vectors = found.detach()
+        if vectors.shape == outputs.shape:
+            vectors = vectors[None]
+        if vectors.shape[1:] != outputs.shape:
+            _refuse_shape(vectors.shape, outputs.shape)
+        found = Scores(len(vectors), lambda s: vectors[s])
+
+    def checked(s: int) -> Tensor:
+        v = found.vector(s).detach()
+        if v.shape != outputs.shape:
+            _refuse_shape((found.count, *v.shape), outputs.shape)
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError("`fisher_type`, a score, gave a vector that is not finite.")
+        return v
+
+    return Scores(found.count, checked)
 
 
-def _label_scores(p: Tensor, y: Tensor) -> Tensor:
+def _refuse_shape(got: Sequence[int], outputs: Sequence[int]) -> NoReturn:
+    raise ValueError(
+        f"`fisher_type`, a score, must give [S, N, D] or [N, D] for outputs {tuple(outputs)}, got "
+        f"{tuple(got)}."
+    )
+
+
+def label_scores(p: Tensor, y: Tensor) -> Tensor:
     """onehot(y) - p [N, C], its entry at y summed from the others: 1 - p cancels near p = 1."""
     v = p.neg().scatter_(1, y[:, None], 0.0)
     return v.scatter_(1, y[:, None], -v.sum(1, keepdim=True))
@@ -244,19 +237,24 @@ def _label_scores(p: Tensor, y: Tensor) -> Tensor:
 
 def _sampled(p: Tensor, n_draws: int, generator: torch.Generator | None) -> Scores:
     """Scores of drawn labels; equal draws of one sample share a vector."""
+    y = drawn_labels(p, n_draws, generator)
+    counts = torch.zeros_like(p).scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
+    n_distinct = int((counts > 0).sum(1).max())
+    share, label = (counts / n_draws).topk(n_distinct, dim=1)
+    return Scores(
+        n_distinct, lambda s: share[:, s, None].sqrt() * label_scores(p, label[:, s].contiguous())
+    )
+
+
+def drawn_labels(p: Tensor, n_draws: int, generator: torch.Generator | None) -> Tensor:
+    """Labels [N, n_draws], drawn from probabilities p [N, C]."""
     device = p.device if generator is None else generator.device
     # One uniform number per draw in sample order: the labels do not depend on the batches.
     # Float32 below 1 times a float64 total stays below that total, so no masked class is drawn.
     u = torch.rand(len(p), n_draws, generator=generator, device=device, dtype=torch.float32)
     u = u.to(p.device, torch.float64)
     cdf = p.double().cumsum(1)
-    y = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # [N, n_draws]
-    counts = torch.zeros_like(p).scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))
-    n_distinct = int((counts > 0).sum(1).max())
-    share, label = (counts / n_draws).topk(n_distinct, dim=1)
-    return Scores(
-        n_distinct, lambda s: share[:, s, None].sqrt() * _label_scores(p, label[:, s].contiguous())
-    )
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
 
 
 def _exact(p: Tensor) -> Scores:
@@ -282,46 +280,3 @@ def _exact(p: Tensor) -> Scores:
         return columns.unbind(0)
 
     return Scores(count, lambda s: block(s - s % width)[s % width])
-
-
-def gaussian_score(outputs: Tensor, batch: Batch, variance: float = 1.0) -> Tensor:
-    """Of regression, y ~ N(outputs, variance I): the exact Fisher J^T J / variance.
-
-    E[(y - mean)(y - mean)^T] / variance^2 = I / variance, whose square root has one column e_d /
-    sqrt(variance) for each output d.
-
-    Args:
-        outputs: [N, D], the means. `nn.MSELoss` is the loss of variance D / 2.
-        batch: Not looked at: the exact Fisher needs no targets.
-        variance: Of the noise; fix it with `functools.partial`.
-
-    Returns:
-        [D, N, D].
-
-    Example:
-        >>> gaussian_score(torch.zeros(3, 1), None, variance=4.0).flatten()
-        tensor([0.5000, 0.5000, 0.5000])
-    """
-    N, D = outputs.shape
-    columns = torch.eye(D, dtype=outputs.dtype, device=outputs.device) / variance**0.5
-    vectors: Tensor = columns[:, None].expand(D, N, D)
-    return vectors
-
-
-def bernoulli_score(outputs: Tensor, batch: Batch) -> Tensor:
-    """Of independent yes/no labels, y_d ~ Bernoulli(sigmoid(outputs_d)): the exact Fisher.
-
-    Args:
-        outputs: [N, D], the logits of binary classifiers, as `nn.BCEWithLogitsLoss` takes them.
-        batch: Not looked at.
-
-    Returns:
-        [D, N, D]: sqrt(p_d (1 - p_d)) e_d for each output d.
-
-    Example:
-        >>> bernoulli_score(torch.zeros(2, 1), None).flatten()
-        tensor([0.5000, 0.5000])
-    """
-    p, q = outputs.sigmoid(), (-outputs).sigmoid()  # 1 - p would cancel near p = 1
-    vectors: Tensor = torch.diag_embed((p * q).sqrt()).transpose(0, 1)
-    return vectors

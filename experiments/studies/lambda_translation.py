@@ -32,7 +32,12 @@ STREAMS: tuple[tuple[Benchmark, Scenario, int], ...] = (
     ("permuted", "domain", 1),
     ("split", "task", 5),
 )
-PER_SAMPLE = [t for t in FisherType if t is not FisherType.BATCHED]
+PER_SAMPLE = [
+    FisherType.PREDICTED,
+    FisherType.EMPIRICAL,
+    FisherType.SAMPLED,
+    FisherType.EXACT,
+]
 MARKERS = {"permuted": "o", "split": "s"}
 LAMBDA_TRANSLATION = pa.DataFrameSchema(
     {

@@ -291,7 +291,7 @@ REJECTED = {
     "dictionary": (Dictionary, r"must return logits \[N, C\], got dict"),
     "sequence of logits": (
         lambda: nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))),
-        r"got shape \(7, 2, 2\)",
+        r"`class_dim` is needed: no axis fits outputs of shape \(7, 2, 2\)",
     ),
     "one logit": (lambda: nn.Linear(6, 1), "at least 2 classes, got 1"),
     "NaN": (exploded, "not finite for sample 0"),

@@ -1,0 +1,324 @@
+"""Squares of the classes' mean scores: the part of E[g^2] that lies between the classes.
+
+With g_n the gradient of log p(c_n | x_n), c_n the sample's label, and G_c the sum of g_n over the
+n_c samples of class c,
+
+    F = sum_c (n_c / N) (G_c / n_c)^2 = 1/N sum_c G_c^2 / n_c.
+
+By the law of total variance E[g^2] = F + the mean of the variances within the classes, so F is at
+most the per-sample Fisher of the same labels, and equal to it where all samples of a class have one
+gradient. It is no Fisher information. Avalanche's EWC computes about this by accident: it squares
+the gradients of mini-batches, and its data come sorted by class.
+
+A chunk of one class needs no per-sample gradients: one ordinary backward pass gives its part of
+G_c. So samples wait until there are enough of a class. Predicted classes are known from the model
+alone; there the data's label is a guess, and samples that the model predicts otherwise wait once
+more, for the chunk of their predicted class.
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ewc_plugin.batches import Batch, Chunk, n_samples, rechunk, take
+from ewc_plugin.fisher.audit import Auditor
+from ewc_plugin.fisher.chunk import out_of_memory, score_factor
+from ewc_plugin.fisher.label_scores import LabelScores, is_index
+from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
+from ewc_plugin.fisher.per_sample import zeros
+from ewc_plugin.fisher.rules.base import Sums
+from ewc_plugin.fisher.scores import FisherType, Scores, score_vectors
+
+_TRIED = 4  # samples, on which gradients are compared
+_TOLERANCES = 0.01, 1e-5  # relative to a tensor's largest entry, and to the largest of all
+
+_Waiting = dict[int, list[Batch]]  # class -> its samples
+
+_CHUNKS_WAITING = 16  # of samples, over all classes
+_MOST_WRONG = 0.3  # share of wrong guesses above which a forward pass without a graph is cheaper
+
+
+@dataclass
+class ClassSums:
+    """Sums of gradients by class, and how many samples each is of: at most C copies of the model.
+
+    Attributes:
+        like: A zero for each parameter.
+        gradients: Class -> G_c.
+        counts: Class -> n_c.
+    """
+
+    like: Sums
+    gradients: dict[int, Sums] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def add(self, c: int, gradients: Sums, scale: float, n: int) -> None:
+        """Add the summed gradients of n samples of class c, times `scale`."""
+        if c not in self.gradients:
+            self.gradients[c] = {name: torch.zeros_like(t) for name, t in self.like.items()}
+            self.counts[c] = 0
+        self.counts[c] += n
+        for name, gradient in gradients.items():
+            self.gradients[c][name].add_(gradient, alpha=scale)
+
+    def mean(self) -> Sums:
+        """F = 1/N sum_c G_c^2 / n_c; overwrites the sums.
+
+        Returns:
+            One tensor per parameter.
+
+        Raises:
+            ValueError: There is no sample.
+        """
+        N = sum(self.counts.values())
+        if not N:
+            raise ValueError("No sample of `batches` has a label other than `ignore_index`.")
+        total = {name: torch.zeros_like(t) for name, t in self.like.items()}
+        for c in sorted(self.gradients):
+            for name, gradient in self.gradients.pop(c).items():
+                total[name] += gradient.square_().div_(self.counts[c] * N)
+        return total
+
+
+class ClassMeans:
+    """The pass over the data: samples wait by class, and each chunk of one class goes back once.
+
+    Args:
+        call: The model.
+        label_scores: Of a class mean.
+        chunk_size: Samples per backward pass.
+        may_regroup: Whether samples may leave the loader's batches. Otherwise each batch goes back
+            once for every class in it.
+
+    Attributes:
+        N: Number of samples so far.
+        limit: Samples per chunk.
+        may_join: Whether a chunk may have samples of several of the loader's batches.
+    """
+
+    def __init__(
+        self, call: ModelCall, label_scores: LabelScores, chunk_size: int, *, may_regroup: bool
+    ) -> None:
+        self.call, self.label_scores = call, label_scores
+        self.limit, self.may_join = chunk_size, may_regroup
+        self.N = 0
+        self._auditor = Auditor()
+        self._sums = ClassSums(zeros(call.params))
+        self._known: _Waiting = defaultdict(list)
+        self._guessed: _Waiting = defaultdict(list)
+        self._n_guesses = self._n_wrong = 0
+
+    @property
+    def n_labelled(self) -> int:
+        """Number of samples that a mean is of."""
+        return sum(self._sums.counts.values())
+
+    def add(self, chunk: Chunk) -> None:
+        """Add samples to those that wait, and compute the chunks that are full."""
+        batch, first = chunk.batch, self.N
+        if not first and self.may_join and not gradients_add_up(self.call, batch):
+            self.limit = 1
+        self.N += n_samples(batch)
+        if not self.may_join:
+            self._pull_back_each_class(batch, first)
+            return
+        labels, waiting = self._grouped(batch, first)
+        index = torch.arange(first, self.N, device=labels.device)  # their places in the stream
+        self._wait(waiting, (batch, index), labels)
+        for waiting in (self._guessed, self._known):
+            for c in [c for c, parts in waiting.items() if _size(parts) >= self.limit]:
+                self._flush(waiting, c)
+        while self._n_waiting() > _CHUNKS_WAITING * self.limit:
+            self._flush(*max(self._queues(), key=lambda queue: _size(queue[0][queue[1]])))
+
+    def _grouped(self, batch: Batch, first: int) -> tuple[Tensor, _Waiting]:
+        """The classes of samples, and whether they are known or guessed."""
+        if self.label_scores.fisher_type is FisherType.CLASS_MEAN_EMPIRICAL:
+            return self.label_scores.sample_labels(batch), self._known
+        guess = self.label_scores.labels(batch)
+        if is_index(guess, n_samples(batch)) and self._n_wrong <= _MOST_WRONG * self._n_guesses:
+            return guess, self._guessed
+        with torch.no_grad():
+            logits = self._logits(batch, first)
+        return logits.argmax(1), self._known
+
+    def mean(self) -> Sums:
+        """F, once no sample waits."""
+        for waiting in (self._guessed, self._known):  # in this order: wrong guesses wait once more
+            for c in list(waiting):
+                self._flush(waiting, c)
+        return self._sums.mean()
+
+    def _logits(self, batch: Batch, places: int | Tensor) -> Tensor:
+        logits = class_logits(self.call, batch)
+        check_finite(logits, places)
+        return logits
+
+    def _wait(self, waiting: _Waiting, batch: Batch, labels: Tensor) -> None:
+        for c in labels.unique().tolist():
+            if c != self.label_scores.ignore_index or waiting is self._guessed:
+                waiting[c].append(take(batch, (labels == c).nonzero()[:, 0]))
+
+    def _queues(self) -> list[tuple[_Waiting, int]]:
+        return [(waiting, c) for waiting in (self._guessed, self._known) for c in waiting]
+
+    def _n_waiting(self) -> int:
+        return sum(_size(waiting[c]) for waiting, c in self._queues())
+
+    def _flush(self, waiting: _Waiting, c: int) -> None:
+        """Compute all that waits for a class, in chunks."""
+        parts = waiting.pop(c)
+        guessed = waiting is self._guessed
+        for chunk in rechunk(parts, lambda: self.limit, lambda: True):
+            self._add_chunk(c, chunk.batch, guessed=guessed)
+
+    def _add_chunk(self, c: int, batch: Batch, *, guessed: bool) -> None:
+        """Add the gradients of a chunk's samples of class c, in halves where memory runs out."""
+        N = n_samples(batch)
+        try:
+            self._pull_back(c, batch, guessed=guessed)
+        except RuntimeError as error:
+            if N == 1 or not out_of_memory(error):
+                raise
+        else:
+            return
+        self.limit = (N + 1) // 2
+        for part in (slice(0, self.limit), slice(self.limit, N)):
+            self._add_chunk(c, take(batch, part), guessed=guessed)
+
+    def _pull_back(self, c: int, batch: Batch, *, guessed: bool) -> None:
+        """Add the summed gradient of a chunk; samples that are of another class wait for that."""
+        logits = self._logits(*batch)
+        self._audit(batch, logits)
+        labels = torch.full((len(logits),), c, device=logits.device)
+        if not guessed:
+            self.label_scores.check_classes(labels, logits.size(1))
+            self._add_class(c, logits, labels)
+            return
+        predicted = logits.detach().argmax(1)
+        self._add_class(c, logits, predicted)
+        wrong = (predicted != c).nonzero()[:, 0]
+        self._n_guesses += len(logits)
+        self._n_wrong += len(wrong)
+        if len(wrong):
+            # From here on their class is known: rounding in another chunk does not change it.
+            self._wait(self._known, take(batch, wrong), predicted[wrong])
+
+    def _pull_back_each_class(self, batch: Batch, first: int) -> None:
+        logits = self._logits(batch, first)
+        labels = logits.detach().argmax(1)
+        if self.label_scores.fisher_type is FisherType.CLASS_MEAN_EMPIRICAL:
+            labels = self.label_scores.sample_labels(batch)
+            self.label_scores.check_classes(labels, logits.size(1))
+        for c in labels.unique().tolist():
+            if c != self.label_scores.ignore_index:
+                self._add_class(c, logits, labels, retain_graph=True)
+
+    def _add_class(
+        self, c: int, logits: Tensor, labels: Tensor, *, retain_graph: bool = False
+    ) -> None:
+        """Add the summed gradient of the samples that have label c."""
+        own = labels == c
+        if not (n := int(own.sum())):
+            return
+        if not self._sums.counts:
+            self.label_scores.check_outputs(logits)
+        vectors = score_vectors(logits, FisherType.EMPIRICAL, targets=labels.where(own, c).long())
+        v = vectors.vector(0) * own[:, None]
+        factor = score_factor(self.call, Scores(1, lambda s: v), logits)
+        pulled = (v * factor).to(logits.dtype)
+        gradients = summed_gradients(self.call.params, logits, pulled, retain_graph=retain_graph)
+        self._sums.add(c, gradients, 1 / factor, n)
+
+    def _audit(self, batch: Batch, logits: Tensor) -> None:
+        """Compare a sample's logits with those that it has alone, in the first chunk and later."""
+        watch = self._auditor.watch(len(logits), must=not self._auditor.count)
+        if watch is None:
+            return
+        started = time.perf_counter()
+        watch.scale = logits.detach()
+        watch.logits = watch.scale[watch.n : watch.n + 1]
+        with torch.no_grad():
+            alone = self.call.sample_logits(batch[0], watch.n)
+            if not self._auditor.outputs_hold(self.call, batch[0], watch, alone):
+                place = int(batch[1][watch.n])
+                raise SamplesInteractError(
+                    f"`model` gives sample {place} of `batches` other logits alone than in a batch "
+                    f"of {len(logits)}: {INTERACT}"
+                )
+        self._auditor.spend(time.perf_counter() - started)
+
+
+def class_logits(call: ModelCall, batch: Batch) -> Tensor:
+    """The logits [N, C] of a batch; raise where a sample has several labels or none.
+
+    Args:
+        call: The model.
+        batch: N samples.
+
+    Returns:
+        The logits.
+
+    Raises:
+        ValueError: They are dense, or one value per sample.
+    """
+    logits = call.logits(batch)
+    if logits.dim() != 2:
+        raise ValueError(
+            "`fisher_type` 'class_mean' needs one label per sample and logits [N, C], got outputs "
+            f"of shape {tuple(logits.shape)}. Use 'predicted' or 'empirical'."
+        )
+    return logits
+
+
+def _size(parts: list[Batch]) -> int:
+    return sum(n_samples(part) for part in parts)
+
+
+def summed_gradients(
+    params: dict[str, nn.Parameter], logits: Tensor, v: Tensor, *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """sum_n J_n^T v_n of the parameters that the logits depend on."""
+    if not logits.requires_grad:
+        return {}
+    found = torch.autograd.grad(
+        logits, list(params.values()), v, retain_graph=retain_graph, allow_unused=True
+    )
+    return {
+        name: gradient.to_dense() if gradient.is_sparse else gradient
+        for name, gradient in zip(params, found, strict=True)
+        if gradient is not None
+    }
+
+
+def gradients_add_up(call: ModelCall, batch: Batch) -> bool:
+    """Whether a sample has the same gradient in a batch as alone.
+
+    Logits may be a sample's own where gradients are not: `nn.Embedding(scale_grad_by_freq=True)`
+    divides them by the number of times that a word occurs in the batch.
+
+    Args:
+        call: The model.
+        batch: Its first samples are tried.
+
+    Returns:
+        Whether gradients add up over samples.
+    """
+    some = take(batch, torch.arange(_TRIED) % n_samples(batch))
+    found = []
+    for part in (some, take(some, slice(0, 1))):
+        logits = class_logits(call, part)
+        v = torch.zeros_like(logits)
+        v[0] = torch.linspace(1, 2, logits.size(1))
+        found.append(summed_gradients(call.params, logits, v))
+    together, alone = found
+    relative, floor = _TOLERANCES
+    largest = max((float(g.abs().max()) for g in alone.values()), default=0.0)
+    return together.keys() == alone.keys() and all(
+        float((together[name] - g).abs().max()) <= relative * float(g.abs().max()) + floor * largest
+        for name, g in alone.items()
+    )
