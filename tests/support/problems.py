@@ -463,9 +463,9 @@ LAYER_PROBLEMS = [
     Problem("attention-cross", CrossAttention, normal(5, 3)),
     Problem("transformer", encoder, normal(5, 6)),
     Problem("transformer-norm-first", lambda: encoder(norm_first=True), normal(3, 6)),
-    Problem("rnn", lambda: Recurrent(nn.RNN), normal(4, 3), engine="loop"),
-    Problem("lstm", lambda: Recurrent(nn.LSTM), normal(4, 3), engine="loop"),
-    Problem("gru", lambda: Recurrent(nn.GRU), normal(4, 3), engine="loop"),
+    Problem("rnn", lambda: Recurrent(nn.RNN), normal(4, 3)),
+    Problem("lstm", lambda: Recurrent(nn.LSTM), normal(4, 3)),
+    Problem("gru", lambda: Recurrent(nn.GRU), normal(4, 3)),
     Problem("low-rank-adapter", LowRank, normal(6)),
 ]
 PROBLEMS += LAYER_PROBLEMS

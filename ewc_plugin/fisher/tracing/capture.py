@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -26,6 +27,8 @@ from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
 from ewc_plugin.fisher.tracing.attention import attention, plain_call
 from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, TracedCall
 from ewc_plugin.fisher.tracing.lineage import Lineage, Source, tensors_in
+from ewc_plugin.fisher.tracing.recurrent import RECURRENT, cell, unrolled
+from ewc_plugin.fisher.tracing.recurrent import plain_call as layer_call
 
 _BROADCAST = Broadcast("broadcast")
 _JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
@@ -81,6 +84,7 @@ class Capture(TorchFunctionMode):
         self._model = model
         self._names = dict(names)  # id of a parameter -> its name
         self._on_gradient = on_gradient
+        self._order: Tensor | None = None  # of packed sequences
         self._hooks: list[RemovableHandle] = []
         self._lineage = Lineage(model, {})
         device = next(model.parameters()).device
@@ -98,6 +102,9 @@ class Capture(TorchFunctionMode):
                 if names:
                     hook = self._layer_hook(RegisteredRule(module, squares), names)
                     self._hooks.append(module.register_forward_hook(hook))
+        for module in self._model.modules():
+            if isinstance(module, nn.RNNBase):
+                self._hooks.append(module.register_forward_pre_hook(self._keep_order))
         self._lineage = Lineage(self._model, self._names)
         super().__enter__()
         return self
@@ -107,6 +114,11 @@ class Capture(TorchFunctionMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
+
+    def _keep_order(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keeps what torch's function for packed sequences is not given."""
+        packed = args and isinstance(args[0], PackedSequence)
+        self._order = args[0].unsorted_indices if packed else None
 
     def _layer_hook(self, rule: LayerRule, names: dict[str, str]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -178,6 +190,8 @@ class Capture(TorchFunctionMode):
         if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
             with self:
                 return attention(plain)
+        if func in RECURRENT:
+            return self._recurrent(func, args, kwargs)
         if func in _JOINING:
             args, kwargs = self._mapped(self._tapped_source, args, kwargs)
         elif func in ELEMENTWISE:
@@ -185,6 +199,41 @@ class Capture(TorchFunctionMode):
         elif func in _MATMUL and not kwargs:
             args = self._expanded_matrix(*args)
         return func(*args, **kwargs)
+
+    def _recurrent(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A recurrent layer or cell with its products recorded."""
+        with self:
+            out = cell(func, args, kwargs)
+        if out is not None:
+            return out
+        layer = layer_call(func, args, kwargs, self._order)
+        if layer is None:
+            return func(*args, **kwargs)
+        out = unrolled(func, layer, self._linear, self._recurrence)
+        # What the loop is taken from goes through torch's own function.
+        return func(*args, **kwargs) if self._on_gradient is None else out
+
+    def _linear(self, *args: Any) -> Tensor:
+        with self:
+            return F.linear(*args)
+
+    def _recurrence(
+        self, weight: Tensor, bias: Tensor | None, like: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None]]:
+        """Records W h + b before h is known: see `recurrent.py`."""
+        call = RULES[F.linear].bind(like, weight, bias)
+        assert call is not None
+        added = like.new_zeros(()) if bias is None else bias
+        sources = self._name(call)
+        if not sources:
+            return added.expand_as(like), weight, lambda h: None
+        added = self._record(RULES[F.linear], call, added.detach().expand_as(like), sources)
+        traced = self.trace.calls[-1]
+
+        def record(h: Tensor) -> None:
+            traced.call.a, traced.version = h, h._version
+
+        return added, weight.detach(), record
 
     def _give_up(self, sources: list[Source], reason: str) -> None:
         names = [name for source in sources for name in source.params]
