@@ -36,7 +36,7 @@ from ewc_plugin.fisher.scores import FisherType, Scores, score_vectors
 _TRIED = 4  # samples, on which gradients are compared
 _TOLERANCES = 0.01, 1e-5  # relative to a tensor's largest entry, and to the largest of all
 
-_Waiting = dict[int, list[Batch]]  # class -> its samples
+_Waiting = dict[int, list[Batch]]  # class -> its samples, each batch with its places [N]
 
 _CHUNKS_WAITING = 16  # of samples, over all classes
 _MOST_WRONG = 0.3  # share of wrong guesses above which a forward pass without a graph is cheaper
@@ -276,7 +276,7 @@ def class_logits(call: ModelCall, batch: Batch) -> Tensor:
 
 
 def _size(parts: list[Batch]) -> int:
-    return sum(n_samples(part) for part in parts)
+    return sum(len(places) for _, places in parts)
 
 
 def summed_gradients(
