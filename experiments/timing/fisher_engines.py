@@ -98,6 +98,61 @@ class Transformer(nn.Module):
         return logits
 
 
+class Recurrent(nn.Module):
+    """One recurrent layer of width 128 on 32 words, read at its last step."""
+
+    def __init__(self, layer: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(1000, 128), nn.Linear(128, CLASSES)
+        self.body = layer(128, 128, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Word indices [N, 32] to logits."""
+        logits: Tensor = self.head(self.body(self.words(x))[0][:, -1])
+        return logits
+
+
+class Pretrained(nn.Module):
+    """A small, random model of `transformers`; of a language model the last logits of a few words."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Word indices [N, 32] or images to logits."""
+        logits: Tensor = self.model(x).logits
+        return logits if logits.dim() == 2 else logits[:, -1, :CLASSES]
+
+
+_SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SMALL |= {"intermediate_size": 512, "num_labels": CLASSES}
+
+
+def bert() -> nn.Module:
+    """A BERT of three layers."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return Pretrained(BertForSequenceClassification(BertConfig(vocab_size=1000, **_SMALL)))
+
+
+def gpt2() -> nn.Module:
+    """A GPT-2 of three layers, whose words in and out are one table."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return Pretrained(
+        GPT2LMHeadModel(GPT2Config(vocab_size=1000, bos_token_id=0, eos_token_id=0, **small))
+    )
+
+
+def vit() -> nn.Module:
+    """A vision transformer of three layers."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return Pretrained(ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, **_SMALL)))
+
+
 @dataclass(frozen=True)
 class Network:
     """What is measured on a network.
@@ -125,6 +180,11 @@ NETWORKS = {
     "simple-cnn": Network(simple_cnn, (3, 32, 32), 512, 512, 32),
     "resnet-18": Network(resnet18, (3, 32, 32), 512, 16, 128),
     "transformer": Network(Transformer, (), 1024, 256, 64),
+    "bert": Network(bert, (), 512, 64, 64),
+    "gpt2": Network(gpt2, (), 512, 64, 64),
+    "vit": Network(vit, (3, 32, 32), 256, 64, 64),
+    "lstm": Network(lambda: Recurrent(nn.LSTM), (), 2048, 256, 128),
+    "gru": Network(lambda: Recurrent(nn.GRU), (), 2048, 256, 128),
 }
 
 
