@@ -113,7 +113,7 @@ class Recurrent(nn.Module):
 
 
 class Pretrained(nn.Module):
-    """A small, random model of `transformers`; of a language model the last logits of a few words."""
+    """A small, random `transformers` model; of a language model the last logits of some words."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
