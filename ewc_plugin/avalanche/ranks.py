@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher.result import Fisher as FisherResult
 from ewc_plugin.fisher.scores import FisherType, Score
 
 Fisher = Mapping[str, Tensor]
@@ -136,8 +137,13 @@ def fisher_over_ranks(
         if counted.is_empty or limit == 0:
             return {}, 0
         fisher = compute(counted, **({} if limit is None else {"max_samples": limit}))
-        N = counted.n_samples if limit is None else min(limit, counted.n_samples)
-        return fisher, counted.n_batches if weigh_batches else N
+        if weigh_batches:
+            return fisher, counted.n_batches
+        # Samples without any label or position count neither in a rank's mean nor in its weight.
+        N = fisher.n_samples if isinstance(fisher, FisherResult) else None
+        if N is None:
+            N = counted.n_samples if limit is None else min(limit, counted.n_samples)
+        return fisher, N
 
     return mean_over_ranks(share, like)
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin import DiagonalEWCPlugin, diagonal_fisher
+from ewc_plugin.avalanche import ranks
 from ewc_plugin.avalanche.ranks import shard
 from support.plugin_streams import train
 from support.ranks import TYPES, cases, experiences, learner_of, model, worker
@@ -54,3 +55,19 @@ def test_a_group_of_one_process_is_no_group(tmp_path):
     for case, tensors in expected.items():
         for name, tensor in tensors.items():
             assert torch.equal(found[case][name], tensor), (case, name)
+
+
+def test_samples_without_a_label_have_no_weight_among_the_ranks(monkeypatch):
+    found = []
+    monkeypatch.setattr(ranks, "mean_over_ranks", lambda share, like: found.append(share()))
+    net = torch.nn.Linear(3, 2)
+    batches = [(torch.randn(4, 3), torch.tensor([0, -100, 1, -100]))]
+    ranks.fisher_over_ranks(
+        lambda data: diagonal_fisher(net, data, "empirical"),
+        lambda: batches,
+        dict(net.named_parameters()),
+        max_samples=None,
+        weigh_batches=False,
+    )
+    ((_, weight),) = found
+    assert weight == 2
