@@ -43,7 +43,11 @@ def _numerical_checks(cell: RunSettings, source: DataSource) -> list[dict[str, A
 
 
 def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:
-    """One cell per benchmark, dataset and scenario, if the job compares both EWC methods."""
+    """One cell per benchmark, dataset and scenario, if the job compares both EWC methods.
+
+    The checks are of networks that the plain loss and head train.
+    """
+    cells = [cell for cell in cells if cell.loss_classes is None and cell.head is None]
     if not (job.compares and {cell.method for cell in cells} >= set(PENALISED)):
         return []
     return list({tuple(getattr(cell, name) for name in STREAM): cell for cell in cells}.values())

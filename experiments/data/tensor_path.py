@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -81,7 +82,11 @@ class FastData(SupervisedPlugin):
         self._train = {
             e.current_experience: experience_rows(self.stream, e) for e in past_and_present
         }
-        _feed(strategy.dataloader, _concatenate(list(self._train.values())))
+        rows = _concatenate(list(self._train.values()))
+        if isinstance(strategy.dataloader, ReplayDataLoader):
+            _feed_with_memory(strategy.dataloader, rows)
+        else:
+            _feed(strategy.dataloader, rows)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Lets the plugins that come after pass over the experience's tensors as well."""
@@ -141,6 +146,46 @@ def _feed(loader: Any, rows: TensorRows) -> None:
         for end, dataset in zip(ends, loader.datasets, strict=True)
     ]
 
+    _fetch_from(loader, rows)
+
+
+def _feed_with_memory(loader: ReplayDataLoader, rows: TensorRows) -> None:
+    """The same where a loader adds samples of past experiences to those of the current one."""
+    _compare(loader.datasets[:1], rows)
+    memories = [_in_tensors(memory) for memory in loader.datasets[1:]]
+    loader.datasets = [rows, *memories]
+    _fetch_from(loader, OneAfterTheOther([rows, *memories]))
+
+
+def _in_tensors(dataset: Any) -> TensorRows:
+    """The samples of one of Avalanche's data sets, as they are when they are asked for now."""
+    x, y, task = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    return TensorRows(torch.stack(x), torch.tensor(y), torch.tensor(task))
+
+
+class OneAfterTheOther(Dataset[Any]):
+    """Several `TensorRows`, whose indices go on through all of them."""
+
+    collate_fn = staticmethod(TensorRows.collate_fn)
+
+    def __init__(self, parts: Sequence[TensorRows]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """A batch; a sampler draws from one part after the other, and so they stay in its order."""
+        rows, start, found = torch.as_tensor(indices), 0, []
+        for part in self.parts:
+            inside = rows[(rows >= start) & (rows < start + len(part))] - start
+            if len(inside):
+                found.append(part[inside])
+            start += len(part)
+        return [torch.cat(columns) for columns in zip(*found, strict=True)]
+
+
+def _fetch_from(loader: Any, rows: TensorRows | OneAfterTheOther) -> None:
     def make_loader(datasets: Any, batch_sampler: Any) -> DataLoader[Any]:
         return DataLoader(rows, batch_sampler=batch_sampler, collate_fn=rows.collate_fn)
 

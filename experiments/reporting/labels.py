@@ -15,6 +15,12 @@ LABELS = {
     "naive": "Naive",
     "avalanche-ewc": "Avalanche's EWC",
     "ewc": "EWC, per sample",
+    "l2": "L2",
+    "si": "SI",
+    "mas": "MAS",
+    "lwf": "LwF",
+    "replay": "Replay",
+    "ewc+replay": "EWC and replay",
     "joint": "Joint (upper bound)",
 }
 BENCHMARKS = {"split": "Split", "permuted": "Permuted"}

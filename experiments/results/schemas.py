@@ -109,7 +109,7 @@ _INTERVAL = {name: _number(nullable=True) for name in ("ci_low", "ci_high")}
 # What a method may have of its own; all other settings but the seed are shared by what is compared.
 METHOD_SETTINGS = (
     *("method", "fisher_type", "mode", "decay_factor", "normalize", "penalty_step", "ewc_lambda"),
-    *("importance_batch", "importance_order"),
+    *("importance_batch", "importance_order", "memory"),
 )
 SHARED_SETTINGS = tuple(n for n in SETTING_NAMES if n not in (*METHOD_SETTINGS, "seed"))
 SUMMARY = pa.DataFrameSchema(

@@ -11,13 +11,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from ewc_plugin.fisher.scores import FisherType
 from experiments.settings.run import (
-    PENALISED,
+    MAIN_METHODS,
+    WITH_ALL_CLASSES,
+    WITH_FISHER,
+    WITH_LAMBDA,
+    WITH_MEMORY,
+    WITH_MODE,
     Benchmark,
     DataPath,
     Dataset,
@@ -138,13 +143,15 @@ def axis(*default: Any, setting: str = "", none: str | None = None) -> Any:
 class Grid(Job):
     """One run for each combination of the values below; equal combinations are one run."""
 
-    methods: tuple[Method, ...] = axis(*get_args(Method))
-    """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound)."""
+    methods: tuple[Method, ...] = axis(*MAIN_METHODS)
+    """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound). Besides,
+    through Avalanche's plugins: si, mas, lwf, replay, ewc+replay; and l2, F = 1 in our penalty."""
     fisher_type: tuple[FisherType, ...] = axis(FisherType.PREDICTED)
     """Labels that our Fisher averages over."""
     ewc_lambda: tuple[Lambda, ...] = axis()
-    """Penalty strengths, each tried with both EWC methods. Empty: each method's own, chosen on
-    validation data."""
+    """Penalty strengths, each tried with every method that has one: Avalanche's `ewc_lambda`, SI's
+    `si_lambda`, MAS's `lambda_reg`, LwF's `alpha`. Empty: each EWC method's own, chosen on
+    validation data; the others have none."""
     mode: tuple[Mode, ...] = axis("separate")
     """One quadratic per experience, or a single one that decays."""
     decay_factor: tuple[Decay, ...] = axis()
@@ -176,6 +183,13 @@ class Grid(Job):
     """Units per hidden layer of the MLP."""
     hidden_layers: tuple[HiddenLayers, ...] = axis(1, setting="hidden_layers")
     """Hidden layers of the MLP."""
+    head: tuple[Literal["linear", "cosine"], ...] = axis("linear", setting="head", none="linear")
+    """Last layer: linear, or 10 times the cosine of features and weights (domain, class)."""
+    loss: tuple[Literal["all", "current"], ...] = axis("all", setting="loss_classes", none="all")
+    """Cross-entropy, and the Fisher, over all classes or those of the experience. Counts in scenario
+    class, and not for joint and replay, whose experiences have all classes."""
+    memory: tuple[Count, ...] = axis(200)
+    """Samples that replay and ewc+replay keep."""
     dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
     """Dropout rate while training; the Fisher is always taken without."""
     pixels: tuple[Literal["normalized", "unit"], ...] = axis(
@@ -190,12 +204,12 @@ class Grid(Job):
         require(self.streams, "scenario", "one that the benchmark has", self.scenario)  # type: ignore[attr-defined]
         useless = self.decay_factor and "online" not in self.mode
         require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
-        if "ewc" in self.methods and not self.ewc_lambda:
+        if not self.ewc_lambda and any(method in WITH_LAMBDA for method in self.methods):
             self._check_chosen_lambda()
 
     def _check_chosen_lambda(self) -> None:
-        """The lambdas of `settings.tuned` were chosen for the plain Fisher and gradient."""
-        for name, plain in (("normalize", "none"), ("penalty_step", "gradient")):
+        """The lambdas of `settings.tuned` were chosen for these settings alone."""
+        for name, plain in _AS_CHOSEN.items():
             others = ", ".join(value for value in getattr(self, name) if value != plain)
             rule = f"given with `{name}` {others}: the chosen ones are for {plain}"
             require(not others, "ewc_lambda", rule, "none")
@@ -216,10 +230,14 @@ class Grid(Job):
                 "batch_size": DEFAULT_BATCH_SIZE[dataset],
                 "learning_rate": DEFAULT_LEARNING_RATE[dataset],
             }
-            names = [one.name for one in _axes(self) if one.metadata["setting"]]
+            names = [
+                one.name for one in _axes(self) if one.metadata["setting"] and one.name != "loss"
+            ]
             for settings in self._spanned(names, where_empty):
                 if settings["model"] != "mlp":
                     settings |= _MLP_ONLY
+                if scenario == "task":
+                    settings["head"] = None
                 base = RunSettings(
                     benchmark,
                     dataset,
@@ -232,17 +250,17 @@ class Grid(Job):
                     **settings,
                 )
                 for method in self.methods:
-                    if method in PENALISED:
-                        yield from self._penalties(base, method)
-                    else:
-                        yield replace(base, method=method)
+                    yield from self._of_method(base, method)
 
-    def _penalties(self, base: RunSettings, method: Method) -> Iterator[RunSettings]:
-        """The runs of an EWC method, which has a penalty; `base` has none."""
-        names = [*(_OURS if method == "ewc" else ()), "ewc_lambda", "mode"]
-        where_empty = {} if self.ewc_lambda else {"ewc_lambda": chosen_lambda(base, method)}
+    def _of_method(self, base: RunSettings, method: Method) -> Iterator[RunSettings]:
+        """The runs of a method, each with what it has a choice of; `base` is Naive's."""
+        names, where_empty = [n for n, methods in _CHOICES.items() if method in methods], {}
+        if base.scenario == "class" and method not in WITH_ALL_CLASSES:
+            names.append("loss")
+        if method in WITH_LAMBDA and not self.ewc_lambda:
+            where_empty = {"ewc_lambda": chosen_lambda(base, method)}
         for settings in self._spanned(names, where_empty):
-            decays = self.decay_factor if settings["mode"] == "online" else ()
+            decays = self.decay_factor if settings.get("mode") == "online" else ()
             for decay_factor in decays or (None,):
                 yield replace(base, method=method, **settings, decay_factor=decay_factor)
 
@@ -271,7 +289,13 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, FisherType) else value
 
 
-_OURS = ("fisher_type", "normalize", "penalty_step")  # axes of our own EWC alone
+_CHOICES: dict[str, tuple[Method, ...]] = {  # axes, and the methods that have them
+    **dict.fromkeys(("fisher_type", "normalize", "penalty_step"), WITH_FISHER),
+    "ewc_lambda": WITH_LAMBDA,
+    "mode": WITH_MODE,
+    "memory": WITH_MEMORY,
+}
+_AS_CHOSEN = {"normalize": "none", "penalty_step": "gradient", "head": "linear", "loss": "all"}
 _MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
 
 

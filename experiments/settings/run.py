@@ -20,7 +20,9 @@ from experiments.settings.values import (
 
 Benchmark = Literal["split", "permuted"]
 Scenario = Literal["task", "domain", "class"]
-Method = Literal["naive", "avalanche-ewc", "ewc", "joint"]
+Method = Literal[
+    "naive", "avalanche-ewc", "ewc", "joint", "si", "mas", "lwf", "l2", "replay", "ewc+replay"
+]
 Dataset = Literal["mnist", "digits"]
 Model = Literal["mlp", "cnn"]
 Optimizer = Literal["adam", "sgd"]
@@ -37,7 +39,13 @@ Dropout = Annotated[float, Between(0, 1, open_high=True)]
 Decay = Annotated[float, Between(0, 1)]
 
 N_CLASSES = 10
+MAIN_METHODS: tuple[Method, ...] = ("naive", "avalanche-ewc", "ewc", "joint")
 PENALISED: tuple[Method, ...] = ("avalanche-ewc", "ewc")
+WITH_FISHER: tuple[Method, ...] = ("ewc", "ewc+replay")
+WITH_MODE: tuple[Method, ...] = ("avalanche-ewc", *WITH_FISHER, "l2")
+WITH_LAMBDA: tuple[Method, ...] = (*WITH_MODE, "si", "mas", "lwf")
+WITH_MEMORY: tuple[Method, ...] = ("replay", "ewc+replay")
+WITH_ALL_CLASSES: tuple[Method, ...] = ("joint", *WITH_MEMORY)  # in every experience
 STREAM = ("benchmark", "dataset", "scenario")  # the settings that name a stream
 
 
@@ -74,6 +82,9 @@ class RunSettings:
     importance_order: Literal["shuffled"] | None = None
     optimizer_state: Literal["reset"] | None = None  # before each experience; unset, it is kept
     pixels: Literal["unit"] | None = None  # in [0, 1]; unset, normalised as Avalanche has them
+    loss_classes: Literal["current"] | None = None  # the experience's own; unset, all
+    head: Literal["cosine"] | None = None  # unset, a linear layer
+    memory: Count | None = None  # samples that replay keeps
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -125,21 +136,39 @@ def _check_together(run: RunSettings) -> None:
     if run.benchmark == "split":
         rule = f"a divisor of {N_CLASSES} classes: 1, 2, 5 or 10"
         require(N_CLASSES % run.n_experiences == 0, "experiences", rule, run.n_experiences)
-    if run.method in PENALISED:
-        require(run.ewc_lambda is not None, "ewc_lambda", f"given for {run.method}", "none")
-        rule = f"one of {', '.join(get_args(Mode))} for {run.method}"
-        require(run.mode is not None, "mode", rule, "none")
-    if run.method == "ewc":
-        require(run.fisher_type, "fisher_type", f"one of {OneOf(FisherType)} for ewc", "none")
-    if run.mode == "online":
-        rule = "between 0 and 1 in mode online"
-        require(run.decay_factor is not None, "decay_factor", rule, run.decay_factor)
-    else:
-        rule = "unset in mode separate"
-        require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)
+    _check_method(run)
+    if run.loss_classes == "current":
+        rule = "all outside of scenario class: the classes of every experience are the same there"
+        require(run.scenario == "class", "loss_classes", rule, run.loss_classes)
+        rule = f"all for {run.method}, which trains on the classes of several experiences at once"
+        require(run.method not in WITH_ALL_CLASSES, "loss_classes", rule, run.loss_classes)
+    if run.head == "cosine":
+        rule = "linear in scenario task, where Avalanche makes the heads"
+        require(run.scenario != "task", "head", rule, run.head)
     for name in ("importance_batch", "importance_order"):
         value = getattr(run, name)
         if value is not None:
             batched = run.method == "avalanche-ewc" or run.fisher_type == "batched"
             require(batched, name, "unset where F is exact per sample", value)
             require(run.data_path == "fast", "data_path", f"fast with `{name}`", run.data_path)
+
+
+def _check_method(run: RunSettings) -> None:
+    """Check that a method has what it needs, and nothing that it would not look at."""
+    if run.method in WITH_LAMBDA:
+        require(run.ewc_lambda is not None, "ewc_lambda", f"given for {run.method}", "none")
+    if run.method in WITH_MODE:
+        rule = f"one of {', '.join(get_args(Mode))} for {run.method}"
+        require(run.mode is not None, "mode", rule, "none")
+    if run.method in WITH_FISHER:
+        rule = f"one of {OneOf(FisherType)} for {run.method}"
+        require(run.fisher_type, "fisher_type", rule, "none")
+    if run.mode == "online":
+        rule = "between 0 and 1 in mode online"
+        require(run.decay_factor is not None, "decay_factor", rule, run.decay_factor)
+    else:
+        rule = "unset in mode separate"
+        require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)
+    has_memory = run.method in WITH_MEMORY
+    rule = f"{'given' if has_memory else 'unset'} for {run.method}"
+    require((run.memory is not None) == has_memory, "memory", rule, run.memory)

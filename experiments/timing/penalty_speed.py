@@ -36,7 +36,8 @@ from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
 from experiments.settings.run import Optimizer
 from experiments.settings.values import Count, Positive, Processes
-from experiments.training.run import OPTIMIZERS, state_bytes
+from experiments.training.methods import state_bytes
+from experiments.training.run import OPTIMIZERS
 
 MIB = 2**20
 KEY = ["model", "optimizer", "batch_size", "past_experiences"]

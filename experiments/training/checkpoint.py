@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from avalanche.models.dynamic_modules import avalanche_model_adaptation
-from avalanche.training.plugins import EWCPlugin
+from avalanche.training.plugins import (
+    EWCPlugin,
+    LwFPlugin,
+    MASPlugin,
+    ReplayPlugin,
+    SynapticIntelligencePlugin,
+)
 from avalanche.training.utils import ParamData
 
 from ewc_plugin import DiagonalEWCPlugin
@@ -26,6 +32,12 @@ from experiments.settings.run import RunSettings
 
 State = dict[str, Any]
 CHECKSUM_BYTES = 32  # of SHA-256, in front of the state
+
+
+def can_be_stored(strategy: Any) -> bool:
+    """Whether a checkpoint has all that the strategy's methods remember; else a run starts anew."""
+    others = (SynapticIntelligencePlugin, MASPlugin, LwFPlugin, ReplayPlugin)
+    return not any(isinstance(plugin, others) for plugin in strategy.plugins)
 
 
 def write_checkpoint(

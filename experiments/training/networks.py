@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from avalanche.models import MultiHeadClassifier, MultiTaskModule, SimpleMLP
+from avalanche.models import CosineLinear, MultiHeadClassifier, MultiTaskModule, SimpleMLP
 from torch import Tensor, nn
 
 from experiments.data.streams import Stream
@@ -25,6 +25,17 @@ class MultiHead(MultiTaskModule):
         return self.classifier(self.features(x), task_labels)
 
 
+class Scale(nn.Module):
+    """Logits of cosines, in [-1, 1], wide enough for a softmax to be certain of a class."""
+
+    def forward(self, cosines: Tensor) -> Tensor:
+        """Logits [N, C]."""
+        return COSINE_SCALE * cosines
+
+
+COSINE_SCALE = 10.0
+
+
 def make_model(run: RunSettings, stream: Stream) -> nn.Module:
     """The run's network, initialised from the global RNG."""
     per_head = stream.classes_per_experience
@@ -32,6 +43,8 @@ def make_model(run: RunSettings, stream: Stream) -> nn.Module:
     features, n_features = _FEATURES[run.model](run, stream)
     if run.scenario == "task":
         return MultiHead(features, n_features, n_classes)
+    if run.head == "cosine":
+        return nn.Sequential(features, CosineLinear(n_features, n_classes, sigma=False), Scale())
     return nn.Sequential(features, nn.Linear(n_features, n_classes))
 
 

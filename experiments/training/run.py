@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,22 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining, Naive
 from torch import nn
 
-from ewc_plugin import DiagonalEWCPlugin, DivergedError
+from ewc_plugin import DivergedError
 from ewc_plugin.avalanche.metrics import ewc_metrics
 from experiments.data.sources import DataSource
 from experiments.data.streams import Stream, shared_stream
-from experiments.data.tensor_path import FISHER_BATCH, FastData
+from experiments.data.tensor_path import FastData
 from experiments.results.metrics import Matrix, accuracy_matrix, continual_metrics
 from experiments.results.record import NO_SECONDS, RunResult, run_record
-from experiments.settings.run import RunSettings
-from experiments.training.avalanche_ewc import BuiltinEWC, in_order
-from experiments.training.checkpoint import read_checkpoint, restore, write_checkpoint
+from experiments.settings.run import WITH_FISHER, RunSettings
+from experiments.training.checkpoint import (
+    can_be_stored,
+    read_checkpoint,
+    restore,
+    write_checkpoint,
+)
 from experiments.training.loggers import Logs
+from experiments.training.methods import MethodPlugins, criterion_of, method_plugins, state_bytes
 from experiments.training.networks import make_model
 
 EVAL_BATCH = 1000
@@ -85,7 +89,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.seconds = dict(NO_SECONDS)
         self.peak_rss = 0
-        self.method_plugins: Sequence[Any] = ()
+        self.method = MethodPlugins()
         self.loggers: list[Any] = []
         self.model: nn.Module = nn.Identity()
 
@@ -115,7 +119,7 @@ class Run:
             self._train(strategy, watch, experiences if joint else experiences[i])
             trained = last if joint else i
             accuracy = self._evaluate(strategy, stream, trained)
-            if checkpoint and trained < last:
+            if checkpoint and trained < last and can_be_stored(strategy):
                 write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
             observe(trained + 1, float(np.mean(accuracy[: trained + 1])))
 
@@ -140,7 +144,7 @@ class Run:
             metrics=continual_metrics(self._matrix()) if status == "ok" else None,
             seconds=self.seconds,
             peak_rss_mb=self.peak_rss / MIB,
-            penalty_state_mb=sum(map(state_bytes, self.method_plugins)) / MIB,
+            penalty_state_mb=sum(map(state_bytes, self.method.every)) / MIB,
         )
 
     def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
@@ -148,13 +152,13 @@ class Run:
         self.model = model = make_model(settings, stream)
         optimizer = OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
         fast = FastData(stream) if settings.data_path == "fast" else None
-        self.method_plugins = _method_plugins(settings, fast)
+        self.method = method_plugins(settings)
         watch = _Watch(settings.iterations)
         template = JointTraining if settings.method == "joint" else Naive
         strategy = template(
             model=model,
             optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss(),
+            criterion=criterion_of(settings),
             train_mb_size=settings.batch_size,
             # With a number of iterations, more epochs than they can fill: the last one is stopped.
             train_epochs=settings.epochs
@@ -162,7 +166,7 @@ class Run:
             else settings.iterations + 1,
             eval_mb_size=EVAL_BATCH,
             device=settings.device,
-            plugins=[*([fast] if fast else []), *self.method_plugins, watch],
+            plugins=[*self.method.early, *([fast] if fast else []), *self.method.late, watch],
             evaluator=self._evaluator(),
         )
         return strategy, watch
@@ -171,7 +175,7 @@ class Run:
         """What the rows need; more where somebody watches the training."""
         watched = bool(self.loggers)
         metrics = [m(epoch=watched, experience=True) for m in (accuracy_metrics, loss_metrics)]
-        if watched and self.settings.method == "ewc":
+        if watched and self.settings.method in WITH_FISHER:
             metrics.append(ewc_metrics())
         return EvaluationPlugin(*metrics, loggers=self.loggers)
 
@@ -242,39 +246,3 @@ class _Watch(SupervisedPlugin):
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-
-
-def _method_plugins(settings: RunSettings, fast: FastData | None) -> list[Any]:
-    if settings.method == "avalanche-ewc":
-        return [BuiltinEWC(settings)]
-    if settings.method == "ewc":
-        return [
-            DiagonalEWCPlugin(
-                settings.ewc_lambda,
-                settings.mode,
-                settings.decay_factor,
-                fisher_type=settings.fisher_type,
-                fisher_batches=functools.partial(_fisher_batches, settings) if fast else None,
-                normalize=settings.normalize,
-                implicit=settings.penalty_step == "implicit",
-            )
-        ]
-    return []
-
-
-def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[torch.Tensor]]:
-    """The current experience's samples; in Avalanche's mini-batches where F depends on them."""
-    rows = in_order(strategy.experience.dataset, settings.importance_order)
-    batched = settings.fisher_type == "batched"
-    return rows.batches(
-        settings.importance_batch or settings.batch_size if batched else FISHER_BATCH
-    )
-
-
-def state_bytes(plugin: Any) -> int:
-    """Memory that a method keeps between experiences to compute its penalty."""
-    if isinstance(plugin, DiagonalEWCPlugin):
-        return plugin.penalty.nbytes
-    stores = [*plugin.saved_params.values(), *plugin.importances.values()]
-    tensors = [parameter.data for store in stores for parameter in store.values()]
-    return sum(t.numel() * t.element_size() for t in tensors)
