@@ -186,8 +186,8 @@ class Grid(Job):
     head: tuple[Literal["linear", "cosine"], ...] = axis("linear", setting="head", none="linear")
     """Last layer: linear, or 10 times the cosine of features and weights (domain, class)."""
     loss: tuple[Literal["all", "current"], ...] = axis("all", setting="loss_classes", none="all")
-    """Cross-entropy, and the Fisher, over all classes or those of the experience. Counts in scenario
-    class, and not for joint and replay, whose experiences have all classes."""
+    """Cross-entropy, and the Fisher, over all classes or those of the experience. Counts in
+    scenario class, and not for joint and replay, whose experiences have all classes."""
     memory: tuple[Count, ...] = axis(200)
     """Samples that replay and ewc+replay keep."""
     dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
@@ -230,9 +230,8 @@ class Grid(Job):
                 "batch_size": DEFAULT_BATCH_SIZE[dataset],
                 "learning_rate": DEFAULT_LEARNING_RATE[dataset],
             }
-            names = [
-                one.name for one in _axes(self) if one.metadata["setting"] and one.name != "loss"
-            ]
+            placed = [one.name for one in _axes(self) if one.metadata["setting"]]
+            names = [name for name in placed if name != "loss"]
             for settings in self._spanned(names, where_empty):
                 if settings["model"] != "mlp":
                     settings |= _MLP_ONLY
