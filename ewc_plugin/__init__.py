@@ -1,7 +1,7 @@
 """Diagonal Elastic Weight Consolidation with an exact per-sample Fisher.
 
-Names are loaded on first use, so that the maths (`ewc_plugin.fisher`, `ewc_plugin.penalty`) can be
-had without importing Avalanche.
+Names are imported on first use, so that the maths (`ewc_plugin.fisher`, `ewc_plugin.penalty`) can
+be used without importing Avalanche.
 """
 
 from importlib import import_module

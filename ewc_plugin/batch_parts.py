@@ -1,4 +1,4 @@
-"""What a batch holds, and where a model's output has its logits."""
+"""Split a batch into inputs, targets and task labels; find the logits in a model's output."""
 
 import copy
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Unpacked(NamedTuple):
 
 
 def unpack(batch: Batch) -> Unpacked:
-    """Take a batch apart.
+    """Split a batch into inputs, targets and task labels.
 
     Args:
         batch: (x, y), (x, y, ..., task labels), or a mapping with "labels" (or "label"), perhaps
@@ -104,7 +104,7 @@ def with_logits(output: Any, logits: Tensor) -> Any:
 
 
 def labelled(y: Any, ignore_index: int) -> Tensor | None:
-    """Return which samples have a label that is not ignored; None: all, or y is no class index."""
+    """Return a mask of the samples whose label is not ignored; None if no mask is needed."""
     if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
         return None
     keep = y != ignore_index

@@ -1,7 +1,7 @@
-"""Batches as pytrees with a sample axis: sizes, slices, joins, a fair subset.
+"""Operations on batches (pytrees with a sample axis): size, slice, join, random subset.
 
 The samples of a batch are along the first axis of its tensors and NumPy arrays, and in lists of
-plain values (such as strings) that are as long. All else in a batch is shared by its samples.
+plain values (such as strings) of the same length. Everything else is shared by all samples.
 """
 
 import sys
@@ -114,7 +114,7 @@ def _joined(column: tuple[Any, ...]) -> Any:
 
 
 def joinable(left: Batch, right: Batch) -> bool:
-    """Whether two batches differ in their samples alone."""
+    """Whether two batches can be joined: same structure, shapes, types and shared values."""
     (left_leaves, left_tree), (right_leaves, right_tree) = _flatten(left), _flatten(right)
     if left_tree != right_tree:
         return False
@@ -136,7 +136,7 @@ def _fits(a: Any, b: Any, sizes: tuple[int, int]) -> bool:
 
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:
-    """Leaves and structure; a list of one plain value per sample is one leaf."""
+    """Return leaves and structure; a list of one plain value per sample is one leaf."""
     N = n_samples(batch)
     return tree_flatten(batch, is_leaf=lambda node: _is_plain_list(node, N))
 
@@ -165,7 +165,7 @@ def different_samples(batch: Batch, count: int) -> list[int]:
     """Indices of up to `count` samples, in order: the first one, and others that differ from it."""
     N = n_samples(batch)
     chosen = [0]
-    for stop in (min(N, 32), N):  # mostly the first few will do
+    for stop in (min(N, 32), N):  # usually enough are among the first few
         differs = torch.zeros(stop, dtype=torch.bool, device="cpu")
         for leaf in tree_flatten(take(batch, slice(0, stop)))[0]:
             if has_samples(leaf):
@@ -179,13 +179,13 @@ def different_samples(batch: Batch, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples, in memory of their own, and how many came from each of the loader's batches."""
+    """A copy of some samples, with the number that came from each of the loader's batches."""
 
     batch: Batch
     sizes: tuple[int, ...]
 
     def split(self) -> "list[Chunk]":
-        """The samples of each of the loader's batches alone."""
+        """Split the chunk into the parts that came from each of the loader's batches."""
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         return [self.part(start, start + n) for start, n in zip(starts, self.sizes, strict=True)]
 
@@ -223,7 +223,7 @@ def _outside_inference_mode(batch: Batch) -> Batch:
 def rechunk(
     batches: Iterable[Batch], size: Callable[[], int], may_join: Callable[[], bool]
 ) -> Iterator[Chunk]:
-    """The same samples in the same order, in chunks of `size` where their shapes allow it.
+    """Regroup batches into chunks of `size` samples, where their shapes allow it.
 
     The sums over samples do not depend on the batches they come in, so the engine takes the size
     that is fast instead of the one that a data loader happens to have. A chunk has memory of its
@@ -231,8 +231,8 @@ def rechunk(
 
     Args:
         batches: Any batches with samples.
-        size: Gives the number of samples per chunk.
-        may_join: Tells whether a chunk may have samples of several batches.
+        size: Function that returns the number of samples per chunk.
+        may_join: Function that returns whether a chunk may join samples of several batches.
 
     Yields:
         Chunks of `size`; a smaller one where shapes change, and at the end.
@@ -259,7 +259,7 @@ def rechunk(
 
 
 def draw_indices(N: int, count: int, generator: torch.Generator) -> list[int]:
-    """`count` of the numbers below N (all of them, where they are fewer), drawn, in order."""
+    """Draw min(count, N) distinct indices below N, in ascending order."""
     drawn = torch.randperm(N, generator=generator, device=generator.device)[:count]
     return sorted(drawn.tolist())
 

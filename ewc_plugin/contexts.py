@@ -1,4 +1,4 @@
-"""Leaves a model and its surroundings as they were found."""
+"""Context managers that restore a model's state and the global random states."""
 
 import random
 import sys
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 _OWN_DICTS = ("_parameters", "_buffers", "_modules")
-# Whether a forward pass registers hooks is not looked at: an empty module has a dozen such dicts.
+# Dicts of hooks are not saved: every module has a dozen of them.
 _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {
     *_OWN_DICTS
 }
 
 
 class ModelState:
-    """What a forward pass may change: attributes, lists and dicts in them, and buffers.
+    """A snapshot of what a forward pass may change: attributes, their lists and dicts, buffers.
 
     Args:
         model: Its state now is what `restore` puts back.
@@ -39,7 +39,7 @@ class ModelState:
         self._versions = [t._version for t, _ in self._tensors]
 
     def restore(self, *, values: bool = False) -> None:
-        """Puts everything back.
+        """Put everything back.
 
         Args:
             values: Compare every tensor with its saved value, instead of its version counter, which
@@ -86,7 +86,7 @@ def _same(container: Any, content: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[ModelState]:
-    """The model in eval mode, gradients on, compiled parts eager; all undone, also on error.
+    """Put the model in eval mode, with gradients and uncompiled; restore all, also on error.
 
     Undone are every module's flag, its attributes and buffers, and the global random states of
     torch, NumPy and Python.
@@ -124,7 +124,7 @@ def evaluating(model: nn.Module) -> Iterator[ModelState]:
             if state is not None:
                 state.restore(values=True)
             if overridden:
-                model.train(flags[0][1])  # lets an override undo what its eval() did
+                model.train(flags[0][1])  # an overridden `train` may have to undo what `eval` did
             for module, training in flags:
                 module.training = training
             if before is not None:
@@ -133,7 +133,7 @@ def evaluating(model: nn.Module) -> Iterator[ModelState]:
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """The CPU's global random states, put back; a transform may draw from any of them."""
+    """Restore the global CPU random states at the end; a transform may advance them."""
     numpy = sys.modules.get("numpy")  # where it is not loaded, nobody has drawn from it
     python_state = random.getstate()
     numpy_state = numpy and numpy.random.get_state()

@@ -1,4 +1,4 @@
-"""A Fisher on disk: safetensors, which executes nothing when read, and what it is of."""
+"""Save and load a Fisher with its metadata as a safetensors file (loading runs no code)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SavedFisher(Fisher):
     """A `Fisher` out of a file.
 
     Attributes:
-        anchor: The weights that it was computed at, by name; None: they were not saved.
+        anchor: The parameters at which the Fisher was computed, by name; None if not saved.
         about: The caller's own notes.
         versions: Of ewc_plugin and torch when it was saved.
         saved_at: When that was, in UTC.
@@ -44,7 +44,7 @@ def save_fisher(
     anchor: nn.Module | Mapping[str, Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a Fisher with what it is of; the file is complete, or is not there.
+    """Save a Fisher and its metadata; the file is written completely or not at all.
 
     Args:
         path: Of the file, usually `*.safetensors`.
@@ -91,7 +91,7 @@ def load_fisher(
     check_weights: bool = False,
     device: torch.device | str = "cpu",
 ) -> SavedFisher:
-    """Load a Fisher, checked against its own record and against a model.
+    """Load a Fisher; check it against its metadata and, if given, a model.
 
     Args:
         path: Of a file of `save_fisher`.
@@ -212,7 +212,7 @@ def _weights(anchor: nn.Module | Mapping[str, Tensor], fisher: Any) -> dict[str,
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Return a tensor with memory of its own, as the format wants it."""
+    """Return a contiguous copy of a tensor, as safetensors requires."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 

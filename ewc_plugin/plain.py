@@ -1,8 +1,8 @@
-"""EWC in a plain PyTorch loop: `EWC(model, dataset)`, and the three loops around it.
+"""EWC for a plain PyTorch loop: `EWC(model, dataset)`, two training loops and a test loop.
 
-Names, arguments and returned values are those of the small implementation that many scripts grew
-from, so that changing the import is enough; the Fisher is the same to rounding, and also right for
-batches of any size. Avalanche is not imported.
+Names, arguments and returned values are those of a small implementation that many scripts are
+based on, so that changing the import is enough; the Fisher is the same to rounding, and also right
+for batches of any size. Avalanche is not imported.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,14 +27,14 @@ IGNORE_INDEX = -100  # torch's default
 
 
 class Penalised(Protocol):
-    """What `ewc_train` needs: an `EWC`, or anything else with a `penalty` of the model."""
+    """Protocol of `ewc_train`'s argument `ewc`: an object with a method `penalty(model)`."""
 
     def penalty(self, model: nn.Module) -> Tensor:
         """A scalar, to be added to the loss."""
 
 
 class EWC:
-    """The model as it is now, and how much each parameter matters on `dataset`.
+    """The EWC penalty around the model's current parameters, with the Fisher on `dataset`.
 
     penalty(model) = sum_i F_i (theta_i - theta*_i)^2, with theta* the parameters at construction
     and F the diagonal Fisher there. The loss is `cross_entropy + importance * penalty`: importance
@@ -50,8 +50,8 @@ class EWC:
         batched: Whether the items of `dataset` are batches. Unset: those of a DataLoader are, those
             of a Dataset or tensor are not, and of other items the model's output on the first one
             decides.
-        max_samples: Use only so many samples, drawn without replacement; of an iterable that can
-            only be read from its beginning, the first ones.
+        max_samples: Use at most this many samples, drawn without replacement; of an iterable that
+            can only be read from its beginning, the first ones.
         generator: Draws labels and subsets. Default: one with a fixed seed.
         ignore_index: The label of samples that are left out of F, as `ewc_train` leaves them out.
 
@@ -319,7 +319,7 @@ def _logits(model: nn.Module, make_batch: Callable[[], Batch]) -> Tensor | None:
             logits = _logits_of(model, batch)
             fits = logits.dim() == 2 and len(logits) == n_samples(_inputs(batch))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-        return None  # whatever a wrong shape runs into
+        return None  # a wrong shape may raise any error
     return logits if fits else None
 
 

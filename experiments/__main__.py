@@ -15,7 +15,7 @@ from experiments.command_line import parse, unknown, write_ascii_if_needed
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune
 from experiments.sweeps import exit_status
 
-# About a solver that only GEM needs, and of evaluators whose results are read directly.
+# Warnings to silence: a solver that only GEM needs; evaluators without loggers.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
 JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
@@ -55,7 +55,7 @@ MODULES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line and runs the command; returns the exit code."""
+    """Parse the command line and run the command; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True)
     for message in AVALANCHE_NOTES:
@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_help())
         return
-    # Options without a command are the main job's.
+    # Options without a command belong to the main job.
     given = bool(arguments) and not arguments[0].startswith("-")
     name, *rest = arguments if given else ["main", *arguments]
     if name in JOBS:
@@ -115,7 +115,7 @@ def _help() -> str:
 
 
 def _interrupt_once(*_: Any) -> None:
-    """Ends the command at the first Ctrl-C; further ones don't disturb its end."""
+    """Stop at the first Ctrl-C; ignore further ones while the command shuts down."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -72,7 +72,7 @@ def parse(command: str, kind: type, arguments: list[str], description: str | Non
 
 
 def _one_line(box: str) -> str:
-    """The parser's message without its frame, and the options that it takes for meant."""
+    """Return the parser's error message on one line, with the suggested options."""
     _, *lines = [line.strip(" │╭╮╰╯|+") for line in box.strip().splitlines()]
     body = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))

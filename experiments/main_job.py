@@ -1,4 +1,4 @@
-"""A command from data to report."""
+"""The main job: find data, make the runs, write the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from experiments.sweeps.queue import Task
 
 
 def run_job(job: Job, console: Console) -> None:
-    """Makes the runs of a job that are not there yet, then its tables, plots and summary."""
+    """Run a job's missing runs, then write its tables, plots and summary."""
     store, cells, source = prepare(job, console)
     checks = [Task(cell, _numerical_checks) for cell in checked_cells(job, cells)]
     numerical = make_runs(job, store, cells, source, console, checks)
@@ -36,7 +36,7 @@ def run_job(job: Job, console: Console) -> None:
 
 
 def _numerical_checks(cell: RunSettings, source: DataSource) -> list[dict[str, Any]]:
-    """Our importances and penalties beside the built-in's on a cell's stream."""
+    """Compare our importances and penalties with Avalanche's on a cell's stream."""
     from experiments.studies.parity.importances import numerical_checks  # it imports Avalanche
 
     return list(numerical_checks(cell, source))
@@ -61,7 +61,7 @@ def write_report(
     numerical: Sequence[dict[str, Any]],
     console: Console,
 ) -> None:
-    """Writes every table and plot of the folder, and prints the summary and the comparison.
+    """Write every table and plot of the folder, and print the summary and the comparison.
 
     Args:
         job: The command that was run.

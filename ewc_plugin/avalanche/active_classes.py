@@ -1,4 +1,4 @@
-"""Which classes a sample can have, where the head or the criterion leaves some out."""
+"""The mask of the classes that a sample can have: a head or the criterion may exclude some."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 def active_classes(
     criterion: Any, model: nn.Module, task_labels: Callable[[], Any], C: int
 ) -> Tensor | None:
-    """The classes that argmax and the sums over classes run over.
+    """Return a mask of the classes that the Fisher's labels can take.
 
     Args:
         criterion: The strategy's; `MaskedCrossEntropy` names its classes.
-        model: Heads narrower than C are padded with zeros, which are no logits.
-        task_labels: Gives them, [N], or None; asked for only where heads differ.
+        model: The model. Outputs of a head narrower than C are padded with zeros; these are masked.
+        task_labels: Function that returns the task labels [N] or None; called only if heads differ.
         C: Number of logits.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The trace of Avalanche's own importances, estimated on a part of the mini-batches."""
+"""Estimate of the trace of Avalanche's importances from a subset of the mini-batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def builtin_trace(fisher: StrategyFisher, strategy: Any, datasets: list[Any]) ->
     by class change slowly. The smaller ones at the end are always taken.
 
     Args:
-        fisher: Knows what the strategy feeds its model.
+        fisher: Prepares the strategy's batches and computes the model's outputs.
         strategy: With the criterion and the size of its mini-batches.
         datasets: What the Fisher was computed on.
 
@@ -60,7 +60,7 @@ def builtin_trace(fisher: StrategyFisher, strategy: Any, datasets: list[Any]) ->
 
 
 def _mean(value: Any, B: int) -> float:
-    """Mean of value(0), ..., value(B - 1), from as few of them as keep the tolerance."""
+    """Estimate the mean of value(0), ..., value(B - 1) from as few as the tolerance allows."""
     known: dict[int, float] = {}
     stride = 1 << max(0, (B // FIRST).bit_length() - 1)
     while stride >= 1:

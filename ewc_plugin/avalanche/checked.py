@@ -34,7 +34,7 @@ def ewc_lambda(plugin: Any, name: str, value: Any) -> float:
 
 
 def decay_factor(plugin: Any, name: str, value: Any) -> float | None:
-    """Return it, once the penalty has it."""
+    """Set the decay factor of the penalty, and return it."""
     plugin.penalty.decay_factor = checked_decay(plugin.penalty.mode, value)
     factor: float | None = plugin.penalty.decay_factor
     return factor
@@ -44,9 +44,9 @@ def boolean(plugin: Any, name: str, value: Any) -> bool:
     """Return True or False.
 
     Args:
-        plugin: Whose attribute it is.
+        plugin: The plugin that owns the attribute.
         name: Of the attribute.
-        value: To be stored.
+        value: The value to store.
 
     Returns:
         The value.
@@ -63,9 +63,9 @@ def function_or_none(plugin: Any, name: str, value: Any) -> Any:
     """Return a function, or None.
 
     Args:
-        plugin: Whose attribute it is.
+        plugin: The plugin that owns the attribute.
         name: Of the attribute.
-        value: To be stored.
+        value: The value to store.
 
     Returns:
         The value.
@@ -89,7 +89,7 @@ def fisher_options(plugin: Any, name: str, value: Any) -> dict[str, Any]:
     """Return keyword arguments of `diagonal_fisher` that fit the plugin's `fisher_type`.
 
     Args:
-        plugin: Whose attribute it is.
+        plugin: The plugin that owns the attribute.
         name: Of the attribute.
         value: A mapping; None: no options.
 

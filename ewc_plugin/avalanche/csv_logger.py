@@ -1,4 +1,4 @@
-"""Accuracies as one long table that grows, from any Avalanche strategy."""
+"""A logger that appends the accuracies of an Avalanche strategy to a CSV file in long format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = (
     *("train_exp", "eval_exp", "accuracy", "loss", "n_samples", "stream", "task"),
 )
 UNTRAINED = -1
-# Texts that pandas reads as a missing value, and so can't be a name.
+# Strings that pandas reads as missing values; they are not allowed as names.
 MISSING = {
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
     *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
@@ -32,7 +32,7 @@ Row = dict[str, str]
 
 
 class TidyCSVLogger(BaseLogger):
-    """Appends a row per evaluated experience to a CSV file: the accuracy matrix R[i, j], long.
+    """Appends one row per evaluated experience to a CSV file: the accuracy matrix R in long format.
 
     The columns are those of `accuracy.csv` in our experiments, then `stream` ("test") and `task`
     (empty where an experience has no task label, or several). `fisher_type` and `ewc_lambda` are
@@ -105,7 +105,7 @@ class TidyCSVLogger(BaseLogger):
         self._in_training = True
 
     def after_training_exp(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
-        """Write the evaluations to come as those after this experience."""
+        """Assign the evaluations that follow to this experience."""
         self._in_training = False
         self.train_exp = strategy.experience.current_experience
 

@@ -52,7 +52,7 @@ class SharedFisherExperiences:
         self._current = [] if knows_boundaries(experience) else [experience.dataset]
 
     def read_loader(self, loader: Any) -> None:
-        """Take the data sets of an epoch's loader, once every plugin has changed it."""
+        """Record the data sets of an epoch's loader, after all plugins have modified it."""
         if self.data is FisherData.TRAINING:
             self._current = _datasets_of(loader)
 
@@ -68,7 +68,7 @@ class SharedFisherExperiences:
         return counted or bool(experience.is_last_subexp)
 
     def datasets(self, experience: Any) -> list[Any]:
-        """Return the data sets of the Fisher; outside of training, that of `experience`."""
+        """Return the data sets to compute the Fisher on; outside training, that of `experience`."""
         return self._ended or [own_dataset(experience)]
 
     @property
@@ -78,7 +78,7 @@ class SharedFisherExperiences:
 
 
 def knows_boundaries(experience: Any) -> bool:
-    """Return whether an experience is a part of an online stream that knows its original."""
+    """Return whether an experience is part of an online stream with known task boundaries."""
     return bool(getattr(experience, "access_task_boundaries", False))
 
 
@@ -136,7 +136,7 @@ def drawn_batches(
 
 
 def own_dataset(experience: Any) -> Any:
-    """Return the data set of an experience, or of the original that it is a part of."""
+    """Return the data set of an experience, or of the original that it was split from."""
     origin = experience.origin_experience if knows_boundaries(experience) else experience
     return origin.dataset
 

@@ -1,7 +1,7 @@
-"""The likelihood p(y | outputs) that a strategy's criterion trains, whose Fisher is wanted.
+"""The likelihood p(y | outputs) that a strategy's criterion implies; the Fisher needs it.
 
-A criterion that is known by its type says it; of any other, the gradient at the outputs is compared
-with that of a softmax classifier; what is certain in neither way is refused before the training.
+The type of a known criterion determines it. For any other criterion, its gradient is compared
+with that of a softmax classifier. If neither identifies it, an error is raised before training.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What the outputs parametrise.
+    """A likelihood p(y | outputs).
 
     Class weights, label smoothing, `pos_weight` and the reduction of a criterion weigh samples and
     classes in the training; they leave log p as it is, and so the Fisher.
 
     Attributes:
-        score: Of the exact Fisher; None for a softmax classifier, whose labels `fisher_type` names.
+        score: Of the exact Fisher; None for a softmax classifier, where `fisher_type` decides.
         ignore_index: The label of samples that the criterion leaves out, and the Fisher too.
         normalized: Whether the outputs must be log-probabilities.
     """
@@ -50,7 +50,7 @@ class Likelihood:
     normalized: bool = False
 
     def of_type(self, fisher_type: FisherType) -> Likelihood:
-        """Return the same, if it has a Fisher of this type.
+        """Return this likelihood, or raise if it has no Fisher of this type.
 
         Args:
             fisher_type: PREDICTED, the default, and EXACT are the exact one where `score` is set.
@@ -102,7 +102,7 @@ _KNOWN: dict[Any, Callable[[Any], Likelihood]] = {
 
 
 def known_likelihood(strategy: Any) -> Likelihood | None:
-    """Return the likelihood that the type of the criterion says.
+    """Return the likelihood that belongs to the criterion's type.
 
     Args:
         strategy: With the criterion.
@@ -186,7 +186,7 @@ def refuse(criterion: Any) -> NoReturn:
 
 
 def _hands_outputs_on(strategy: Any, outputs: Any, y: Any) -> bool:
-    """Return whether a template's `criterion()` calls the criterion on the outputs and targets.
+    """Return whether a template's `criterion()` passes the outputs and targets on to its criterion.
 
     The criterion then says what the outputs mean, whatever else the template adds to the loss.
     """
@@ -254,7 +254,7 @@ def _labels_like(y: Any, labels: Tensor, C: int) -> Any:
 
 
 def _one_hot(labels: Any, C: int) -> Tensor | None:
-    """Rows of probabilities [N, C], of zeros for a label that is ignored; None if they are none."""
+    """Return labels as probabilities [N, C], 0 where ignored; None if they are no class labels."""
     if not isinstance(labels, Tensor) or labels.dim() not in (1, 2):
         return None
     if labels.dim() == 2:
@@ -266,7 +266,7 @@ def _one_hot(labels: Any, C: int) -> Tensor | None:
 
 
 def _is_a(criterion: Any, known: type) -> bool:
-    """Return whether it is one, and computes what that class computes."""
+    """Return whether a criterion is of this class and does not override its `forward`."""
     call = "forward" if issubclass(known, nn.Module) else "__call__"
     return isinstance(criterion, known) and getattr(type(criterion), call) is getattr(known, call)
 

@@ -1,4 +1,4 @@
-"""Metrics for Avalanche's `EvaluationPlugin`; every logger that it has shows them."""
+"""Metrics of the EWC plugin for Avalanche's `EvaluationPlugin` and its loggers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ewc_plugin.avalanche.plugin import DiagonalEWCPlugin
 
 
 class _EpochMean(PluginMetric[float]):
-    """Mean over an epoch's training samples of one of the plugin's numbers."""
+    """Mean of one of the plugin's attributes over the training samples of an epoch."""
 
     def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], Tensor | None]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _EpochMean(PluginMetric[float]):
 
 
 class _AfterExperience(PluginMetric[float]):
-    """One of the plugin's numbers after an experience's Fisher has been computed."""
+    """One of the plugin's attributes, reported after an experience's Fisher is computed."""
 
     def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], float]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def fisher_trace(fisher: dict[str, Tensor]) -> float:
 
 
 def share_holding(fisher: dict[str, Tensor], fraction: float) -> float:
-    """The smallest share of the parameters whose F sums up to `fraction` of the trace.
+    """Return the smallest fraction of the parameters that holds `fraction` of the trace of F.
 
     Args:
         fisher: By parameter name.
@@ -125,7 +125,7 @@ def share_holding(fisher: dict[str, Tensor], fraction: float) -> float:
     """
     flat = torch.cat([f.flatten() for f in fisher.values()]).double()
     largest_first = flat.sort(descending=True).values.cumsum(0)
-    needed = fraction * largest_first[-1] * (1 - 1e-12)  # rounding must not ask for one more
+    needed = fraction * largest_first[-1] * (1 - 1e-12)  # so that rounding does not add a parameter
     return float((largest_first < needed).sum() + 1) / len(flat)
 
 

@@ -22,25 +22,25 @@ from ewc_plugin.penalty.penalty import QuadraticPenalty
 
 
 class Placement:
-    """Three moments of a training iteration; the first two return ewc_lambda * penalty if known."""
+    """Base class: three hooks of a training iteration; two may return ewc_lambda * penalty."""
 
     def __init__(self, penalty: QuadraticPenalty) -> None:
         self.penalty = penalty
 
     def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:
-        """Act on `strategy.loss` before its backward pass."""
+        """Change `strategy.loss` before the backward pass."""
         return None
 
     def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:
-        """Act on `.grad`."""
+        """Change `.grad` after the backward pass."""
         return None
 
     def after_update(self, strategy: Any, ewc_lambda: float) -> None:
-        """Act on the parameters after the optimizer's step."""
+        """Change the parameters after the optimizer's step."""
 
 
 class InLoss(Placement):
-    """Add the penalty to the loss: right whoever reads or rewrites gradients."""
+    """Add the penalty to the loss: correct even if other code reads or changes gradients."""
 
     def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
         """Add it, for autograd to differentiate."""
@@ -50,10 +50,10 @@ class InLoss(Placement):
 
 
 class InGradient(Placement):
-    """Add the penalty's gradient to `.grad`: cheaper, where `gradients_are_ours`."""
+    """Add the penalty's gradient to `.grad`: cheaper, allowed if `gradients_are_ours`."""
 
     def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
-        """Add it, and the value to the loss that others read from here on."""
+        """Add the gradient to `.grad`, and the value to `strategy.loss` for whoever reads it."""
         penalty = ewc_lambda * self.penalty.add_gradient_(strategy.model, ewc_lambda)
         strategy.loss = strategy.loss.detach() + penalty
         return penalty
@@ -103,7 +103,7 @@ class ImplicitStep(Placement):
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """Call a method for as long as others keep its object: torch's table of hooks is global."""
+    """Wrap a method so that torch's global hook table does not keep its object alive."""
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> None:
@@ -143,7 +143,7 @@ def placement_of(
 
 
 def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
-    """Return whether nobody sees, or rescales, a gradient before the plugin's `after_backward`.
+    """Return whether no other code reads or rescales gradients before our `after_backward`.
 
     Adding to `.grad` there is then the same as adding to the loss, and cheaper. It is not with a
     template that has its own backward pass (a gradient scaler's), with hooks on parameters, after
@@ -174,7 +174,7 @@ def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
 
 
 def _implements(plugin: Any, hook: str) -> bool:
-    if isinstance(plugin, (EvaluationPlugin, Clock, PeriodicEval)):  # they only look
+    if isinstance(plugin, (EvaluationPlugin, Clock, PeriodicEval)):  # these change no gradient
         return False
     return getattr(type(plugin), hook, None) not in (None, getattr(BaseSGDPlugin, hook))
 

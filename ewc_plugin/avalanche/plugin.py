@@ -1,4 +1,4 @@
-"""The adapter between Avalanche's training loop and the maths."""
+"""`DiagonalEWCPlugin`: EWC as a plugin of an Avalanche strategy."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Let the penalty act on the loss."""
+        """Add the penalty to the loss, if the placement does so."""
         self._hooks_called = True
         self._check_likelihood(strategy)
         self.task_loss = strategy.loss.detach().clone()
@@ -213,7 +213,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self.penalty_loss = self._placement.before_backward(strategy, self.ewc_lambda)
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Let the penalty act on the gradients; stop a diverged run."""
+        """Add the penalty's gradient, if the placement does so; stop a diverged run."""
         if self._is_active:
             added = self._placement.after_backward(strategy, self.ewc_lambda)
             self.penalty_loss = self.penalty_loss if added is None else added
@@ -226,7 +226,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Let the penalty act on the parameters."""
+        """Take the implicit step, if that placement was chosen."""
         if self._is_active:
             self._placement.after_update(strategy, self.ewc_lambda)
 
@@ -254,10 +254,10 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def consolidate(
         self, model: nn.Module, batches_or_fisher: Iterable[Batch] | Mapping[str, Tensor]
     ) -> None:
-        """Remember a model before the first experience: what it was trained on is protected.
+        """Add a pretrained model to the penalty, before the first experience.
 
         Args:
-            model: As it is, pretrained.
+            model: The pretrained model.
             batches_or_fisher: Batches as `unpack` takes them, of data like those it was trained
                 on, from which F is computed; or F by parameter name, such as `load_fisher` gives.
 
@@ -347,7 +347,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         )
 
     def _known_likelihood(self, strategy: Any) -> Likelihood | None:
-        """Return what the criterion's type, or the user's own `forward`, says of the outputs."""
+        """Return the likelihood by the criterion's type; softmax where `forward` is the user's."""
         if not needs_likelihood(self.fisher_type):
             return None
         if self._is_overridden("forward") or "forward" in self.fisher_options:
@@ -356,7 +356,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return None if likelihood is None else likelihood.of_type(self.fisher_type)
 
     def _check_likelihood(self, strategy: Any) -> None:
-        """Refuse outputs of which it is not certain what they mean, before they train anything."""
+        """Raise before the first training step if the likelihood of the outputs is unknown."""
         if self._likelihood is not None or not needs_likelihood(self.fisher_type):
             return
         self._likelihood = self._known_likelihood(strategy)
@@ -386,7 +386,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
         Raises:
             RuntimeError: Between two experiences that share one F, of which the first one's data is
-                needed: it is no state.
+                needed: it cannot be saved.
         """
         if self._shared.needs_past_data:
             raise RuntimeError(

@@ -57,7 +57,7 @@ def check_adds_up_over_ranks(fisher_type: FisherType | Score) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module in a data-parallel wrapper, whose own forward pass would talk to other ranks."""
+    """Return the module in a data-parallel wrapper, whose forward pass synchronises ranks."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
     return model
@@ -118,7 +118,7 @@ def fisher_over_ranks(
 
     Args:
         compute: Maps batches, and perhaps `max_samples`, to their Fisher.
-        batches: Gives this rank's.
+        batches: Function that returns this rank's batches.
         like: A tensor for each entry of the Fisher, of its shape, on its device.
         max_samples: How many samples to use, over all ranks.
         weigh_batches: Whether a mean is over batches instead of samples.
@@ -149,7 +149,7 @@ def fisher_over_ranks(
 
 
 class _Counted:
-    """Batches that are counted as they pass."""
+    """An iterable over batches that counts their samples."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = iter(batches)

@@ -16,7 +16,7 @@ _PLUGINS = dict(inspect.signature(DiagonalEWCPlugin).parameters)
 
 
 def _with_both_signatures(init: Callable[..., None]) -> Callable[..., None]:
-    """Show what the arguments of `init` may be: Avalanche's, then the plugin's."""
+    """Give `init` a signature that lists Avalanche's arguments, then the plugin's."""
     *avalanches, rest = _AVALANCHES.values()
     plugins = [
         p.replace(default=AVALANCHE) if name == "normalize" else p

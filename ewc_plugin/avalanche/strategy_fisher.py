@@ -1,4 +1,4 @@
-"""The Fisher of a strategy's model, on what the strategy feeds it."""
+"""The Fisher of a strategy's model, on batches prepared as the strategy prepares them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ewc_plugin.fisher.scores import FisherType, Score
 
 
 class StrategyFisher:
-    """What `diagonal_fisher` needs of a strategy: its batches, its forward pass, its targets.
+    """A call of `diagonal_fisher` with a strategy's batches, forward pass and targets.
 
-    The template's own members decide, where a user wrote some and left the plugin's `unpack` and
-    `forward` alone.
+    Where a user's template overrides the methods that feed the model, and the plugin's `unpack`
+    and `forward` are not overridden, the template's methods are called.
 
     Args:
         plugin: Its `unpack`, `forward` and `active_classes` are called.
         strategy: Whose model it is.
         fisher_type: The plugin's.
         likelihood: Of the outputs; None where `fisher_type` needs none, or it is not known yet.
-        own_forward: Whether the plugin's `forward` is the user's.
-        own_unpack: Whether its `unpack` is.
+        own_forward: Whether the plugin's `forward` was overridden by the user.
+        own_unpack: Whether the plugin's `unpack` was overridden by the user.
 
     Attributes:
         by_template: Whether batches are unpacked, and outputs made, by the template.
@@ -82,7 +82,7 @@ class StrategyFisher:
 
         def fisher_of(share: Iterable[Batch], **more: Any) -> dict[str, Tensor]:
             share = iter(share)
-            share = chain(list(islice(share, 1)), share)  # the first one settles the likelihood
+            share = chain(list(islice(share, 1)), share)  # the first may settle the likelihood
             kind = (self.likelihood and self.likelihood.score) or self._fisher_type
             return diagonal_fisher(self.model, share, kind, **options | more)
 
@@ -111,7 +111,7 @@ class StrategyFisher:
         if self.likelihood is not None and self.likelihood.score is not None:
             return outputs.reshape(len(outputs), -1)
         if outputs.dim() != 2:
-            return outputs  # refused further on
+            return outputs  # `diagonal_fisher` raises an error for these
         active = self._plugin.active_classes(self._strategy, batch, outputs)
         return outputs if active is None else outputs.masked_fill(~active, -torch.inf)
 
@@ -146,5 +146,5 @@ class StrategyFisher:
 
 
 def needs_likelihood(fisher_type: FisherType | Score) -> TypeGuard[FisherType]:
-    """Return whether a Fisher type names labels, of which the likelihood is to be known."""
+    """Return whether a Fisher type is defined by labels, so that the likelihood must be known."""
     return isinstance(fisher_type, FisherType) and fisher_type is not FisherType.BATCHED

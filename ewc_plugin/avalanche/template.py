@@ -1,4 +1,4 @@
-"""The members of a user's template that decide what the model is fed and what the loss is."""
+"""Detect and call the methods that a user's template overrides: unpacking, forward, loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def overrides(strategy: Any, *names: str) -> bool:
 
 
 def feeds_its_own_way(strategy: Any) -> bool:
-    """Return whether a user's template decides how a mini-batch becomes the model's output."""
+    """Return whether a user's template overrides how the model's output is computed."""
     return overrides(strategy, "forward", "mb_x", "mb_task_id", "_unpack_minibatch") or hasattr(
         type(strategy), "mb_output"
     )
@@ -47,7 +47,7 @@ def feeds_its_own_way(strategy: Any) -> bool:
 
 @contextmanager
 def left_as_it_was(strategy: Any) -> Iterator[None]:
-    """Put the attributes of the strategy back, whatever its own members set meanwhile."""
+    """Restore the strategy's attributes when the context ends."""
     attributes = dict(vars(strategy))
     try:
         yield
@@ -67,7 +67,7 @@ def unpacked(strategy: Any, batch: Batch) -> Batch:
 
 
 def template_output(strategy: Any, model: nn.Module, batch: Batch) -> Any:
-    """Return what the template's criterion is given for an unpacked batch."""
+    """Return the model output that the template passes to its criterion."""
     with left_as_it_was(strategy):
         strategy.model, strategy.mbatch = model, _container(batch)
         strategy.mb_output = strategy.forward()

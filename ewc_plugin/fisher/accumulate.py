@@ -1,4 +1,4 @@
-"""The pass over the data: running sums, and what happens when a chunk is refused."""
+"""Running sums of squared gradients over the data; chunks that fail are computed again."""
 
 import math
 import time
@@ -19,15 +19,15 @@ from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import ScoreError
 from ewc_plugin.fisher.tracing.layer_calls import Watch
 
-_RECENT_ENTRIES = 2**20  # of inputs kept for a repetition, where the parameters are fewer
+_RECENT_ENTRIES = 2**20  # input entries stored for recomputation, at least
 
 
 class Accumulator:
-    """The running sums of one pass.
+    """The running sums of squared gradients in one pass over the data.
 
     Squares are added to `_recent` first, and to `_sums` once in a while. Where memory runs out, or
-    a chunk turns out to be what the model does not bear, `_recent` is dropped and its inputs, still
-    kept, are repeated in another way.
+    a chunk fails a check, `_recent` is dropped and its inputs, which are still stored, are computed
+    again in another way.
 
     Attributes:
         N: Number of samples so far.
@@ -80,7 +80,7 @@ class Accumulator:
         return {name: total.div_(self.n_labelled) for name, total in self._sums.items()}
 
     def add(self, chunk: Chunk) -> None:
-        """Adds the squares of some samples, in parts where the model or the memory wants them."""
+        """Add the squares of a chunk, split into parts if the model or memory requires it."""
         N = n_samples(chunk.batch)
         if len(chunk.sizes) > 1 and not self.may_join:
             for part in chunk.split():
@@ -92,7 +92,7 @@ class Accumulator:
             return
         self._inputs.append(chunk)
         repeat = self._attempt(chunk, N)
-        # Out here a failed attempt's frames are gone, and with them the memory they used.
+        # Once `_attempt` has returned, the memory of a failed attempt is free again.
         if repeat:
             self._repeat_recent()
             return
@@ -102,7 +102,7 @@ class Accumulator:
             self._merge_recent()
 
     def _attempt(self, chunk: Chunk, N: int) -> bool:
-        """Adds one chunk; whether it must be repeated in another way."""
+        """Add one chunk; return whether it must be computed again in another way."""
         joined = len(chunk.sizes) > 1
         watch = self.auditor.watch(N, must=self._must_audit(chunk, joined))
         try:
@@ -142,7 +142,7 @@ class Accumulator:
         return False
 
     def _holds(self, chunk: Chunk, watch: Watch, joined: bool) -> bool:
-        """Audits a chunk; False where it must be repeated in another way."""
+        """Audit a chunk; return False if it must be computed again in another way."""
         started = time.perf_counter()
         index = self.N + watch.n
         alone = self.call.sample_logits(chunk.batch, watch.n)
@@ -192,20 +192,20 @@ class Accumulator:
         self._generator_state = self.label_scores.generator.get_state()
 
     def _repeat_recent(self) -> None:
-        """Drops the recent sums, and adds their inputs once more."""
+        """Drop the recent sums, and add their inputs once more."""
         inputs, self._inputs, self._input_entries = self._inputs, [], 0
         for total in self._recent.values():
             total.zero_()
         self._recent_ignored = 0
         self.label_scores.generator.set_state(self._generator_state)
-        # The last one was never counted.
+        # The last chunk has not been added to N yet.
         self.N -= sum(n_samples(chunk.batch) for chunk in inputs[:-1])
         for chunk in inputs:
             self.add(chunk)
 
 
 class _LazyZeros(dict[str, Tensor]):
-    """A zero sum is made for a parameter when something is first added to it."""
+    """A dict of sums that creates a zero tensor when a parameter is first accessed."""
 
     def __init__(self, like: Sums) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A sample of a chunk that really ran, against the loop on this sample alone."""
+"""Audit: compare one sample's squares in a chunk with a loop over this sample alone."""
 
 import time
 
@@ -14,7 +14,7 @@ from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.tracing.layer_calls import Watch
 
 _SHARE = 0.01  # of the time of a pass
-_BESIDE_OTHERS = 5  # samples of a chunk that are also run beside fewer others
+_BESIDE_OTHERS = 5  # samples of a chunk that are also run together in a smaller batch
 
 # Largest relative difference of a sample's squares, summed over a tensor: a ReLU at zero that
 # flips in another batch changes few of its entries. The other is a floor, relative to the largest
@@ -24,7 +24,7 @@ _HALF = (0.5, 1e-3)
 
 
 class Auditor:
-    """Chooses which chunks and samples to audit, and keeps to a share of the time.
+    """Chooses the chunks and samples to audit, within a fixed share of the time.
 
     Attributes:
         count: Number of samples audited.
@@ -37,7 +37,7 @@ class Auditor:
         self._spent = self._last = 0.0
 
     def watch(self, N: int, *, must: bool) -> Watch | None:
-        """The sample of a chunk of N that is to be audited, or None.
+        """Choose a sample of a chunk of N to audit, or None.
 
         Args:
             N: Samples in the chunk.
@@ -53,7 +53,7 @@ class Auditor:
         return Watch(int(n))
 
     def outputs_hold(self, call: ModelCall, batch: Batch, watch: Watch, alone: Tensor) -> bool:
-        """Whether samples have the same logits alone, and beside few others, as in the chunk."""
+        """Whether a sample's logits are the same alone, in a small batch and in the chunk."""
         assert watch.logits is not None and watch.scale is not None
         half = is_half(watch.logits, call.params)
         if not outputs_agree(alone, watch.logits, watch.scale, half):
@@ -74,7 +74,7 @@ class Auditor:
         watch: Watch,
         alone: Tensor,
     ) -> list[str]:
-        """Names of the parameters whose squares in the chunk are not the loop's."""
+        """Names of the parameters whose squares in the chunk differ from the loop's."""
         assert watch.logits is not None
         vectors = torch.stack(watch.vectors)  # [S, C]
         reference = zeros(call.params)
@@ -99,7 +99,7 @@ class Auditor:
         ]
 
     def spend(self, seconds: float) -> None:
-        """Notes what an audit took."""
+        """Record the time that an audit took."""
         self.count += 1
         self._last = seconds
         self._spent += seconds

@@ -1,4 +1,4 @@
-"""One chunk of samples: forward, one backward per score vector, and the squares of each engine."""
+"""The squares of one chunk: one forward pass, one backward pass per score vector."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _VECTORS_PER_BLOCK = 32  # handed to vmap and the loop, which repeat the forward
 
 @dataclass
 class _Scale:
-    """What the gradients of a chunk are multiplied by, and how many vectors they come from."""
+    """Scale factor of a chunk's gradients, and the number of score vectors."""
 
     unscale: float = 1.0
     n_vectors: int = 1
@@ -45,7 +45,7 @@ def add_chunk(
     into: Sums,
     watch: Watch | None = None,
 ) -> int:
-    """Adds the squares of a chunk's samples.
+    """Add the squares of a chunk's samples.
 
     Args:
         call: The model.
@@ -109,7 +109,7 @@ def _forward(
         traced.add(g, layout, N, into, count=scale.n_vectors, unscale=scale.unscale)
 
     rules = _params(call, served, "rules")
-    if not rules:  # nothing to trace, so nothing that tracing could disturb
+    if not rules:  # no parameter uses a rule, so no tracing is needed
         return call.logits(batch), Trace(torch.empty(0, device="cpu"))
     names = {id(p): name for name, p in rules.items()}
     with Capture(call.model, names, on_gradient, N) as capture:
@@ -121,7 +121,7 @@ def _forward(
 def _used_otherwise(
     call: ModelCall, served: dict[str, Served], logits: Tensor, trace: Trace, N: int
 ) -> set[str]:
-    """Parameters used in another way than in the probe."""
+    """Names of parameters that this chunk uses differently from the probe."""
     in_graph = parameters_in_graph(logits)
     found = {
         name
@@ -146,7 +146,7 @@ def _pull_back(
     into: Sums,
     watch: Watch | None,
 ) -> None:
-    """One backward pass per vector, and the per-sample engines on blocks of vectors."""
+    """Run one backward pass per score vector; pass blocks of vectors to the slower engines."""
     factor = score_factor(call, scores, logits)
     scale.unscale, scale.n_vectors = 1 / factor, scores.count
     per_sample = any(s.engine != "rules" for s in served.values())
@@ -168,7 +168,7 @@ def _pull_back(
 
 
 def score_factor(call: ModelCall, scores: Scores, logits: Tensor) -> float:
-    """A power of two that brings half-precision score vectors to size 1, off the underflow."""
+    """A power of two that scales half-precision score vectors to about 1, against underflow."""
     dtypes = {logits.dtype, *(p.dtype for p in call.params.values())}
     wide = all(torch.finfo(dtype).bits >= 32 for dtype in dtypes)
     if wide and not torch.is_autocast_enabled(logits.device.type):
@@ -186,7 +186,7 @@ def _add_per_sample(
     unscale: float,
     into: Sums,
 ) -> None:
-    """Adds the squares of the parameters that no rule serves."""
+    """Add the squares of the parameters that no rule serves."""
     if params := _params(call, served, "vmap"):
         try:
             sums = vmap_squares(call.only(params), batch, vectors)

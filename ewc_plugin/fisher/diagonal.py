@@ -1,4 +1,4 @@
-"""`diagonal_fisher`: batches in, one tensor per trainable parameter out."""
+"""`diagonal_fisher`: the diagonal Fisher information of a model, exact per sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
 from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
 
-_SEED = 0  # of the generator that is made where none is passed
+_SEED = 0  # seed of the default generator
 
 
 def diagonal_fisher(
@@ -65,7 +65,7 @@ def diagonal_fisher(
             `forward` does.
         batches: Yields tuples (x [N, ...], y [N] int64, ...), mappings of keyword arguments, or
             other pytrees of tensors with a leading axis N, on the model's device. NumPy arrays and
-            lists of plain values of length N are cut along with them; all else is shared. Sizes may
+            lists of plain values of length N are split likewise; all else is shared. Sizes may
             differ; the result does not depend on them, except for BATCHED.
         fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
             `Score`, such as `gaussian_score`.
@@ -75,13 +75,13 @@ def diagonal_fisher(
             `class_dim` and `ignore_index` too. Default: batch[1], or "labels" of a mapping.
         criterion: BATCHED alone: maps (logits, y) to the loss. Default: the mean cross entropy.
         n_draws: SAMPLED alone: labels drawn per sample.
-        max_samples: Use only so many samples, and read no others. Of a `DataLoader` over a
+        max_samples: Use at most this many samples, and read no others. From a `DataLoader` over a
             map-style dataset (in order or shuffled), and of a list of batches, they are drawn
             without replacement; of anything else, which can only be read from its beginning, they
             are the first ones.
-        generator: For SAMPLED and `max_samples`. Default: one of our own, with a fixed seed.
+        generator: For SAMPLED and `max_samples`. Default: a new generator with seed 0.
         chunk_size: Samples per forward pass. Default: chosen from the model and the input.
-        engine: "auto" serves each parameter by its layer's rule where there is one, else by
+        engine: "auto" computes each parameter by its layer's rule where there is one, else by
             `vmap(grad)`, else by a loop over samples; "rules", "vmap", "loop" force one.
         progress: Show a line on stderr.
         class_dim: Axis of the classes in dense outputs, [N, T, V] or [N, C, H, W]. Default: the one
@@ -94,7 +94,7 @@ def diagonal_fisher(
     Returns:
         One tensor per trainable parameter, by name: its shape and device, in float32 or the
         parameter's dtype where that is wider. Zeros where the logits do not depend on it. Unit:
-        nats / theta^2. It is a dict that knows its `fisher_type` and `n_samples`.
+        nats / theta^2. The result is a dict with the attributes `fisher_type` and `n_samples`.
 
     Raises:
         ValueError: `batches` is empty, a logit is not finite (-inf is a masked class), samples
@@ -189,7 +189,7 @@ def _name(score: Score) -> str:
 
 
 def _chunk_size(call: ModelCall, seen: Probe, given: int | None, one_vector: bool) -> int:
-    """Samples per forward pass; at most a batch of the loader's where samples stay apart."""
+    """Samples per forward pass; unlimited if the loader's batches must not be joined."""
     if seen.apart:
         return given if given and call.alone != "copies" else sys.maxsize
     return given or seen.fitting_chunk(one_vector)
@@ -202,7 +202,7 @@ def explain(
     forward: Forward | None = None,
     engine: EngineName = "auto",
 ) -> Explanation:
-    """Which engine serves which parameter, and why: what `diagonal_fisher` decides on this batch.
+    """Return which engine `diagonal_fisher` would use for each parameter, and why.
 
     Args:
         model: As in `diagonal_fisher`.
@@ -236,7 +236,7 @@ class Explanation(dict[str, Served]):
     """Which engine serves each parameter, by name.
 
     Attributes:
-        checks: What the choice rests on, a sentence each.
+        checks: The checks that the choice is based on, one sentence each.
     """
 
     def __init__(self, served: dict[str, Served], checks: tuple[str, ...]) -> None:
@@ -269,7 +269,7 @@ def _checks(call: ModelCall, seen: Probe) -> tuple[str, ...]:
 
 
 class _Progress:
-    """A line on stderr, written over and over."""
+    """A progress line on stderr, updated in place."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()

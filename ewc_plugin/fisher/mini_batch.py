@@ -1,4 +1,4 @@
-"""Avalanche's importances: squares of mini-batch gradients, kept for parity alone."""
+"""Avalanche's importances (squared mini-batch gradients), only for comparison with it."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,7 +23,7 @@ def batched_importances(
     parameters' dtype, so the results are equal to the bit.
 
     Args:
-        call: Gives the criterion's first argument.
+        call: The model; its logits are the criterion's first argument.
         batches: The mini-batches.
         targets: Maps a batch to its second argument.
         criterion: The loss of a mini-batch.

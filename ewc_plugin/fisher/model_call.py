@@ -1,4 +1,4 @@
-"""The model, how it is called and the parameters of its Fisher, as one value."""
+"""`ModelCall`: a model, its forward function and its trainable parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ Alone = Literal["single", "pair", "copies"]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a Fisher is computed of.
+    """A model, how to call it, and the parameters whose Fisher is computed.
 
     Attributes:
         model: In eval mode.
@@ -52,7 +52,7 @@ class ModelCall:
         return self.logits(take(batch, slice(n, n + 1)))
 
     def functional(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`logits` of a stand-in for the model, without putting its state back."""
+        """Return the logits of `model`, called in the model's place, and restore no state."""
         batch = copied(batch) if self.copies_input else batch
         beside_a_copy = self.alone == "pair" and n_samples(batch) == 1
         if beside_a_copy:
@@ -61,5 +61,5 @@ class ModelCall:
         return logits[:1] if beside_a_copy else logits
 
     def only(self, params: dict[str, nn.Parameter]) -> "ModelCall":
-        """The same for some of the parameters."""
+        """A copy of this `ModelCall` with only some of the parameters."""
         return replace(self, params=params)

@@ -26,7 +26,7 @@ def check_options(
     ignore_index: object = -100,
     positions: object = None,
 ) -> None:
-    """Raises where `diagonal_fisher` would refuse its options, whatever the model and the data.
+    """Raise if the options of `diagonal_fisher` are invalid for every model and all data.
 
     Args:
         fisher_type: As in `diagonal_fisher`; so are all others.

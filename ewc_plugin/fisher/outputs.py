@@ -13,7 +13,7 @@ _LABELS = ("labels", "label", "task_labels", "targets_task_labels")  # of a mapp
 # Largest difference of an output between two equal computations: relative to the largest output of
 # its class, and to the largest of all. Rounding depends on the batch.
 _TOLERANCES = {torch.float64: (1e-6, 1e-11), torch.float32: (2e-3, 4e-6)}
-_ELSEWHERE = (1e-2, 1e-4)  # float32 where matrix products may be rounded to fewer bits
+_ELSEWHERE = (1e-2, 1e-4)  # float32 on devices that may use TF32 or similar
 _HALF = (0.1, 0.03)
 
 
@@ -24,7 +24,7 @@ INTERACT = (
 
 
 class SamplesInteractError(ValueError):
-    """A sample's outputs depend on the other samples of its batch, or on chance."""
+    """A sample's outputs depend on the other samples of its batch, or are random."""
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Any:
@@ -65,13 +65,13 @@ def default_targets(batch: Batch) -> Tensor:
 
 
 def checked_logits(output: Any, batch: Batch, forward: object) -> Tensor:
-    """The logits [N, C] in a model's output, refused where they can't be a classifier's.
+    """Return the logits [N, C] in a model's output; raise if they cannot be logits.
 
     Args:
         output: The logits, or an object or mapping with "logits". Which item of a tuple they are is
             never guessed.
         batch: N samples.
-        forward: What gave the output, for the remedy.
+        forward: The function that returned the output, for the error message.
 
     Returns:
         The logits, [N, C] or [N, ...].
@@ -135,7 +135,7 @@ def check_finite(logits: Tensor, places: int | Tensor) -> None:
 
 
 def check_not_probabilities(logits: Tensor) -> None:
-    """Refuses outputs that are probabilities: their softmax would be that of a softmax.
+    """Raise if the outputs are probabilities: softmax would then be applied twice.
 
     Args:
         logits: [N, C].

@@ -1,4 +1,4 @@
-"""The parameters of a Fisher: which there are, and whether the outputs depend on them."""
+"""Select the trainable parameters, and warn of those that do not affect the outputs."""
 
 import warnings
 
@@ -11,7 +11,7 @@ from ewc_plugin.fisher.tracing.layer_calls import parameters_in_graph
 
 
 def check_model(model: object) -> None:
-    """Raises where a model can't have a Fisher, whatever the data.
+    """Raise if no Fisher can be computed for a model, whatever the data.
 
     Args:
         model: Of `diagonal_fisher`.
@@ -54,7 +54,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def warn_of_unreached(
     call: ModelCall, batch: Batch, fisher: dict[str, Tensor], reached: frozenset[str]
 ) -> None:
-    """Warns of parameters that matter in train mode alone: their Fisher, of eval mode, is zero.
+    """Warn of parameters that affect the outputs only in train mode: their Fisher is zero.
 
     Layers that merge their weights in `eval()`, as LoRA's do, have such parameters. One of which
     the outputs do not depend in either mode, such as another task's head, is no matter.
@@ -75,7 +75,7 @@ def warn_of_unreached(
             in_train_mode = parameters_in_graph(call.functional(call.model, copied(batch)))
         call.model.eval()
         in_eval_mode = parameters_in_graph(call.logits(copied(batch)))
-    except Exception:  # whatever a model's code raises in the mode that nobody asked for
+    except Exception:  # the model's code may raise anything in train mode
         return
     finally:
         call.model.eval()

@@ -1,4 +1,4 @@
-"""The slower engines, for whatever no layer rule serves: `vmap(grad)`, and a loop over samples."""
+"""The two slower engines, for parameters without a layer rule: `vmap(grad)` and a sample loop."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _VMAP_ENTRIES = 2**26  # of per-sample gradients in memory at a time
 
 
 class _Bound(nn.Module):
-    """Model and forward as one module, whose parameters `functional_call` can replace."""
+    """Wraps model and forward function in a module, for `functional_call`."""
 
     def __init__(self, call: ModelCall) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def vmap_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
             for name, s in squared.items():
                 sums[name.removeprefix("model.")] += s.sum(0)
     finally:
-        call.state.restore()  # attributes that a forward pass set are dead wrappers now
+        call.state.restore()  # attributes set by the forward pass hold invalid functorch tensors
     return sums
 
 
@@ -104,7 +104,7 @@ def loop_squares(call: ModelCall, batch: Batch, logits: Tensor, vectors: Tensor)
 
 
 def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
-    """Adds sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C]."""
+    """Add sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C]."""
     if logits.requires_grad:
         for s, v in enumerate(vectors):
             grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)

@@ -1,7 +1,7 @@
-"""Decides before the pass which engine serves which parameter.
+"""Choose the engine for each parameter, before the pass over the data.
 
-A layer rule where the probe finds that it gives the sample loop's answer, else `vmap(grad)` where
-that does, else the loop itself.
+A layer rule if it gives the same squares as the sample loop on the probe; else `vmap(grad)` if
+it does; else the loop itself.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ _DATA_DEPENDENT = "its calls depend on the data"
 
 @dataclass(frozen=True)
 class Served:
-    """Which engine serves one parameter.
+    """The engine chosen for one parameter.
 
     Attributes:
         engine: "rules", "vmap" or "loop".
@@ -39,11 +39,11 @@ class Served:
 
 
 def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Served]:
-    """Chooses an engine for each parameter.
+    """Choose an engine for each parameter.
 
     Args:
         call: The model.
-        seen: What the probe saw of it.
+        seen: The result of the probe.
         engine: "auto", or one engine that must serve all.
 
     Returns:
@@ -109,7 +109,7 @@ def _vmap_failures(call: ModelCall, seen: Probe) -> dict[str, str]:
 
 
 def _match_rules(seen: Probe) -> tuple[dict[str, Served], dict[str, str]]:
-    """What the layer rules serve, and for all other parameters the reason why not."""
+    """Return the parameters with a layer rule, and for each other one the reason it has none."""
     reasons = _unservable(seen)
     alone = _shapes_alone(seen)
     _mark_calls([t for t in seen.traced if id(t) not in alone], _DATA_DEPENDENT, reasons)
@@ -162,7 +162,7 @@ def _served(calls: list[TracedCall], layouts: list[Layout]) -> dict[str, Served]
 
 
 def _mark_calls(calls: list[TracedCall], reason: str, reasons: dict[str, str]) -> None:
-    """Gives the parameters of these calls a reason, unless they have one."""
+    """Give the parameters of these calls a reason, unless they have one."""
     for traced in calls:
         for name in traced.params:
             reasons.setdefault(name, reason)
@@ -214,7 +214,7 @@ def _matching_layouts(
 
 def _agrees(seen: Probe, calls: list[TracedCall], layouts: list[Layout]) -> bool:
     """Whether the rules give the first sample's squares as the loop does."""
-    # One of a third party's must also add up two samples' squares, instead of squaring a sum.
+    # A registered rule is also tested on two samples: it must sum squares, not square a sum.
     if not all(t.fits(layout, SAMPLES) for t, layout in zip(calls, layouts, strict=True)):
         return False
     try:

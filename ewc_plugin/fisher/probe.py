@@ -1,4 +1,4 @@
-"""A few samples, together and alone: what every choice of engine is checked against."""
+"""The probe: runs three samples together and alone, as a reference for choosing engines."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from ewc_plugin.fisher.tracing.layer_calls import (
 )
 
 SAMPLES = 3
-_SCORED = 2  # of them: one would not tell a sum of squares from the square of a sum
+_SCORED = 2  # samples with a score vector; with one, sum of squares = square of sum
 _READ_AHEAD = 8  # batches, for different samples
 
 # Roundings in a gradient that cancels, relative to the largest one of its calls and of the model.
@@ -55,7 +55,7 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a probe.
+    """The samples that the probe uses.
 
     Attributes:
         batch: Three samples, different ones where there are; some more than once where not.
@@ -71,7 +71,7 @@ class Samples:
 
 
 def first_samples(stream: Iterator[Batch]) -> tuple[Samples | None, list[Batch]]:
-    """Reads the samples of a probe.
+    """Read the samples for the probe from the stream.
 
     Args:
         stream: Batches with samples. Few are read beyond the first one, and only where it has less
@@ -103,7 +103,7 @@ def first_samples(stream: Iterator[Batch]) -> tuple[Samples | None, list[Batch]]
 
 @dataclass(frozen=True)
 class Probe:
-    """Three samples, random score vectors at their logits, and the loop's answer.
+    """Result of the probe: three samples, random score vectors, and the loop's squares.
 
     It refers to no autograd graph.
 
@@ -113,8 +113,8 @@ class Probe:
         reference: Squares of the first sample alone, by parameter name.
         half: Whether the model computes in less than float32.
         reached: Names of the parameters that the first sample's logits depend on.
-        apart: Why samples must not be put together in a batch; empty where they may.
-        untraced: Why no rule can serve any parameter; empty where rules can.
+        apart: The reason why batches must not be joined; empty if they may be.
+        untraced: The reason why rules cannot be used at all; empty if they can.
         traced: The traced calls of a forward pass of the three samples.
         gradients: id of a traced call -> the gradient at its output.
         single: The traced calls of a forward pass of the first sample alone.
@@ -190,7 +190,7 @@ class Probe:
 
 
 def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
-    """Runs a model on three samples, together and alone.
+    """Run the model on three samples, together and alone, and record the results.
 
     Args:
         call: The model.
@@ -263,7 +263,7 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
 
 
 def _single_samples(call: ModelCall, samples: Samples) -> ModelCall:
-    """The call, with the first way to have one sample's logits that works.
+    """Return the call with the first working way to compute a single sample's logits.
 
     A `squeeze()` that also takes the sample axis away, as in Avalanche's `MTSimpleCNN`, wants a
     second sample; a state that was made for the loader's batches wants as many as these have.
@@ -298,7 +298,7 @@ def _single_samples(call: ModelCall, samples: Samples) -> ModelCall:
 
 
 def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tensor, str]:
-    """The first sample: what was traced, its logits, and why nothing could be traced."""
+    """Run the first sample alone: return its trace, its logits and why tracing failed, if so."""
     try:
         names = {id(p): name for name, p in call.params.items()}
         with Capture(call.model, names, None, 1) as capture:
@@ -316,7 +316,7 @@ def _quietly(call: ModelCall, batch: Batch, n: int) -> Tensor:
 
 
 def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor, Trace, bool]:
-    """Logits, what was traced, and whether the model worked on its input in place."""
+    """Return the logits, the trace, and whether the model modified its input in place."""
     names = {id(p): name for name, p in call.params.items()}
     batch = copied(batch)
     with Capture(call.model, names, on_gradient, n_samples(batch)) as capture:
@@ -326,7 +326,7 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
 
 
 def _not_together(call: ModelCall, seen: Probe, alone: Tensor, error: Exception | None) -> Probe:
-    """Finds out whether tracing changed the outputs, or the samples must stay apart, or interact.
+    """Find why three samples together fail: tracing, joined batches, or interacting samples.
 
     Args:
         call: The model.

@@ -1,4 +1,4 @@
-"""A Fisher that knows of which labels, and of how many samples, it is the mean."""
+"""`Fisher`: a dict of tensors with its Fisher type and number of samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Fisher(dict[str, Tensor]):
-    """F by parameter name.
+    """The diagonal Fisher F, a dict from parameter name to tensor.
 
     Attributes:
         fisher_type: The value of its `FisherType`, or the name of a score; None: not known.

@@ -1,7 +1,7 @@
 """Fisher types, and the score vectors v [N, C] at the logits that each of them squares.
 
-Every Fisher type is data: F = 1/N sum_n sum_s (J_n^T v_ns)^2, where J_n is the Jacobian of sample
-n's logits. What pulls the vectors back never asks which type they came from.
+A Fisher type only defines v in F = 1/N sum_n sum_s (J_n^T v_ns)^2, where J_n is the Jacobian of
+sample n's logits. The backward passes do not depend on the Fisher type.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ewc_plugin.batches import Batch
 
-_BLOCK_ENTRIES = 2**18  # of EXACT's vectors that are made at a time
+_BLOCK_ENTRIES = 2**18  # entries of EXACT's score vectors computed at a time
 
 
 class FisherType(str, Enum):
@@ -58,7 +58,7 @@ class FisherType(str, Enum):
 
     @classmethod
     def parse(cls, value: "FisherType | str") -> "FisherType":
-        """Looks a type up by its value.
+        """Look a type up by its value.
 
         Args:
             value: A `FisherType` or its string.
@@ -85,7 +85,7 @@ class FisherType(str, Enum):
 
 @dataclass(frozen=True)
 class Scores:
-    """`count` score vectors, each made when it is asked for: with 1,000 classes they are many.
+    """`count` score vectors, each computed on demand: with 1,000 classes there may be 999.
 
     Attributes:
         count: Number S of vectors.
@@ -189,7 +189,7 @@ def score_vectors(
 
 
 def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:
-    """The vectors of a caller's own score.
+    """Compute and check the score vectors of a user-defined score.
 
     Args:
         outputs: [N, ...].
@@ -259,7 +259,7 @@ def drawn_labels(p: Tensor, n_draws: int, generator: torch.Generator | None) -> 
 
 def _exact(p: Tensor) -> Scores:
     """Columns of L = D Q, Q an orthonormal basis of the complement of q = sqrt(p)."""
-    # Q is the reflection H = I - w w^T / (1 + q_k), w = q + e_k, k = argmax, less its column k.
+    # Q is the reflection H = I - w w^T / (1 + q_k) without column k; w = q + e_k, k = argmax q.
     # No entry cancels, so saturated outputs keep their digits.
     N, C = p.shape
     active = (p > 0).any(0).nonzero().squeeze(1)  # [A]

@@ -1,6 +1,6 @@
 """Value and gradient of the penalty: through autograd, or straight into `.grad`.
 
-Without the constants, the value is sum S e^2 and its gradient 2 S e, with e = theta - anchor +
+Without the additive constants, the value is sum S e^2 and its gradient 2 S e; e = theta - anchor +
 offset. Large parameters on a CPU go in blocks that fit its cache, because memory traffic is what
 limits this arithmetic; the others go together, operation by operation.
 """
@@ -19,11 +19,11 @@ Pair = tuple[Tensor, Quadratic]
 """A parameter and its part of the penalty, in the same shape."""
 
 BLOCK = 1 << 17  # entries that go through the cache together
-_LARGE = 1 << 14  # entries; below, calls cost more than memory traffic
+_LARGE = 1 << 14  # smaller parameters: call overhead exceeds memory traffic
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """Maps quadratics, and then their parameters, to the value without the constants.
+    """Autograd function: computes sum S e^2 from quadratics and their parameters.
 
     The backward pass is differentiable too, so that second derivatives include 2 S.
     """
@@ -37,7 +37,7 @@ class PenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """2 S e for each parameter; None for one at rest, unless a graph is made."""
+        """Return 2 S e for each parameter; None if e = 0 everywhere, unless a graph is made."""
         pairs = list(enumerate(zip(ctx.saved_tensors, ctx.quadratics, strict=True)))
         if not torch.is_grad_enabled():
             pairs = [(i, (theta, q)) for i, (theta, q) in pairs if not q.is_at_rest(theta)]
@@ -103,7 +103,7 @@ def add_gradients_(pairs: Sequence[Pair], scale: float) -> Tensor:
 
 
 def _make_dense_gradient(theta: Tensor, q: Quadratic) -> bool:
-    """Make `.grad` a dense tensor, unless the parameter is at rest and has none.
+    """Make `.grad` a dense tensor, unless it is None and e = 0 everywhere.
 
     A gradient of zeros would not be the same as none: Adam would move the parameter by its old
     momentum, and weight decay would shrink it.
@@ -125,7 +125,7 @@ def _make_dense_gradient(theta: Tensor, q: Quadratic) -> bool:
 
 
 def goes_in_blocks(theta: Tensor, q: Quadratic, *more: Tensor | None) -> bool:
-    """Whether it is large, on a CPU, and all tensors are contiguous and of one type."""
+    """Whether to process a parameter in blocks: large, on a CPU, contiguous, one dtype."""
     return theta.numel() > _LARGE and all(
         t is not None
         and t.device.type == "cpu"
@@ -171,7 +171,7 @@ def _products(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
 
 
 def _sum_of_squares(e: Tensor, S: Tensor) -> Tensor:
-    """Sum S e^2 by cascades: a dot product in float32 is off by 1e-6. Overwrites e."""
+    """Sum S e^2 with torch.sum: a float32 dot product is off by 1e-6. Overwrites e."""
     return e.square_().mul_(S).sum()
 
 

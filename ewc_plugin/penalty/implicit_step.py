@@ -1,4 +1,4 @@
-"""The penalty as an implicit step, which no lambda makes unstable."""
+"""The penalty as an implicit (proximal) step, which is stable for every lambda."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
     for group in optimizer.param_groups:
         c = checked_non_negative("2 lr ewc_lambda", 2 * float(group["lr"]) * ewc_lambda)
         if c < 1e-38:
-            continue  # less than float32 can hold: no step
+            continue  # underflows float32: no step
         for parameter in group["params"]:
             if parameter in quadratics and parameter.requires_grad:
                 _step(parameter, quadratics[parameter], 1 / c)

@@ -19,7 +19,7 @@ class Mode(str, Enum):
 
 
 class Normalization(str, Enum):
-    """What an experience's F is divided by, over all its parameters together."""
+    """The statistic over all parameters that divides an experience's F."""
 
     MEAN = "mean"
     TRACE = "trace"
@@ -27,7 +27,7 @@ class Normalization(str, Enum):
 
 
 def normalizer(normalization: Normalization, fisher: Iterable[Tensor]) -> float:
-    """The number that `normalization` divides F by, in float64; 1 where F is zero everywhere."""
+    """Return the divisor of F for `normalization`, in float64; 1 if F is zero everywhere."""
     tensors = [f for f in fisher if f.numel()]
     statistic = _STATISTIC[normalization](tensors) if tensors else 0.0
     if not math.isfinite(statistic):
@@ -156,7 +156,7 @@ def checked_positive(argument: str, value: int) -> int:
     return value
 
 
-STORAGE_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # with float32's range, signed
+STORAGE_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # signed types with float32's range
 
 
 def checked_storage(

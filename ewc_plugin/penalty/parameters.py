@@ -1,4 +1,4 @@
-"""Parameters by names that do not depend on wrappers; a cheap test that a model is unchanged."""
+"""Parameter names without wrapper prefixes, and a fast test for a changed model."""
 
 import weakref
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring F under canonical names and check that it fits the model.
+    """Map F to canonical names and check that it fits the model.
 
     Args:
         model: The one that F was computed on.

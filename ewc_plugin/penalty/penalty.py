@@ -1,4 +1,4 @@
-"""The penalty of every past experience, at the cost of one."""
+"""`QuadraticPenalty`: the EWC penalty over all past experiences, stored as one quadratic."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class QuadraticPenalty:
         self.history: list[Remembered] = []
         self._quadratics: dict[str, Quadratic] = {}
         self._fingerprint: ModelFingerprint | None = None
-        self._pairs: list[Pair] = []  # of the model that the fingerprint is of
+        self._pairs: list[Pair] = []  # of the model that matches `_fingerprint`
 
     def consolidate(self, model: nn.Module, fisher: Mapping[str, Tensor]) -> None:
-        """Remember the model's parameters as theta*, with `fisher` as their weights.
+        """Add an experience: store the model's parameters as theta* and `fisher` as their weights.
 
-        Everything is copied. If an error is raised, the penalty is as it was.
+        Everything is copied. If an error is raised, the penalty does not change.
 
         Args:
             model: As it is at the end of an experience.
@@ -146,7 +146,7 @@ class QuadraticPenalty:
     def _folded(
         self, past: Quadratic | None, parameter: Tensor, fisher: Tensor | None
     ) -> Quadratic | None:
-        """`past` with its anchor moved to the parameter, and the new F added."""
+        """Combine `past` with the new F, with the anchor at the current parameter."""
         has_new = fisher is not None and bool(fisher.any())
         if past is None and not has_new:
             return None
@@ -191,7 +191,7 @@ class QuadraticPenalty:
 
     @torch.no_grad()
     def add_gradient_(self, model: nn.Module, scale: float) -> Tensor:
-        """Add scale * d penalty / d theta to `.grad`, for less than autograd takes.
+        """Add scale * d penalty / d theta to `.grad`; faster than autograd.
 
         Args:
             model: As in a call.
@@ -211,7 +211,7 @@ class QuadraticPenalty:
         return add_gradients_(pairs, scale) + self._constant
 
     def pairs(self, model: nn.Module | Mapping[str, Tensor]) -> list[Pair]:
-        """Each parameter that is remembered, and its quadratic in the parameter's shape.
+        """Return each parameter that has a penalty, with its `Quadratic`.
 
         Args:
             model: As in a call.
@@ -255,7 +255,7 @@ class QuadraticPenalty:
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is remembered, the history included, in bytes."""
+        """Memory of the stored tensors in bytes, including the history."""
         tensors = [t for q in self._quadratics.values() for t in q.tensors]
         for past in self.history:
             tensors += [*past.fisher.values(), *past.anchor.values()]

@@ -1,4 +1,4 @@
-"""One parameter's part of the penalty: the sum of all its quadratics, kept as one."""
+"""`Quadratic`: one parameter's penalty, the sum of all experiences' quadratics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Storage:
     device: torch.device | str | None = None
 
     def put(self, tensor: Tensor, parameter: Tensor, *, exact: bool = False) -> Tensor:
-        """Convert to the type and device of storage; with `exact` (an anchor) to full precision."""
+        """Convert to the storage device and dtype; with `exact` (an anchor), in full precision."""
         dtype = None if exact else self.dtype
         return tensor.to(self.device or parameter.device, dtype or compute_dtype(parameter))
 
@@ -70,7 +70,7 @@ class Quadratic:
     constant: float = 0.0
 
     def moved_to(self, theta: Tensor) -> Quadratic:
-        """The same function of theta, written around another anchor."""
+        """Return the same function of theta, expressed with another anchor."""
         offset = theta.double() - self.anchor.double()
         if self.offset is not None:
             offset += self.offset
@@ -142,7 +142,7 @@ class Quadratic:
         return self.fisher.to(device, dtype), offset, self.anchor.to(device, dtype)
 
     def is_at_rest(self, parameter: Tensor) -> bool:
-        """Whether the parameter is where every experience left it, so that its gradient is 0."""
+        """Whether e = 0 everywhere, so that the penalty's gradient is 0."""
         if self.offset is not None:
             return False
         anchor = self.anchor.to(parameter.device)

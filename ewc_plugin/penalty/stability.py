@@ -14,7 +14,7 @@ from ewc_plugin.penalty.gradient import Pair
 
 
 class DivergedError(ArithmeticError, RuntimeError):
-    """The loss or a weight is no longer finite; caught under either name."""
+    """The loss or a weight is no longer finite; a subclass of two built-in errors."""
 
 
 def largest_stable_lambda(optimizer: Optimizer, pairs: Sequence[Pair]) -> float:

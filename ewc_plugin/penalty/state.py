@@ -14,7 +14,7 @@ from ewc_plugin.penalty.quadratic import Quadratic, Storage
 
 @dataclass(frozen=True)
 class Remembered:
-    """One experience, with `keep_history`.
+    """F and theta* of one experience, stored with `keep_history`.
 
     Attributes:
         fisher: F as it was folded in (normalised, if so asked), by canonical parameter name.
@@ -32,7 +32,7 @@ def loaded_state(
 
     Args:
         state: Of `QuadraticPenalty.state_dict()`.
-        mine: The state of the penalty that loads it.
+        mine: The current state of the penalty that loads `state`.
         storage: Type and device of the copies; None leaves those of the state.
 
     Returns:

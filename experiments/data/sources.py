@@ -36,19 +36,19 @@ UNPACKED_MD5 = {
 
 
 class DataUnavailableError(ValueError):
-    """The dataset that was asked for can't be had; the message says what was tried."""
+    """The requested dataset is not available; the message lists what was tried."""
 
 
 class CorruptDataError(DataUnavailableError):
-    """A file is there with the wrong content: never a reason to take another dataset."""
+    """A data file exists but is corrupt; there is no fallback to another dataset."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A dataset that is at hand and verified.
+    """A dataset that is available and verified.
 
     Attributes:
-        name: `mnist` or `digits`; it stands in every row of every table.
+        name: `mnist` or `digits`; written to every row of every table.
         root: Folder of the files; None where the images are embedded in a package.
         checksum: Of the images and labels, so that tables say what they were computed on.
         note: One line for the user where the source isn't what they would expect, else "".
@@ -87,7 +87,7 @@ class ImageDataset(Dataset[Any]):
 
 
 def find_data(dataset: str | None, data_root: str | None) -> DataSource:
-    """The dataset that was asked for, verified; where none was, MNIST or else the digits.
+    """Return the requested dataset, verified; by default MNIST, else the digits.
 
     Args:
         dataset: `mnist`, `digits`, or None for MNIST with the digits as the fallback.
@@ -135,7 +135,7 @@ def load_images(source: DataSource) -> tuple[ImageDataset, ImageDataset]:
 
 
 def split_validation(train: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
-    """The training images less the last sixth, and that sixth: where λ is chosen."""
+    """Split off the last sixth of the training images as the validation set for λ."""
     n_fit = len(train) - round(len(train) * VALIDATION_FRACTION)
     return train.part(slice(0, n_fit)), train.part(slice(n_fit, None))
 
@@ -184,7 +184,7 @@ def _intact(file: Path, md5: str) -> bool:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether the folder wants to be written to: its mode counts for root, too."""
+    """Whether the folder's mode allows writing, also for root."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
@@ -200,7 +200,7 @@ def _copy_to_cache(raw: Path) -> tuple[Path, Path]:
 
 
 def _download(root: Path, raw: Path) -> None:
-    """Lets torchvision fetch what is missing and unpack it, and turns its failures into one line.
+    """Let torchvision fetch what is missing and unpack it, and turn its failures into one line.
 
     Raises:
         DataUnavailableError: With the folder, the first cause and the remedy.

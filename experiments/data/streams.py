@@ -32,7 +32,7 @@ NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST
 
 @dataclass(frozen=True)
 class Images:
-    """Images that are picked, and their pixels permuted, when they are asked for.
+    """Images that are selected, and their pixels permuted, on access.
 
     Every experience shares `images`, so that a stream of many needs no more memory than one.
 
@@ -65,7 +65,7 @@ class Images:
         return flat.gather(1, self.pixels.index_select(0, self.which[rows])).view_as(picked)
 
     def part(self, rows: slice | Tensor) -> Images:
-        """The images at `rows`, not made yet."""
+        """Select the images at `rows` without computing them."""
         which = None if self.which is None else self.which[rows]
         return replace(self, indices=self.indices[rows], which=which)
 

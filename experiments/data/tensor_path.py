@@ -41,7 +41,7 @@ class TensorRows(Dataset[Any]):
 
     @property
     def transforms(self) -> Any:
-        """Ends Avalanche's search for FFCV, which else walks through every index on each pass."""
+        """End Avalanche's search for FFCV, which else walks through every index on each pass."""
         raise TypeError("`TensorRows` has no transforms: its samples are transformed already.")
 
     @staticmethod
@@ -77,7 +77,7 @@ class FastData(SupervisedPlugin):
         self._test: dict[int, TensorRows] = {}
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Puts tensors behind Avalanche's loader of the training data."""
+        """Put tensors behind Avalanche's loader of the training data."""
         past_and_present = getattr(strategy, "_experiences", [strategy.experience])  # JointTraining
         self._train = {
             e.current_experience: experience_rows(self.stream, e) for e in past_and_present
@@ -89,14 +89,14 @@ class FastData(SupervisedPlugin):
             _feed(strategy.dataloader, rows)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Lets the plugins that come after pass over the experience's tensors as well."""
+        """Let the plugins that come after pass over the experience's tensors as well."""
         experience = strategy.experience
         rows = self._train[experience.current_experience]
         strategy.experience = _WithDataset(experience, rows)
         self._train = {}
 
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Puts tensors, made on first use and kept, behind the loader of the test data."""
+        """Put tensors, made on first use and kept, behind the loader of the test data."""
         experience = strategy.experience
         index = experience.current_experience
         if index not in self._test:
@@ -111,7 +111,7 @@ def experience_rows(stream: Stream, experience: Any) -> TensorRows:
 
 
 class _WithDataset:
-    """An experience whose `dataset` is another; all else is passed through."""
+    """Wraps an experience and replaces its `dataset`."""
 
     def __init__(self, experience: Any, dataset: TensorRows) -> None:
         self._experience = experience
@@ -132,7 +132,7 @@ def _concatenate(parts: list[TensorRows]) -> TensorRows:
 
 
 def _feed(loader: Any, rows: TensorRows) -> None:
-    """Makes an Avalanche loader fetch from `rows`, which hold what its datasets hold.
+    """Make an Avalanche loader fetch from `rows`, which hold what its datasets hold.
 
     Avalanche groups the samples by task label, each group in stream order, and draws indices into
     the groups' concatenation; a single group is in stream order already.
@@ -193,7 +193,7 @@ def _fetch_from(loader: Any, rows: TensorRows | OneAfterTheOther) -> None:
 
 
 def _compare(datasets: Sequence[Any], rows: TensorRows) -> None:
-    """Holds a few items of each dataset against the tensors that will replace them."""
+    """Compare a few items of each dataset with the tensors that will replace them."""
     if sum(map(len, datasets)) != len(rows):
         raise RuntimeError(
             f"`FastData` has {len(rows)} samples where Avalanche has {sum(map(len, datasets))}: "

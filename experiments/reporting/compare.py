@@ -1,4 +1,4 @@
-"""Does one method beat the other, by how much, with what interval? From a results folder.
+"""Do one method beat the other, by how much, with what interval? From a results folder.
 
 Paired differences, seed by seed, come first; then how many of the equalities with Avalanche's
 built-in EWC hold.
@@ -29,7 +29,7 @@ class Compare:
 
 
 def run(settings: Compare) -> pd.DataFrame:
-    """Prints the comparison.
+    """Print the comparison.
 
     Args:
         settings: Which folder.

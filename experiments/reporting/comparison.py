@@ -45,7 +45,7 @@ def difference_text(difference: float, low: float, high: float) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What a paired difference says of the first method, in words."""
+    """Return the verdict on the first method of a paired difference, in words."""
     if row["differs"] == "unknown":
         return "one seed"
     if row["differs"] == "yes":
@@ -99,7 +99,7 @@ MOST_SENTENCES = 3
 
 
 def shared_settings(row: Mapping[str, Any]) -> str:
-    """What tells two comparisons of the same stream apart: sizes that both methods have."""
+    """Return the settings that distinguish comparisons of the same stream."""
     network = (
         f"{row['hidden_layers']}x{row['hidden_size']}" if row["model"] == "mlp" else row["model"]
     )
@@ -138,7 +138,7 @@ def checks_text(checks: pd.DataFrame) -> str:
 
 
 def check_rows(checks: pd.DataFrame) -> list[dict[str, str]]:
-    """Checks as text, a row each.
+    """Return checks as text, a row each.
 
     Args:
         checks: Rows of `checks.csv`.

@@ -1,4 +1,4 @@
-"""What streams, methods and cells are called in tables and figures, and numbers as text."""
+"""Labels of streams, methods and cells in tables and figures, and number formats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def method_label(method: str) -> str:
 
 
 def method_place(method: str) -> int:
-    """Where a method comes in tables and figures; what is not named in `LABELS` before joint."""
+    """Return a method's sort position; methods missing from `LABELS` come before joint."""
     names = list(LABELS)
     return names.index(method) if method in names else names.index("joint")
 
@@ -75,7 +75,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, str]:
-    """What to call each cell: its method, lambda and whatever else tells it from the others.
+    """Return a label for each cell: method, lambda, and the settings that distinguish it.
 
     Args:
         runs: Rows of `runs.csv`.
@@ -100,7 +100,7 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
 
 
 def _setting(name: str, value: Any) -> str:
-    """A word speaks for itself; a number needs its name."""
+    """Format a setting: a word alone; a number with the setting's name."""
     if isinstance(value, str):
         return value
     return f"{in_words(name)} {setting_text(value)}".replace(" ", "\N{NO-BREAK SPACE}")

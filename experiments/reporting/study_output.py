@@ -1,4 +1,4 @@
-"""What a study leaves behind: checked tables, figures, and the environment they were made in."""
+"""Write a study's output: checked tables, figures and `environment.json`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StudyOutput:
     console: Console
 
     def table(self, rows: Iterable[dict[str, Any]] | pd.DataFrame, schema: Schema) -> pd.DataFrame:
-        """Writes rows as the file that the schema names, with the environment.
+        """Write rows as the file that the schema names, with the environment.
 
         Args:
             rows: Of the table; columns in any order.
@@ -54,11 +54,11 @@ class StudyOutput:
         return table
 
     def figure(self, figure: Figure, name: str) -> Path:
-        """Writes `name`.png and closes the figure."""
+        """Write `name`.png and close the figure."""
         return save(figure, self.folder / f"{name}.png")
 
     def show(self, table: pd.DataFrame, form: str = "%.3g", *, index: bool = True) -> None:
-        """Prints a table."""
+        """Print a table."""
         text = table.to_string(float_format=lambda value: form % value, index=index)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 

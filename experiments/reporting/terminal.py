@@ -19,7 +19,7 @@ MAY_WRAP = ("method", "compared", "what", "beside", "verdict")  # between words;
 
 
 def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) -> None:
-    """Prints rows of text as a table.
+    """Print rows of text as a table.
 
     Args:
         title: Above it.
@@ -46,7 +46,7 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
 
 
 def print_summary(runs: pd.DataFrame, console: Console) -> None:
-    """Prints mean and 95 % interval of the main metrics, a table per stream.
+    """Print mean and 95 % interval of the main metrics, a table per stream.
 
     Args:
         runs: Rows of `runs.csv`.
@@ -67,7 +67,7 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
 
 
 def print_chosen(summary: pd.DataFrame, console: Console) -> None:
-    """Prints what `CHOSEN_LAMBDA` in the settings should say."""
+    """Print what `CHOSEN_LAMBDA` in the settings should say."""
     console.print("Chosen on validation data, for CHOSEN_LAMBDA in experiments/settings/tuned.py:")
     for row in chosen_lambdas(summary).itertuples():
         key = (row.benchmark, row.dataset, row.scenario, row.method)
@@ -75,7 +75,7 @@ def print_chosen(summary: pd.DataFrame, console: Console) -> None:
 
 
 def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:
-    """Prints a sentence per stream, then the paired differences, a table per stream.
+    """Print a sentence per stream, then the paired differences, a table per stream.
 
     Args:
         comparisons: Rows of `comparisons.csv`.
@@ -91,7 +91,7 @@ def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:
 
 
 def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = False) -> None:
-    """Prints how many checks hold, and those that do not; or all.
+    """Print how many checks hold, and those that do not; or all.
 
     Args:
         checks: Rows of `checks.csv`.
@@ -106,7 +106,7 @@ def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = 
 
 
 def print_troubles(runs: pd.DataFrame, console: Console) -> None:
-    """Prints the runs that did not end well, with their reasons."""
+    """Print the runs that did not end well, with their reasons."""
     for row in runs[runs["status"] != "ok"].itertuples():
         line = f"  {row.run_id} {row.status}: {row.reason}"
         console.print(line, style="red", markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
 
 @dataclass(frozen=True)
 class Table:
-    """Print the summary of a results folder, or what it says beside Avalanche or a paper."""
+    """Print the summary of a results folder, or its comparison with Avalanche or a paper."""
 
     folder: Annotated[str, tyro.conf.Positional] = "results/main"
     """Folder of results."""
@@ -51,7 +51,7 @@ class SummaryTable:
 
 
 def run(settings: Table) -> SummaryTable:
-    """Prints the table and returns it.
+    """Print the table and return it.
 
     Args:
         settings: Which folder, and how.
@@ -68,7 +68,7 @@ def run(settings: Table) -> SummaryTable:
 
 
 def table_of(folder: str | Path, of: str) -> SummaryTable:
-    """What `run` prints.
+    """Return the table that `run` prints.
 
     Args:
         folder: Of results.

@@ -1,4 +1,4 @@
-"""What the numbers of a folder were computed with: `environment.json`."""
+"""Write `environment.json`: versions, hardware and data of a results folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pan
 
 
 def write_environment(folder: Path, source: DataSource | None) -> None:
-    """Writes what the numbers were computed with to `environment.json`; None: data were drawn."""
+    """Write what the numbers were computed with to `environment.json`; None: data were drawn."""
     environment = {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m experiments", *sys.argv[1:]]),

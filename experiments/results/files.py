@@ -13,16 +13,16 @@ from filelock import FileLock
 TEMPORARY = ".ewc-plugin.tmp"
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(TEMPORARY))
 LOCK = "lock"
-LOCK_TIMEOUT_S = 120.0  # it is held for a second at most; a process that is stopped may hold it on
+LOCK_TIMEOUT_S = 120.0  # normally held for under a second, longer by a suspended process
 
 
 def folder_lock(parts: Path) -> FileLock:
-    """What any process that writes to a results folder holds meanwhile; a kill sets it free."""
+    """Return the lock of a results folder; it is released if its process is killed."""
     return FileLock(parts / LOCK, timeout=LOCK_TIMEOUT_S)
 
 
 def sweep_leftovers(*folders: Path) -> None:
-    """Deletes what killed writes have left in the folders; nobody else's files."""
+    """Delete temporary files that killed processes left in the folders, and no others."""
     for folder in folders:
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name):
@@ -30,7 +30,7 @@ def sweep_leftovers(*folders: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes beside the file, forces the bytes to the disk, then renames over it."""
+    """Write beside the file, force the bytes to the disk, then rename over it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,7 +1,7 @@
-"""Whether the tables of runs agree with each other and with themselves.
+"""Check that `runs.csv` and `accuracy.csv` are consistent.
 
-A schema knows single values. This knows that a run's id follows from its settings, that its rows
-are all there, and that its metrics are those of its rows, so that an edited number is found.
+A schema checks single values. This module checks that a run's id matches its settings, its rows
+are complete, and its metrics follow from its rows. An edited number is thus detected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATED = [name for name in SETTING_NAMES if name in ACCURACY.columns]
 
 
 def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
-    """Holds each run against its rows.
+    """Check each run against its rows of `accuracy.csv`.
 
     Args:
         runs: Rows of `runs.csv`.

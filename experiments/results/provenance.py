@@ -1,4 +1,4 @@
-"""Which code computed a run, when, and whether its rows are still those that were stored."""
+"""Hash, commit and date of the code that computed a run, and a digest of its rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def provenance() -> dict[str, str | None]:
-    """The columns that say by what a run was made, and when: now."""
+    """Return the columns with code hash, commit and current time."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"code_hash": code_hash(), "commit": commit(), "measured_at": now}
 

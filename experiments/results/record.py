@@ -1,4 +1,4 @@
-"""What one run leaves behind."""
+"""The result of one run: its row of `runs.csv` and its rows of `accuracy.csv`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_SECONDS = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run leaves behind, as plain data.
+    """The result of one run, as plain data.
 
     Attributes:
         record: The run's row of `runs.csv`.
@@ -58,12 +58,12 @@ def run_record(
 
 
 def one_line(text: str) -> str:
-    """Text that every table and terminal takes: no line breaks, not too long."""
+    """Shorten text to a single line that fits tables and terminals."""
     words = " ".join(text.encode("utf-8", "replace").decode().split())
     printable = "".join(c if c.isprintable() else "?" for c in words)
     return printable if len(printable) <= REASON_LENGTH else f"{printable[:REASON_LENGTH]}..."
 
 
 def failed(settings: RunSettings, reason: str) -> RunResult:
-    """Of a run that left nothing, not even its own reason."""
+    """Make the result of a run that ended without one, such as a killed process."""
     return RunResult.sealed(run_record(settings, "failed", reason), [])

@@ -106,7 +106,7 @@ UNITS = {
     "penalty_state_mb": "MiB",
 }
 _INTERVAL = {name: _number(nullable=True) for name in ("ci_low", "ci_high")}
-# What a method may have of its own; all other settings but the seed are shared by what is compared.
+# Settings in which compared methods may differ; all others, except the seed, must be equal.
 METHOD_SETTINGS = (
     *("method", "fisher_type", "mode", "decay_factor", "normalize", "penalty_step", "ewc_lambda"),
     *("importance_batch", "importance_order", "memory"),

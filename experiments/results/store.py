@@ -2,7 +2,7 @@
 
 A run's file appears by rename when the run is done, so a kill loses at most what was still
 running. Tables are made from the rows already in them and the runs' files; where both have a
-run, its file counts. Several processes may use one folder at a time: whoever writes holds its lock.
+run, its file takes precedence. Several processes may share a folder: a writer takes its lock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult
 
 PARTS = "parts"  # the folder of the finished runs' files
-DAMAGED = ".damaged"  # put behind the name of a file that is no run's result
+DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
 
 
 class Store:
@@ -30,7 +30,7 @@ class Store:
 
     Args:
         folder: Made if it isn't there.
-        say: Called with a line about each run's file that is set aside because it is damaged.
+        say: Called with a message for each damaged run file that is renamed.
 
     Raises:
         ValueError: The folder can't be made or written to.
@@ -62,14 +62,14 @@ class Store:
         return set(runs.loc[runs["status"] != "failed", "run_id"])
 
     def add(self, result: RunResult) -> None:
-        """Puts a finished run's rows on the disk; its checkpoint is needed no longer."""
+        """Put a finished run's rows on the disk; its checkpoint is needed no longer."""
         run_id = result.record["run_id"]
         with self.lock:
             replace_file(self.folder / PARTS / f"{run_id}.json", json.dumps(asdict(result)))
             self.checkpoint(run_id).unlink(missing_ok=True)
 
     def checkpoint(self, run_id: str) -> Path:
-        """Where a run may keep its state while it is not finished."""
+        """Return the path of a run's checkpoint."""
         return self.folder.resolve() / PARTS / f"{run_id}.checkpoint"
 
     def results(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -93,7 +93,7 @@ class Store:
         return self._read.accuracy, self._read.runs
 
     def write_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Writes all rows of the folder to `accuracy.csv` and `runs.csv`; returns both.
+        """Write all rows of the folder to `accuracy.csv` and `runs.csv`; return both.
 
         Raises:
             TableError: A table does not fit its schema, or a run in it is not whole.
@@ -115,7 +115,7 @@ Stamp = tuple[int, int]  # of a file: the time of its last change, and its size
 
 @dataclass(frozen=True)
 class Read:
-    """What was read from a folder.
+    """The rows read from a results folder.
 
     Attributes:
         accuracy: Rows of `accuracy.csv`.

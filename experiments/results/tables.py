@@ -47,7 +47,7 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
 
 
 def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:
-    """Checks the table and puts it in `folder/<schema.name>`, floats at full precision."""
+    """Check the table and put it in `folder/<schema.name>`, floats at full precision."""
     path = folder / str(schema.name)
     content = check(table, schema).to_csv(index=False, lineterminator="\n").encode()
     if not path.exists() or path.read_bytes() != content:
@@ -56,7 +56,7 @@ def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:
 
 
 def write_rows(rows: Iterable[dict[str, Any]], folder: Path, schema: Schema) -> pd.DataFrame:
-    """Writes the rows as `write` does; returns them as a table."""
+    """Write the rows as `write` does; return them as a table."""
     table = frame(rows, schema)
     write(table, folder, schema)
     return table

@@ -45,7 +45,7 @@ from experiments.settings.tuned import TUNING_GRIDS, TUNING_SEEDS, chosen_lambda
 from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
 
 OWN_SCENARIO: dict[Benchmark, Scenario] = {"split": "task", "permuted": "domain"}
-# Enough passes for Naive to forget what it has learned.
+# Enough epochs for Naive to show forgetting.
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("split", "mnist"): 4,
     ("split", "digits"): 40,
@@ -97,7 +97,7 @@ class Job:
         check_device(self.device)
 
     compares = True  # whether the report compares ours with the built-in
-    left_out = ""  # which combinations of the grid are no runs, and why
+    left_out = ""  # message about combinations of the grid that are skipped
 
     @property
     def name(self) -> str:

@@ -102,13 +102,13 @@ class RunSettings:
 
     @property
     def run_id(self) -> str:
-        """Names the run: readable in front, unique behind."""
+        """Return the run's name: a readable prefix and a unique hash."""
         name = f"{self.benchmark}-{self.dataset}-{self.scenario}-{self.method}"
         return f"{name}-{self.config_hash}-s{self.seed}"
 
     @property
     def stream(self) -> RunSettings:
-        """The settings that decide the stream: what has the same ones can share it."""
+        """Return the settings that determine the stream; runs with equal ones share it."""
         return RunSettings(
             self.benchmark,
             self.dataset,

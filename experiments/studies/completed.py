@@ -1,4 +1,4 @@
-"""A study that consists of runs: made where they are missing, then summarised in their folder."""
+"""Helper for studies made of runs: make missing runs, then write their tables."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from experiments.sweeps.jobs import completed_runs
 
 
 def completed_study(job: Job, *, make: bool = True) -> tuple[pd.DataFrame, StudyOutput]:
-    """Makes the runs of a job that are not there yet, and writes the tables of their folder.
+    """Make the runs of a job that are not there yet, and write the tables of their folder.
 
     Args:
         job: Whose `cells` are wanted.
-        make: Whether to; else what is there has to do.
+        make: Whether to make missing runs; if False, use the existing ones.
 
     Returns:
         The job's rows of `runs.csv`, and the output that the study adds to.

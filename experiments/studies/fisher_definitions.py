@@ -113,7 +113,7 @@ class Moments:
 
 
 def run(settings: Identities) -> pd.DataFrame:
-    """Trains logistic regression, softmax regression and a small network; measures on the way.
+    """Train logistic regression, softmax regression and a small network; measure on the way.
 
     Args:
         settings: Of the study.

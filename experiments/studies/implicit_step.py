@@ -56,7 +56,7 @@ class ImplicitStep(Job):
     compares = False
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """Both optimizers, both ways, every lambda and seed."""
+        """Settings for both optimizers, both placements of the penalty, all lambdas and seeds."""
         for seed in self.seeds:
             for optimizer in get_args(Optimizer):
                 for step in STEPS.values():
@@ -82,7 +82,7 @@ class ImplicitStep(Job):
 
 
 def run(settings: ImplicitStep) -> pd.DataFrame:
-    """Runs the sweep; writes `implicit_step.csv` and `implicit_step.png` beside the run tables.
+    """Run the sweep; write `implicit_step.csv` and `implicit_step.png` beside the run tables.
 
     Args:
         settings: The sweep.

@@ -68,7 +68,7 @@ class Importance:
 
 
 def run(settings: Importance) -> pd.DataFrame:
-    """Trains on split MNIST with a head per task, then takes F of every experience.
+    """Train on split MNIST with a head per task, then take F of every experience.
 
     Args:
         settings: What to look at.

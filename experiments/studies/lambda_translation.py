@@ -1,4 +1,4 @@
-"""How a lambda reads under another Fisher: traces and maxima of every type beside Avalanche's.
+"""Convert lambda between Fisher types by the ratio of their traces, relative to Avalanche's.
 
 The penalty is linear in F, so that lambda * trace(F) is its strength on average, and lambda * max F
 decides what step size it bears. A lambda for one F is turned into one for another by the ratio of
@@ -80,7 +80,7 @@ class LambdaTranslation:
 
 
 def run(settings: LambdaTranslation) -> pd.DataFrame:
-    """Trains without a penalty, then takes every F of the last experience.
+    """Train without a penalty, then take every F of the last experience.
 
     Args:
         settings: What to translate.

@@ -1,4 +1,4 @@
-"""Does one lambda serve when each experience's Fisher is divided by its mean?
+"""Do one lambda serve when each experience's Fisher is divided by its mean?
 
 Split (task-incremental) and permuted MNIST, PREDICTED and EXACT Fisher, as it is and divided by its
 mean. Everything is measured on held-out training images: this is where a default is chosen.
@@ -86,7 +86,7 @@ class NormalizedLambda(Job):
 
 
 def run(settings: NormalizedLambda) -> pd.DataFrame:
-    """Runs the sweep; writes `normalized_lambda.csv` and `normalized_lambda.png`.
+    """Run the sweep; write `normalized_lambda.csv` and `normalized_lambda.png`.
 
     Args:
         settings: The sweep.

@@ -1,1 +1,1 @@
-"""Many runs: which are missing, on which process, and what became of them."""
+"""Execute many runs in parallel: task queue, executors, workers, progress."""

@@ -50,7 +50,7 @@ class InProcess:
         self.report = report
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Calls the function; Ctrl-C is not one of its results."""
+        """Call the function; Ctrl-C is not one of its results."""
         future: Future[Any] = Future()
         try:
             future.set_result(function(*arguments))
@@ -63,7 +63,7 @@ class InProcess:
         return iter(())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no process to close."""
 
 
 class OneProcess:
@@ -81,7 +81,7 @@ class OneProcess:
         self._start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Hands the call to the process, a new one if it has died since its last task."""
+        """Hand the call to the process, a new one if it has died since its last task."""
         if not (self._process.is_alive() and self._listener.is_alive()):
             self.close()
             self._start()
@@ -101,7 +101,7 @@ class OneProcess:
             yield self._events.get()
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """End the process, whatever it is doing."""
         self._process.terminate()
         self._process.join(TERMINATE_TIMEOUT_S)
         self._process.kill()
@@ -121,7 +121,7 @@ class OneProcess:
         self._listener.start()
 
     def _listen(self, pipe: Connection) -> None:
-        """Passes on what the process sends, until it ends."""
+        """Pass on what the process sends, until it ends."""
         try:
             while True:
                 kind, content = pipe.recv()
@@ -180,7 +180,7 @@ class Dask:
         self._executor = self._client.get_executor(pure=False)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Hands the call to the scheduler."""
+        """Hand the call to the scheduler."""
         future: Future[Any] = self._executor.submit(function, *arguments)
         return future
 
@@ -195,7 +195,7 @@ class Dask:
             yield self._events.get()
 
     def _check_workers(self, address: str) -> None:
-        """Waits for a worker; refuses those that can't make our runs or have other code."""
+        """Wait for a worker; refuse those that can't make our runs or have other code."""
         try:
             self._client.wait_for_workers(1, timeout=WORKER_TIMEOUT_S)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""The runs of a job: data found, missing runs made."""
+"""Find a job's data and execute its missing runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from experiments.training.loggers import logs_of
 
 
 def prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataSource]:
-    """Finds a job's data and opens its folder.
+    """Find a job's data and open its folder.
 
     Args:
         job: The command.
@@ -51,7 +51,7 @@ def prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataS
 
 
 def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
-    """Prints what would become of each cell of a job."""
+    """Print what would become of each cell of a job."""
     print_plan(cells, job.folder, job.processes, job.force, console)
 
 
@@ -63,7 +63,7 @@ def make_runs(
     console: Console,
     checks: Sequence[Task] = (),
 ) -> list[dict[str, Any]]:
-    """Makes the missing runs and stores them; returns the rows of the numerical `checks`."""
+    """Make the missing runs and store them; return the rows of the numerical `checks`."""
     return sweep(
         cells,
         source,
@@ -80,7 +80,7 @@ def make_runs(
 
 
 def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd.DataFrame, Path]:
-    """Makes the missing runs of a job and rewrites the tables of its folder.
+    """Make the missing runs of a job and rewrite the tables of its folder.
 
     Args:
         job: Its `cells` are wanted.

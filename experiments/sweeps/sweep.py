@@ -1,4 +1,4 @@
-"""Runs many runs at once, shows their progress, and leaves no finished run unsaved."""
+"""Execute runs in parallel, show progress, and store each run when it finishes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sweep(
     mix_code: bool = False,
     logs: Logs | None = None,
 ) -> list[dict[str, Any]]:
-    """Makes the runs that the store lacks; each result is stored as soon as it is there.
+    """Make the runs that the store lacks; each result is stored as soon as it is there.
 
     Args:
         cells: The runs that are wanted.
@@ -131,7 +131,7 @@ def _open_executors(processes: int, scheduler: str | None, display: Display) -> 
 
 
 class Dispatcher:
-    """Gives tasks to executors, and again to another process if theirs dies.
+    """Submits tasks to executors; resubmits a task if its process dies.
 
     Args:
         tasks: All of them.
@@ -168,7 +168,7 @@ class Dispatcher:
                 yield from self._outcome(future)
 
     def _fill(self, executor: Executor) -> None:
-        """Gives the executor as many tasks as it takes."""
+        """Give the executor as many tasks as it takes."""
         n_running = sum(other is executor for other, _ in self.running.values())
         while self.waiting and n_running < executor.capacity:
             others = [stream for other, stream in self.built.items() if other is not executor]

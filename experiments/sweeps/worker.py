@@ -47,7 +47,7 @@ class TaskError(RuntimeError):
 
 
 def serve(parent: Connection) -> None:
-    """Does the tasks that come from the parent process, one after the other, until it ends."""
+    """Do the tasks that come from the parent process, one after the other, until it ends."""
     global _parent
     _parent = parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -138,7 +138,7 @@ def _alone() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """A killed parent can't end its workers, which would go on with their runs."""
+    """End this worker when its parent process dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,1 +1,1 @@
-"""Benchmarks of time and memory, beside the peers."""
+"""Time and memory benchmarks, compared with other libraries."""

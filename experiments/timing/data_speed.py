@@ -55,7 +55,7 @@ class DataSpeed:
 
 
 def run(settings: DataSpeed) -> pd.DataFrame:
-    """Makes the runs and writes `data_speed.csv`.
+    """Make the runs and write `data_speed.csv`.
 
     Args:
         settings: What to run.

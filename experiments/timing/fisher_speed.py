@@ -114,7 +114,7 @@ class FisherSpeedSettings:
 
 
 def run(settings: FisherSpeedSettings) -> pd.DataFrame:
-    """Measures and writes `fisher_speed.csv` and `fisher_speed.png`.
+    """Measure and write `fisher_speed.csv` and `fisher_speed.png`.
 
     Args:
         settings: What to measure. What the folder holds of other networks, label types and devices
@@ -251,7 +251,7 @@ def _time(
     rows: dict[str, dict[str, object]],
     settings: FisherSpeedSettings,
 ) -> None:
-    """Adds to each row the median time and the multiple of the gradient passes around it."""
+    """Add to each row the median time and the multiple of the gradient passes around it."""
 
     def per_sample(name: str) -> float:
         call, samples = timed[name]
@@ -326,7 +326,7 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
 
 
 def _give_back() -> None:
-    """Memory that was freed before the call, which it could use without a trace."""
+    """Return freed memory to the system, so that reusing it shows in the measurement."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -150,7 +150,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def run(settings: PenaltySpeed) -> pd.DataFrame:
-    """Measures what `penalty_speed.csv` does not hold yet; draws `penalty_speed.png`.
+    """Measure what `penalty_speed.csv` does not hold yet; draw `penalty_speed.png`.
 
     Args:
         settings: What to measure.
@@ -275,7 +275,7 @@ def make_strategy(
 
 
 def remember(plugin: Any, model: nn.Module, T: int) -> Any:
-    """Gives a plugin T past experiences with a random Fisher, at parameters that lie apart."""
+    """Give a plugin T past experiences with a random Fisher, at parameters that lie apart."""
     generator = torch.Generator().manual_seed(0)
     moved = deepcopy(model)
     for t in range(T):

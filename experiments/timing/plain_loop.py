@@ -40,7 +40,7 @@ class Timed:
 
 
 def run_plainly(cell: RunSettings, source: DataSource) -> Timed:
-    """Makes our EWC's run of a single-head benchmark with Adam, on the CPU.
+    """Make our EWC's run of a single-head benchmark with Adam, on the CPU.
 
     Args:
         cell: Of method "ewc", scenario "domain", mode "separate".

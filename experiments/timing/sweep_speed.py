@@ -32,7 +32,7 @@ from experiments.settings.values import Count, CountOrNone, Processes
 from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
 from experiments.training.run import run as run_once
 
-# What a grid's command is told.
+# Arguments of the grid's command.
 _GIVEN = (
     *("methods", "seeds", "experiences", "epochs", "batch_size"),
     *("dataset", "data_root", "processes"),
@@ -113,7 +113,7 @@ class SweepSpeed:
 
 
 def run(settings: SweepSpeed) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Makes what the folder does not hold yet; writes the tables anew after each of its parts.
+    """Make the measurements missing from the folder; rewrite the tables after each.
 
     Args:
         settings: What to run.
@@ -191,7 +191,7 @@ def time_rounds(
 
 
 def _sizes(settings: SweepSpeed, source: DataSource, cell: RunSettings) -> dict[str, object]:
-    """What has to be equal for two measurements to be of the same thing."""
+    """Return the settings that must be equal for measurements to be comparable."""
     return {
         "dataset": source.name,
         "n_experiences": settings.experiences,
@@ -203,7 +203,7 @@ def _sizes(settings: SweepSpeed, source: DataSource, cell: RunSettings) -> dict[
 
 
 def _held(path: Path, sizes: dict[str, object]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows that a table on disk has of other sizes, and of these."""
+    """Split a stored table's rows: those of other sizes, and those of the current sizes."""
     if not path.exists():
         return pd.DataFrame(), pd.DataFrame()
     table = pd.read_csv(path, dtype={"accuracies": str})

@@ -43,14 +43,14 @@ def can_be_stored(strategy: Any) -> bool:
 def write_checkpoint(
     path: Path, settings: RunSettings, source: DataSource, strategy: Any, progress: State
 ) -> None:
-    """Puts the state of a run between two experiences on the disk.
+    """Put the state of a run between two experiences on the disk.
 
     Args:
         path: Replaced if it is there.
         settings: Of the run.
         source: Its data.
         strategy: Its strategy.
-        progress: What the run itself wants back: plain values.
+        progress: Plain values that the run restores on resuming.
     """
     state = {
         "of": _identity(settings, source),
@@ -71,7 +71,7 @@ def read_checkpoint(
     source: DataSource,
     say: Callable[[str], None] = lambda line: None,
 ) -> State | None:
-    """The state that a run left there.
+    """Read a run's checkpoint.
 
     Args:
         path: The file, if there is one.
@@ -100,7 +100,7 @@ def read_checkpoint(
 
 
 def restore(state: State, strategy: Any, experiences: Sequence[Any]) -> State:
-    """Brings a new strategy and the random numbers to where the run was.
+    """Bring a new strategy and the random numbers to where the run was.
 
     Args:
         state: Of `read_checkpoint`.

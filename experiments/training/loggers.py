@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard and Weights & Biases while it runs, through Avalanche's loggers.
+"""Avalanche loggers that send a run's metrics to TensorBoard and Weights & Biases.
 
 The result tables do not depend on it, to the last bit.
 """

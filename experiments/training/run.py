@@ -54,7 +54,7 @@ def run(
     logs: Logs | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunResult:
-    """Trains and evaluates through Avalanche; whatever goes wrong becomes the record's reason.
+    """Train and evaluate through Avalanche; whatever goes wrong becomes the record's reason.
 
     Args:
         settings: What to run.
@@ -81,7 +81,7 @@ def run(
 
 
 class Run:
-    """A run while it runs; `model` is the network that it trains."""
+    """The state of one run in progress; `model` is the network being trained."""
 
     def __init__(self, settings: RunSettings, source: DataSource) -> None:
         self.settings = settings
@@ -99,7 +99,7 @@ class Run:
         checkpoint: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Trains on each experience in turn, evaluating on all of them before and after each."""
+        """Train on each experience in turn, evaluating on all of them before and after each."""
         settings = self.settings
         stream = shared_stream(settings, self.source)
         RNGManager.set_random_seeds(settings.seed)
@@ -172,7 +172,7 @@ class Run:
         return strategy, watch
 
     def _evaluator(self) -> EvaluationPlugin:
-        """What the rows need; more where somebody watches the training."""
+        """Return the metrics that the result rows need, and more if there are loggers."""
         watched = bool(self.loggers)
         metrics = [m(epoch=watched, experience=True) for m in (accuracy_metrics, loss_metrics)]
         if watched and self.settings.method in WITH_FISHER:

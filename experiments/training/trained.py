@@ -1,4 +1,4 @@
-"""A network trained by one run, and the samples of its experiences: what a Fisher is taken of."""
+"""Train a network by one run; return it with its data, to compute Fishers on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Trained:
 
 
 def train(settings: RunSettings, source: DataSource) -> Trained:
-    """Makes the run that the settings describe.
+    """Make the run that the settings describe.
 
     Args:
         settings: Of the run.

@@ -14,6 +14,6 @@ class NumbersLogger(WandBLogger):
     """
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
-        """Logs the number at the training iteration `x_plot`."""
+        """Log the number at the training iteration `x_plot`."""
         self.step = x_plot
         self.wandb.log({name: value}, step=x_plot)

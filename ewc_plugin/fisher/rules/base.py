@@ -1,4 +1,4 @@
-"""What a layer rule is made of, and where the sample axis of its tensors lies."""
+"""Base classes of layer rules, and the position of the sample axis."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,7 +37,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples are: along `dim`, `folded` entries each, in blocks or interleaved.
+    """Position of the samples in a tensor: axis `dim`, `folded` entries per sample.
 
     A vision transformer folds windows into the batch (blocks), `nn.MultiheadAttention` folds the
     batch behind the time steps (interleaved).
@@ -75,11 +75,11 @@ class LayerRule:
         self.name = name
 
     def bind(self, *args: Any, **kwargs: Any) -> LayerCall | None:
-        """The call, from the function's own arguments; None where the rule does not hold."""
+        """Make a `LayerCall` from the function's arguments; None if the rule does not apply."""
         raise NotImplementedError
 
     def prepare(self, call: LayerCall, a: Tensor) -> Tensor:
-        """What `add` takes for `a` [N, K, ...], computed once for all score vectors."""
+        """Prepare the input `a` [N, K, ...] for `add`; called once for all score vectors."""
         return a
 
     def fits(self, call: LayerCall, layout: Layout) -> bool:
@@ -105,19 +105,19 @@ class JoinsCalls:
 
 
 class TakesSquares:
-    """Part of a rule whose squares are linear in g^2, so that sum_s g_s^2 is all it needs."""
+    """Mixin for a rule that is linear in g^2, so that it needs only sum_s g_s^2."""
 
     def takes_squares(self, call: LayerCall, g: Tensor) -> bool:
-        """Whether that holds for this call."""
+        """Whether this call's squares are linear in g^2."""
         raise NotImplementedError
 
     def add_squares(self, call: LayerCall, a: Tensor, g2: Tensor, into: Sums) -> None:
-        """`add` from g2 = sum_s g_s^2."""
+        """Do what `add` does for all score vectors, from g2 = sum_s g_s^2."""
         raise NotImplementedError
 
 
 class TakesSeveral:
-    """Part of a rule that is faster on the gradients of several score vectors together."""
+    """Mixin for a rule that is faster when it gets several score vectors' gradients at once."""
 
     def block_size(self, call: LayerCall, g: Tensor, count: int) -> int:
         """How many of `count` vectors' gradients, each like g, to collect before adding them."""
@@ -139,5 +139,5 @@ def sum_dtype(p: Tensor) -> torch.dtype:
 
 
 def device_kind(t: Tensor) -> Literal["cpu", "other"]:
-    """Which of two sets of measured constants holds: a CPU has caches, others want few calls."""
+    """Return which set of measured constants holds: a CPU has caches, others want few calls."""
     return "cpu" if t.device.type == "cpu" else "other"

@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions in 1 to 3 dimensions."""
+"""Layer rules of convolutions and transposed convolutions in 1 to 3 dimensions."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from ewc_plugin.fisher.rules.products import (
     n_pairs,
 )
 
-_LARGE = 2**15  # entries of a weight above which one sample at a time is faster than a group
-_FEW_CHANNELS = 4  # of an input below which it is, too
+_LARGE = 2**15  # weights with more entries: one sample at a time beats a grouped convolution
+_FEW_CHANNELS = 4  # inputs with fewer channels: one sample at a time is faster, too
 _GROUP = 16  # samples in one grouped convolution
 _UNFOLDED_ENTRIES = 2**20  # of an unfolded input, at a time
 # CPU matrix products whose row length is not a multiple of 8 run up to a third slower.
@@ -51,7 +51,7 @@ class _Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether every output sees every channel of the positions that its taps reach."""
+        """Whether the convolution is ungrouped and not transposed."""
         return self.groups == 1 and not self.transposed
 
 
@@ -61,7 +61,7 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 class Convolution(LayerRule, TakesSeveral):
-    """In 1 to 3 dimensions; a call's `options` are its `_Geometry`."""
+    """Rule of `F.conv1d` to `F.conv3d`; a call's `options` are its `_Geometry`."""
 
     def bind(
         self,
@@ -97,14 +97,14 @@ class Convolution(LayerRule, TakesSeveral):
         return _per_sample(call, a, g)
 
     def block_size(self, call: LayerCall, g: Tensor, count: int) -> int:
-        """As many vectors as share the unfolding of an input, in blocks of like size."""
+        """Number of vectors that share one unfolding of the input, in blocks of similar size."""
         if not _unfolds(call.options, g):
             return 1
         most = min(_BLOCK_VECTORS, max(1, _BLOCK_ENTRIES // g.numel()))
         return math.ceil(count / math.ceil(count / most))
 
     def add_several(self, call: LayerCall, a: Tensor, gs: list[Tensor], into: Sums) -> None:
-        """The same for the gradients of several vectors, their squares summed."""
+        """Do what `add` does for each gradient in `gs`; unfold the input at most once."""
         geometry: _Geometry = call.options
         if name := call.names.get("weight"):
             F_weight = into[name]
@@ -120,7 +120,7 @@ class Convolution(LayerRule, TakesSeveral):
 
 
 class TransposedConvolution(LayerRule):
-    """In 1 to 3 dimensions."""
+    """Rule of `F.conv_transpose1d` to `F.conv_transpose3d`."""
 
     def bind(
         self,
@@ -168,12 +168,12 @@ def _per_sample(call: LayerCall, a: Tensor, g: Tensor) -> Sums:
 
 
 def _unfolds(geometry: _Geometry, g: Tensor) -> bool:
-    """Whether one sample's input after the other can be unfolded, and nothing else is better."""
+    """Whether to unfold the inputs one sample at a time: possible, and no method is faster."""
     return device_kind(g) == "cpu" and geometry.plain and not _by_taps(g)
 
 
 def _by_taps(g: Tensor) -> bool:
-    """Whether pairs of positions are few enough for one product over all samples and pairs."""
+    """Whether there are few enough pairs of positions for one product over all of them."""
     return g.size(1) == 1 and n_pairs(math.prod(g.shape[3:])) <= MAX_PAIRS
 
 
@@ -188,7 +188,7 @@ def _add_weight(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None
 
 
 def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor) -> None:
-    """Each sample's input unfolded in memory that is used again, and one product for all of `gs`.
+    """Unfold one sample's input at a time into a reused buffer; multiply once for all of `gs`.
 
     On a CPU this beats one convolution per sample and vector, by more the more vectors share it.
     """
@@ -196,7 +196,7 @@ def _add_unfolded(geometry: _Geometry, a: Tensor, gs: list[Tensor], into: Tensor
     windows = _windows(geometry, a, into.shape[2:], out)  # [N, I, taps, K, *out]
     rows = max(1, _UNFOLDED_ENTRIES * out[0] // windows[0].numel())  # of the output, at a time
     memory = into.new_empty(windows[0].narrow(-len(out), 0, min(rows, out[0])).numel())
-    blocks = []  # what does not depend on the sample is made once, for the loop is short
+    blocks = []  # built once: it does not depend on the sample
     for start in range(0, out[0], rows):
         size = min(rows, out[0] - start)
         parts = windows.narrow(-len(out), start, size)
@@ -243,7 +243,7 @@ def _windows(geometry: _Geometry, a: Tensor, kernel: Sequence[int], out: Sequenc
 
 
 def _add_grouped(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
-    """Through the convolution that is the weight's gradient, many samples' or one's."""
+    """Compute weight gradients by a convolution, for a group of samples or one at a time."""
     if into.numel() >= _LARGE and geometry.groups == 1:
         for a_n, g_n in zip(a.unbind(0), g.unbind(0), strict=True):  # [K, I, ...], [K, O, ...]
             gradient = _weight_gradient(geometry, a_n, g_n, into.shape)
@@ -281,7 +281,7 @@ def _weight_gradient(
 
 
 def _add_unfolded_together(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> bool:
-    """Products with all inputs unfolded, where a GPU would run grouped convolutions one by one.
+    """Unfold all inputs and multiply once: for GPUs, where grouped convolutions are slow.
 
     Returns:
         Whether the call could be served so.
@@ -296,7 +296,7 @@ def _add_unfolded_together(geometry: _Geometry, a: Tensor, g: Tensor, into: Tens
 
 
 def _add_by_taps(geometry: _Geometry, a: Tensor, g: Tensor, into: Tensor) -> None:
-    """For outputs of a few positions: one product over samples and pairs of positions per tap.
+    """For outputs with few positions: one product per tap over samples and position pairs.
 
     A tap (an offset in the kernel) pairs an output position with one input position, or with the
     padding, where it contributes nothing: on a 1 x 1 map only one tap of a 3 x 3 kernel is alive.

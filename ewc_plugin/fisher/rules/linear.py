@@ -8,11 +8,11 @@ from torch import Tensor
 from ewc_plugin.fisher.rules.base import JoinsCalls, LayerCall, LayerRule, Sums, TakesSquares
 from ewc_plugin.fisher.rules.products import add_product_squares
 
-_SQUARED = 2**17  # entries of the input whose squares stay in the cache
+_SQUARED = 2**17  # largest input whose squares fit the cache, in entries
 
 
 class Linear(LayerRule, TakesSquares, JoinsCalls):
-    """out_t = W a_t + b at every position t of a sample."""
+    """Rule of `F.linear`: out_t = W a_t + b at every position t of a sample."""
 
     def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall | None:
         """The arguments of `F.linear`."""

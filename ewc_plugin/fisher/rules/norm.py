@@ -1,4 +1,4 @@
-"""Normalisation layers: out = x_hat * weight + bias, with x_hat free of both."""
+"""Rules of normalisation layers: out = x_hat * weight + bias; x_hat depends on neither."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ class _Norm(LayerRule):
 
 
 class _ChannelNorm(_Norm):
-    """Weight and bias have an entry per channel."""
+    """Base of rules whose weight and bias have one entry per channel."""
 
     def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
         """Of the weight sum_t g_nt x_hat_nt, of the bias sum_t g_nt; a and g [N, K, C, ...]."""
@@ -34,7 +34,7 @@ class _ChannelNorm(_Norm):
 
 
 class _FeatureNorm(_Norm):
-    """Weight and bias have the shape of the trailing axes."""
+    """Base of rules whose weight and bias have the shape of the trailing axes."""
 
     def per_sample(self, call: LayerCall, a: Tensor, g: Tensor) -> Sums:
         """The same sums over all other axes of a sample; a and g [N, K, ..., *shape]."""
@@ -48,7 +48,7 @@ class _FeatureNorm(_Norm):
 
 
 class BatchNorm(_ChannelNorm):
-    """In eval mode; with batch statistics the samples interact."""
+    """Rule of `F.batch_norm` in eval mode; with batch statistics, samples would interact."""
 
     def bind(
         self,
@@ -79,7 +79,7 @@ class BatchNorm(_ChannelNorm):
 
 
 class LayerNorm(_FeatureNorm):
-    """Over the trailing axes."""
+    """Rule of `F.layer_norm`: normalises over the trailing axes."""
 
     def bind(
         self,
@@ -100,7 +100,7 @@ class LayerNorm(_FeatureNorm):
 
 
 class RMSNorm(_FeatureNorm):
-    """Over the trailing axes, without a mean or a bias."""
+    """Rule of `F.rms_norm`: over the trailing axes, without mean or bias."""
 
     def bind(
         self,
@@ -115,7 +115,7 @@ class RMSNorm(_FeatureNorm):
 
 
 class GroupNorm(_ChannelNorm):
-    """Over groups of channels."""
+    """Rule of `F.group_norm`: normalises over groups of channels."""
 
     def bind(
         self,
@@ -132,7 +132,7 @@ class GroupNorm(_ChannelNorm):
 
 
 class InstanceNorm(_ChannelNorm):
-    """Over the positions of each channel, or by running statistics."""
+    """Rule of `F.instance_norm`: over the positions of a channel, or by running statistics."""
 
     def bind(
         self,

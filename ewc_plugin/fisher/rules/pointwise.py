@@ -1,4 +1,4 @@
-"""Layers whose parameters are picked or scaled entry by entry: Embedding and PReLU."""
+"""Layer rules of `F.embedding` and `F.prelu`."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Embedding(LayerRule, JoinsCalls):
     ) -> LayerCall | None:
         """The arguments of `F.embedding`."""
         if max_norm is not None or scale_grad_by_freq:
-            return None  # the first changes the weight in the forward pass, the second its gradient
+            return None  # max_norm changes the weight, scale_grad_by_freq its gradient
         if padding_idx is not None and padding_idx < 0:
             padding_idx += len(weight)
         return LayerCall(input, {"weight": weight}, padding_idx)

@@ -1,4 +1,4 @@
-"""Squares of per-sample products, summed over samples, in the cheaper of two equal forms."""
+"""Sums over samples of squared per-sample products, by the faster of two equal formulas."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from ewc_plugin.fisher.rules.base import device_kind
 
 # Measured with matrices of 2^12 to 2^18 entries: a large product is squared while it is in the
-# cache, small ones are worth a call for many. A GPU wants few calls.
+# cache; small ones are batched into one call. A GPU needs few calls.
 _LARGE = 2**15
 _BUFFER_ENTRIES = {"cpu": 2**18, "other": 2**26}
 # (sum_t g_t a_t)^2 = sum_tt' (g_t g_t')(a_t a_t'): up to so many pairs, one matrix product over
-# all samples and pairs is faster than writing each sample's product down.
+# all samples and pairs is faster than computing each sample's product.
 MAX_PAIRS = 10
 
 
@@ -26,7 +26,7 @@ def pairs(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_product_squares(g: Tensor, a: Tensor, into: Tensor) -> None:
-    """Adds sum_n (sum_t g_nt a_nt^T)^2 to `into` [O, I], for g [N, T, O] and a [N, T, I]."""
+    """Add sum_n (sum_t g_nt a_nt^T)^2 to `into` [O, I], for g [N, T, O] and a [N, T, I]."""
     if n_pairs(g.size(1)) <= MAX_PAIRS:
         add_pair_squares(g.transpose(0, 1), a.transpose(0, 1), into)
         return

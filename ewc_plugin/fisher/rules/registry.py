@@ -1,4 +1,4 @@
-"""Layer rules: squared per-sample gradients from a layer's input and its output gradient."""
+"""The table of built-in layer rules, and `register_rule` for custom layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from ewc_plugin.fisher.rules.linear import Addmm, Linear, Matmul
 from ewc_plugin.fisher.rules.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ewc_plugin.fisher.rules.pointwise import Embedding, PReLU
 
-RULES: dict[Any, LayerRule] = {  # by the torch function that they serve
+RULES: dict[Any, LayerRule] = {  # torch function -> its rule
     F.linear: Linear("linear"),
     F.conv1d: Convolution("conv1d"),
     F.conv2d: Convolution("conv2d"),
@@ -36,11 +36,11 @@ RULES: dict[Any, LayerRule] = {  # by the torch function that they serve
 }
 
 Squares = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
-LAYER_RULES: dict[type[nn.Module], Squares] = {}  # of third parties' own layers
+LAYER_RULES: dict[type[nn.Module], Squares] = {}  # rules registered for custom layer types
 
 
 def register_rule(layer_type: type[nn.Module]) -> Callable[[Squares], Squares]:
-    """Serves every layer of exactly this type by a rule of one's own.
+    """Register a custom rule for every layer of exactly this type.
 
     The rule maps (layer, a [N, ...], g [N, ...]), the layer's first input and the gradient at its
     output, to {parameter name in the layer: sum_n (gradient of sample n)^2}. It is tried on three
@@ -77,7 +77,7 @@ def register_rule(layer_type: type[nn.Module]) -> Callable[[Squares], Squares]:
 
 
 class RegisteredRule(LayerRule):
-    """A registered rule in the form of the built-in ones, for one layer."""
+    """Adapts a registered function to the `LayerRule` interface, for one layer."""
 
     def __init__(self, layer: nn.Module, squares: Squares) -> None:
         super().__init__(type(layer).__name__)

@@ -1,1 +1,1 @@
-"""How a forward pass is recorded: layer calls, and the gradients behind them."""
+"""Record the layer calls of a forward pass, and the gradients at their outputs."""

@@ -1,4 +1,4 @@
-"""`F.multi_head_attention_forward` with its calls of `F.linear` in sight of a function mode.
+"""`F.multi_head_attention_forward`, written so that a function mode sees its `F.linear` calls.
 
 A Python function that dispatches to modes runs its body with the mode off, so a mode would miss the
 linear layers in it. Calls with a feature that is rare go to torch's own function, and a slower
@@ -19,14 +19,14 @@ _RARE = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")
 
 
 def plain_call(args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments by name; None where the call has a rare feature or is wrong, so torch's own."""
+    """Return the arguments by name; None if the call must go to torch's own function."""
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     return given.arguments if _is_plain(given.arguments) else None
 
 
 def _is_plain(call: dict[str, Any]) -> bool:
-    """Whether sequences in a batch attend to each other, with nothing rare and nothing wrong."""
+    """Whether a call uses only the supported features, with valid arguments."""
     query, key, value = call["query"], call["key"], call["value"]
     if not query.dim() == key.dim() == 3:
         return False
@@ -53,7 +53,7 @@ def _mask_fits(mask: Tensor | None, *shapes: tuple[int, ...]) -> bool:
 
 
 def attention(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What torch's function returns for a plain call.
+    """Compute what torch's function returns for a supported call.
 
     Args:
         call: Its arguments, from `plain_call`.
@@ -91,7 +91,7 @@ def _projected(call: dict[str, Any]) -> tuple[Tensor, ...]:
     if call["use_separate_proj_weight"]:
         weights = tuple(call[f"{letter}_proj_weight"] for letter in "qkv")
     elif call["query"] is call["key"] and call["key"] is call["value"]:
-        # One gradient for all three, written side by side rather than added up.
+        # Q, K and V share one projection, so its gradient is computed once for all three.
         parts: tuple[Tensor, ...] = F.linear(query, weight, bias).split(E, dim=-1)
         return parts
     else:
@@ -102,7 +102,7 @@ def _projected(call: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _mask(call: dict[str, Any], q: Tensor) -> Tensor | None:
-    """What is added to the scores [N, heads, T, T']; -inf where nothing is to be seen."""
+    """Return the additive attention mask [N, heads, T, T']; -inf blocks a position."""
     N, heads = q.shape[:2]
     mask: Tensor | None = None
     if call["attn_mask"] is not None:

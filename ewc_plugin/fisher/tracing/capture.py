@@ -1,4 +1,4 @@
-"""Traces the calls of layer functions on trainable parameters and the gradients behind them.
+"""Trace calls of layer functions on trainable parameters, and the gradients at their outputs.
 
 A function mode sees `F.linear` wherever it is called from: in a module, in a functional model, in
 `nn.MultiheadAttention`, which never calls its `out_proj`. The parameters of a traced call enter it
@@ -45,7 +45,7 @@ def changes_first(func: Any) -> bool:
     return in_place or name in ("__setitem__", *(f"__i{op}__" for op in _OPERATORS))
 
 
-# Functions that give a sample as many rows as its data say. A total that happens to fit does not
+# Functions whose number of rows per sample depends on the data. A matching total does not
 # show to which sample a row belongs.
 _PICKING = {
     *(torch.nonzero, torch.argwhere, torch.masked_select, torch.repeat_interleave),
@@ -71,7 +71,7 @@ def _picks_rows(func: Any, args: Any, N: int) -> bool:
 
 
 class Capture(TorchFunctionMode):
-    """While entered, fills a `Trace` with the calls on the parameters in `names`.
+    """Context that records calls on the parameters in `names` into a `Trace`.
 
     Without `on_gradient` it records the calls and leaves them as they are.
     """
@@ -110,13 +110,13 @@ class Capture(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leaves the mode and removes the hooks."""
+        """Leave the mode and remove the hooks."""
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
 
     def _keep_order(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keeps what torch's function for packed sequences is not given."""
+        """Keep what torch's function for packed sequences is not given."""
         packed = args and isinstance(args[0], PackedSequence)
         self._order = args[0].unsorted_indices if packed else None
 
@@ -149,7 +149,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs `func`; where it brings parameters together with the batch, records it."""
+        """Run `func`; where it brings parameters together with the batch, record it."""
         kwargs = kwargs or {}
         found, foreign = self._lineage.read_by(func, args, kwargs)
         if not found:
@@ -176,7 +176,7 @@ class Capture(TorchFunctionMode):
         return self._meets_batch(func, args, kwargs) if found else func(*args, **kwargs)
 
     def _meets_batch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs a function of parameters and the batch."""
+        """Run a function of parameters and the batch."""
         if self.trace.picked_rows:
             self._give_up(self._lineage.read_by(func, args, kwargs)[0], _PICKED)
             return func(*args, **kwargs)
@@ -220,7 +220,7 @@ class Capture(TorchFunctionMode):
     def _recurrence(
         self, weight: Tensor, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], None]]:
-        """Records W h + b before h is known: see `recurrent.py`."""
+        """Record W h + b before h is known: see `recurrent.py`."""
         call = RULES[F.linear].bind(like, weight, bias)
         assert call is not None
         added = like.new_zeros(()) if bias is None else bias
@@ -240,7 +240,7 @@ class Capture(TorchFunctionMode):
         self.trace.untraceable |= dict.fromkeys(names, reason)
 
     def _name(self, call: LayerCall) -> dict[str, Source]:
-        """Sets the names of a call's parameters; returns their sources by these names."""
+        """Set the names of a call's parameters; return their sources by these names."""
         sources: dict[str, Source] = {}
         for role, p in call.params.items():
             source = self._lineage.source(p)

@@ -1,4 +1,4 @@
-"""A traced call of a layer function, and the tap that brings it the gradient at its output."""
+"""`TracedCall` stores a layer call; a `Tap` passes it the gradient at the call's output."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ WATCHED_VECTORS = 16  # of the watched sample, so that a thousand classes cost n
 
 @dataclass
 class Watch:
-    """One sample of a chunk whose squares are also added up alone, for comparison with the loop.
+    """An audited sample of a chunk: its own squares are stored, to compare with the loop.
 
     Attributes:
         n: Its place in the chunk.
@@ -31,7 +31,7 @@ class Watch:
         vectors: Its score vectors [C], the first few.
         squares: Parameter name -> its squares.
         scale: The logits [N, C] of the chunk.
-        unscale: What turns the gradients of `vectors` into those of the scores.
+        unscale: Factor that converts gradients of `vectors` to those of the scores.
     """
 
     n: int
@@ -42,7 +42,7 @@ class Watch:
     squares: Sums = field(default_factory=dict)
 
     def sees(self, v: Tensor) -> None:
-        """Takes the watched sample's part of a score vector v [N, C]."""
+        """Store the watched sample's row of a score vector v [N, C]."""
         if len(self.vectors) < WATCHED_VECTORS:
             self.vectors.append(v[self.n].clone())
 
@@ -55,7 +55,7 @@ class Receives(Protocol):
     """What takes the gradients of several calls."""
 
     def receive(self, traced: "TracedCall", g: Tensor, layout: Layout) -> None:
-        """Keeps a gradient g [N, K, ...]."""
+        """Keep a gradient g [N, K, ...]."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class TracedCall:
         rule: The rule of the function called.
         call: Its arguments; `call.a` is detached.
         out_shape: Shape of its output.
-        version: Of `call.a`: an in-place change after the call would falsify the rule.
+        version: Version counter of `call.a`, to detect an in-place change after the call.
         sources: What the names of `call` stand for; a name without one is a parameter's.
         shared: Takes its gradients, where other calls read its parameters too.
         position: Of this call among those of its first parameter.
@@ -104,11 +104,11 @@ class TracedCall:
         return selects and len(set(self.params)) == len(self.params)
 
     def fresh(self) -> "TracedCall":
-        """The same call, with nothing collected."""
+        """A copy of this call without stored gradients."""
         return TracedCall(self.rule, self.call, self.out_shape, self.version, self.sources)
 
     def fits(self, layout: Layout, N: int) -> bool:
-        """Whether input and output hold N samples in this layout, and the input still is there."""
+        """Whether input and output have N samples in this layout, and the input is still stored."""
         shapes = (self.out_shape, self.call.a.shape)
         return (
             self.call.a._version == self.version
@@ -129,7 +129,7 @@ class TracedCall:
         count: int = 1,
         unscale: float = 1.0,
     ) -> None:
-        """Adds the squares of one score vector's gradients g to `into`, or collects g for `finish`.
+        """Add the squares of one score vector's gradients g to `into`, or collect g for `finish`.
 
         Args:
             g: Gradient at the call's output.
@@ -158,7 +158,7 @@ class TracedCall:
             rule.add(self.call, a, g, self.sums(into))
 
     def watch(self, g: Tensor, layout: Layout, N: int, watch: Watch, unscale: float = 1.0) -> None:
-        """Keeps the watched sample's part of a gradient, for `finish`."""
+        """Keep the watched sample's part of a gradient, for `finish`."""
         self.call.sample_dim = layout.dim
         if self.shared is None and len(self._watched) < WATCHED_VECTORS:
             own = layout.samples_first(g, N)[watch.n : watch.n + 1]
@@ -169,7 +169,7 @@ class TracedCall:
         self._watched = []
 
     def finish(self, layout: Layout, N: int, into: Sums, watch: Watch | None = None) -> None:
-        """Adds what was collected, after the last vector."""
+        """Add the stored gradients' squares, after the last score vector."""
         if watch is not None:
             self._add_watched(layout, N, watch)
         if self.squares is not None:
@@ -279,7 +279,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        """The gradient, once it was seen."""
+        """Pass the gradient to `on_gradient`, then return it."""
         (g,) = grads
         ctx.on_gradient(ctx.traced, g)
         return (g if ctx.needs_input_grad[0] else None), None, None, None
@@ -287,7 +287,7 @@ class Tap(torch.autograd.Function):
 
 @dataclass
 class Trace:
-    """What one forward pass recorded.
+    """The traced calls of one forward pass.
 
     Attributes:
         anchor: A scalar that every tap is connected to; differentiating it visits every tap.
@@ -315,7 +315,7 @@ class Trace:
         return self._names.setdefault(id(source), f"{'+'.join(source.params)}#{len(self._names)}")
 
     def pull_back(self, logits: Tensor, v: Tensor, *, retain_graph: bool) -> None:
-        """Sends v [N, C] back from the logits; each traced call meets its gradient."""
+        """Backpropagate v [N, C] from the logits; each traced call receives its gradient."""
         if self.calls and logits.requires_grad:
             torch.autograd.grad(
                 logits, [self.anchor], v, retain_graph=retain_graph, allow_unused=True
@@ -323,7 +323,7 @@ class Trace:
 
 
 def has_custom_function(root: Tensor) -> bool:
-    """Whether the graph of `root` has an autograd function written in Python, taps aside."""
+    """Whether the graph of `root` has a Python autograd function other than a tap."""
     return any(
         isinstance(node, torch.autograd.function.BackwardCFunction) and not hasattr(node, "traced")
         for node in _nodes(root)
@@ -331,7 +331,7 @@ def has_custom_function(root: Tensor) -> bool:
 
 
 def parameters_in_graph(root: Tensor) -> set[int]:
-    """Ids of the leaves that the autograd graph of `root` reaches: uses that no tap stands for."""
+    """Ids of the leaves of the autograd graph of `root`: parameters used outside traced calls."""
     return {id(node.variable) for node in _nodes(root) if hasattr(node, "variable")}
 
 

@@ -83,7 +83,7 @@ class Source:
                 yield name, gradient
 
     def add_squares(self, squares: Tensor, into: Sums) -> None:
-        """Adds squares of `value`'s gradients to those of its only parameter, where it selects."""
+        """Add squares of `value`'s gradients to those of its only parameter, where it selects."""
         ((name, p),) = self.params.items()
 
         def pulled(t: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Lineage:
         return self.sources((*args, *kwargs.values()))
 
     def learn_constant(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Remembers what was computed from constants; a new one may have the batch's size."""
+        """Remember what was computed from constants; a new one may have the batch's size."""
         if func in (torch.arange, torch.tensor) or (
             args and func not in EXPANSIONS and tensors_in(args)
         ):
@@ -152,7 +152,7 @@ class Lineage:
                 self._learn(t, None)
 
     def learn(self, func: Any, args: tuple[Any, ...], found: list[Source], out: Any) -> None:
-        """Remembers what was computed from parameters and constants."""
+        """Remember what was computed from parameters and constants."""
         params = {name: p for source in found for name, p in source.params.items()}
         single = len(found) == 1 and found[0].selects
         unexpanded = None

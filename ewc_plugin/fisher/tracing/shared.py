@@ -23,11 +23,11 @@ class Shared:
         self._n_watched = 0
 
     def receive(self, traced: TracedCall, g: Tensor, layout: Layout) -> None:
-        """Keeps a gradient g [N, K, ...] at the output of a call."""
+        """Keep a gradient g [N, K, ...] at the output of a call."""
         self._received.append((traced, g, layout))
 
     def add(self, N: int, into: Sums, watch: Watch | None = None) -> None:
-        """Adds the squares of what was received, after each score vector."""
+        """Add the squares of what was received, after each score vector."""
         inputs = self._inputs(N)
         if watch is not None and self._n_watched < WATCHED_VECTORS:
             self._n_watched += 1
@@ -40,7 +40,7 @@ class Shared:
             _add(inputs, slice(start, start + step), into)
 
     def watch(self, N: int, watch: Watch) -> None:
-        """Adds the squares of the watched sample alone."""
+        """Add the squares of the watched sample alone."""
         _add(self._inputs(N), slice(watch.n, watch.n + 1), watch.squares)
 
     def _inputs(self, N: int) -> list[tuple[TracedCall, Tensor, Tensor]]:
@@ -49,7 +49,7 @@ class Shared:
 
 
 def _add(inputs: list[tuple[TracedCall, Tensor, Tensor]], part: slice, into: Sums) -> None:
-    """Adds some samples' squares, their gradients summed over the calls."""
+    """Add some samples' squares, their gradients summed over the calls."""
     total: Sums = {}
     for traced, a, g in inputs:
         for name, gradients in traced.per_sample(a[part], g[part]):
@@ -60,7 +60,7 @@ def _add(inputs: list[tuple[TracedCall, Tensor, Tensor]], part: slice, into: Sum
 
 
 def _add_joined(inputs: list[tuple[TracedCall, Tensor, Tensor]], into: Sums) -> bool:
-    """Adds calls on the same parameters as one call on all their rows; whether that is possible."""
+    """Add calls on the same parameters as one call on all their rows; whether that is possible."""
     first = inputs[0][0]
     rule, call = first.rule, first.call
     if not isinstance(rule, JoinsCalls) or not first.separable:
@@ -76,7 +76,7 @@ def _add_joined(inputs: list[tuple[TracedCall, Tensor, Tensor]], into: Sums) -> 
 
 
 def find_shared(calls: list[TracedCall]) -> list[Shared]:
-    """Sets which calls share parameters with others, or can't be squared alone, and positions.
+    """Group the calls that share parameters or can't be squared alone; set all positions.
 
     Args:
         calls: Of one forward pass.

@@ -19,7 +19,7 @@ STREAM = ["benchmark", "dataset", "scenario"]
 
 
 def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws the figures of every stream in the tables, and the paired differences of all.
+    """Draw the figures of every stream in the tables, and the paired differences of all.
 
     Args:
         accuracy: Rows of `accuracy.csv`.

@@ -36,7 +36,7 @@ class Line:
         label: Method and settings.
         colour: Of all that is drawn of it.
         runs: Rows of `runs.csv`, whatever their status.
-        line: Tells lines of one colour apart.
+        line: Line style, to distinguish lines of one colour.
         marker: Likewise.
     """
 
@@ -173,7 +173,7 @@ def draw_lines(axis: Axes, lines: Sequence[Line], metric: str) -> None:
 
 
 def _common(lines: Sequence[Line]) -> str:
-    """What the names of the curves share."""
+    """Return the common part of the curves' labels."""
     return without_common([line.label for line in lines if not line.is_level])[0]
 
 

@@ -59,7 +59,7 @@ def draw_trade_off(runs: pd.DataFrame, title: str) -> Figure | None:
 
 
 def _name_lambdas(axis: Axes, line: Line, x: str, y: str) -> None:
-    """Writes lambda beside the first and the last mean where a line has several."""
+    """Write lambda beside the first and the last mean where a line has several."""
     values = sorted(line.runs["ewc_lambda"].dropna().unique())
     if len(values) > 1:
         means = line.runs.groupby("ewc_lambda")[[x, y]].mean()

@@ -128,7 +128,7 @@ def shades(colour: str, n: int) -> list[str]:
 
 
 def limits(values: Iterable[float], *, bounds: tuple[float, float] = (0, 1)) -> tuple[float, float]:
-    """Limits of an axis around `values`, a little wider, inside `bounds` but for a hair.
+    """Return axis limits around `values` with a margin, clipped slightly outside `bounds`.
 
     Bands and intervals do not count: they may be cut off, the means may not.
 
@@ -194,7 +194,7 @@ class EndLabel:
 
 
 def label_ends(axis: Axes, labels: Sequence[EndLabel], *, size: float = 8) -> None:
-    """Writes each line's name to the right of the axes, at its height, none over another.
+    """Write each line's name to the right of the axes, at its height, none over another.
 
     Args:
         axis: Whose limits are final.
@@ -257,7 +257,7 @@ def title(figure: Figure, what: str, note: str = "") -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a PNG by rename, and closes the figure.
+    """Write a PNG by rename, and close the figure.
 
     Args:
         figure: To write.
@@ -277,7 +277,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def save_for_papers(figure: Figure, path: Path) -> None:
-    """Writes a fine PNG and an SVG whose words are outlines, so that it looks alike everywhere.
+    """Write a fine PNG and an SVG whose words are outlines, so that it looks alike everywhere.
 
     Args:
         figure: To write; stays open.

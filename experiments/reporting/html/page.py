@@ -97,7 +97,7 @@ class Folder:
 
 
 def run(settings: Report) -> Path:
-    """Writes the page and the figures.
+    """Write the page and the figures.
 
     Args:
         settings: Which folders, and where to.

@@ -74,7 +74,7 @@ def _unwrapped(element: ElementTree.Element) -> list[ElementTree.Element]:
 
 
 def _adapt(attributes: dict[str, str], ids: dict[str, str]) -> None:
-    """Renames the ids of an element and its references; gives inks and font to the page."""
+    """Rename the ids of an element and its references; give inks and font to the page."""
     if link := attributes.pop(f"{XLINK}href", None):
         attributes["href"] = f"#{ids[link[1:]]}" if link.startswith("#") else link
     if old := attributes.pop("id", None):

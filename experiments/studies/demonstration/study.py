@@ -90,7 +90,7 @@ class Task:
 
 
 def run(settings: Demonstration) -> pd.DataFrame:
-    """Trains with every method; then times the Fisher. Writes two tables and a plot.
+    """Train with every method; then times the Fisher. Writes two tables and a plot.
 
     Args:
         settings: Of the demonstration.

@@ -112,7 +112,7 @@ class Solved:
 
 
 def solve(problem: Problem, n: int, seed: int) -> Solved:
-    """Draws both tasks, n samples each, and finds the optima and the precisions."""
+    """Draw both tasks, n samples each, and find the optima and the precisions."""
     a, b = (draw(problem, task, n, seed) for task in (0, 1))
     start = torch.tensor(problem.truth[0], dtype=torch.float64)
     anchor = optimum(lambda t: nats(problem, a, t) + prior(t), start)

@@ -69,7 +69,7 @@ class Laplace:
 
 
 def run(settings: Laplace) -> pd.DataFrame:
-    """Solves every problem for every number of samples and seed; writes a table and a picture.
+    """Solve every problem for every number of samples and seed; write a table and a picture.
 
     Args:
         settings: Of the study.

@@ -89,7 +89,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run_curves(settings: Curves, *, make: bool = True) -> pd.DataFrame:
-    """Runs the grid; writes `lambda_curves.csv` and `lambda_curves.png`.
+    """Run the grid; write `lambda_curves.csv` and `lambda_curves.png`.
 
     Args:
         settings: The grid.

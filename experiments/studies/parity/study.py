@@ -101,7 +101,7 @@ def _grid(
 
 
 def run(settings: Parity) -> pd.DataFrame:
-    """Makes what is missing; writes comparisons, checks, the run tables and the figures.
+    """Make what is missing; write comparisons, checks, the run tables and the figures.
 
     Args:
         settings: What to compare.

@@ -38,7 +38,7 @@ from experiments.training.run import OPTIMIZERS
 
 @dataclass
 class Trace:
-    """What a run did.
+    """Values recorded during a run.
 
     Attributes:
         importances: F after each experience, by parameter.
@@ -57,7 +57,7 @@ class Trace:
 
 
 class SameDraws(SupervisedPlugin):
-    """Draws from the global RNG what the built-in's pass over the data draws: one seed."""
+    """Advance the global RNG as Avalanche's EWC does, by drawing one seed."""
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """One iterator, as the built-in makes one."""
@@ -75,7 +75,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
         self.trace = trace
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """As the built-in sums it: in float32."""
+        """Add the penalty in float32, summed in Avalanche's order."""
         self._hooks_called = True
         if not self.penalty.history:
             return
@@ -136,7 +136,7 @@ class Recorder(SupervisedPlugin):
         self.trace = trace
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """The built-in's share of the loss is what the criterion does not explain."""
+        """Compute Avalanche's penalty as the loss minus the criterion."""
         if isinstance(self.method, DiagonalEWCPlugin):
             penalty = self.method.penalty_loss
             self.trace.penalties.append(0.0 if penalty is None else float(penalty))
@@ -158,12 +158,12 @@ class Recorder(SupervisedPlugin):
 
 
 class Observed(BuiltinEWC):
-    """The built-in, which also says what it added to the loss."""
+    """Avalanche's EWC plugin, extended to record the penalty that it adds."""
 
     added: float = 0.0
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Runs the built-in's on a loss of zero, so that the penalty stands alone for a moment."""
+        """Run the built-in's on a loss of zero, so that the penalty stands alone for a moment."""
         task_loss = strategy.loss
         strategy.loss = torch.zeros(())
         super().before_backward(strategy, **kwargs)

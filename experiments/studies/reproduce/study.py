@@ -1,4 +1,4 @@
-"""Runs a published experiment and says whether its number comes out.
+"""Run a published experiment and say whether its number comes out.
 
 Each is a file in the folder `protocols` with its source, setting, reference numbers and rules.
 """
@@ -59,7 +59,7 @@ class Reproduce(Job):
 
 
 def run(settings: Reproduce) -> pd.DataFrame:
-    """Makes the runs; writes `reproduce.csv` and pictures beside the run tables.
+    """Make the runs; write `reproduce.csv` and pictures beside the run tables.
 
     Args:
         settings: Which protocol.
@@ -77,7 +77,7 @@ def run(settings: Reproduce) -> pd.DataFrame:
 
 
 def report(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console) -> pd.DataFrame:
-    """Writes and prints what the runs say of the protocol.
+    """Write and print what the runs say of the protocol.
 
     Args:
         protocol: Whose arms they are.

@@ -1,4 +1,4 @@
-"""What the runs of a protocol say: `reproduce.csv`."""
+"""Build `reproduce.csv`: our result beside the published number, for each arm."""
 
 from __future__ import annotations
 

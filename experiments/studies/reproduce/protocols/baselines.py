@@ -1,4 +1,4 @@
-"""Avalanche's continual-learning-baselines: its EWC on permuted MNIST, and what a lambda gives.
+"""Protocol of Avalanche's continual-learning-baselines: EWC on permuted MNIST.
 
 The arms called short, and the search for a lambda that does something, take a tenth of the time:
 one epoch at ten times the rate. The search found none.
