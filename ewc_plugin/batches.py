@@ -210,14 +210,20 @@ def not_empty(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         batch = as_pytree(batch)
         if n_samples(batch):
-            yield _outside_inference_mode(batch)
+            yield _without_graph(batch)
 
 
-def _outside_inference_mode(batch: Batch) -> Batch:
-    return tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf,
-        batch,
-    )
+def _without_graph(batch: Batch) -> Batch:
+    """The batch as constants: no backward pass reaches the caller's tensors."""
+
+    def constant(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_inference():
+            return leaf.clone()
+        return leaf.detach() if leaf.requires_grad else leaf
+
+    return tree_map(constant, batch)
 
 
 def rechunk(
@@ -293,6 +299,7 @@ def _has_plain_order(loader: DataLoader[Any]) -> bool:
     shuffled = type(loader.sampler) is RandomSampler and not loader.sampler.replacement
     return (
         plain
+        and type(loader).__iter__ is DataLoader.__iter__  # a subclass may change its batches
         and (type(loader.sampler) is SequentialSampler or shuffled)
         and (not shuffled or loader.sampler.num_samples == len(loader.dataset))  # type: ignore[attr-defined, arg-type]
     )

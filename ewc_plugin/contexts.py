@@ -70,7 +70,8 @@ def _mutable(value: Any) -> bool:
 
 
 def _readable(tensor: Tensor) -> bool:
-    return not tensor.is_meta and not tensor.is_inference()
+    has_values = not nn.parameter.is_lazy(tensor)
+    return has_values and not tensor.is_meta and not tensor.is_inference()
 
 
 def _same(container: Any, content: Any) -> bool:
@@ -88,8 +89,9 @@ def _same(container: Any, content: Any) -> bool:
 def evaluating(model: nn.Module) -> Iterator[ModelState]:
     """Put the model in eval mode, with gradients and uncompiled; restore all, also on error.
 
-    Undone are every module's flag, its attributes and buffers, and the global random states of
-    torch, NumPy and Python.
+    Undone are every module's flag, its attributes, buffers and parameters (which a forward pass may
+    clip, as an embedding's `max_norm` does), and the global random states of torch, NumPy and
+    Python.
 
     Args:
         model: Any.
@@ -118,7 +120,7 @@ def evaluating(model: nn.Module) -> Iterator[ModelState]:
         state = None
         try:
             model.eval()
-            state = ModelState(model)
+            state = ModelState(model, parameters=True)
             yield state
         finally:
             if state is not None:

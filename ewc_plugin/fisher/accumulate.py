@@ -154,6 +154,9 @@ class Accumulator:
                 )
             self._check_nothing_merged("samples of several batches interact", "chunk_size=1")
             self.may_join = False
+            # Batches of the loader's may interact too, where nobody has looked: the loop compares
+            # every sample alone with its batch.
+            self.served = dict.fromkeys(self.served, Served("loop", "joined samples interact"))
             return False
         names = self.auditor.differing(self.call, self.served, chunk.batch, watch, alone)
         self.auditor.spend(time.perf_counter() - started)

@@ -10,7 +10,13 @@ from ewc_plugin.batches import Batch, n_samples
 from ewc_plugin.fisher.label_scores import LabelScores
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.one_hidden_layer import find_one_hidden_layer
-from ewc_plugin.fisher.outputs import check_finite
+from ewc_plugin.fisher.outputs import (
+    INTERACT,
+    SamplesInteractError,
+    check_finite,
+    is_half,
+    outputs_agree,
+)
 from ewc_plugin.fisher.per_sample import loop_squares, vmap_squares
 from ewc_plugin.fisher.plan import Served, layout_of, wrong_numbers
 from ewc_plugin.fisher.rules.base import Layout, Sums
@@ -64,6 +70,8 @@ def add_chunk(
     N, scale = n_samples(batch), _Scale()
     logits, trace = _forward(call, served, batch, scale, into, watch)
     check_finite(logits, first)
+    if call.draws:
+        _check_same_again(call, batch, logits)
     if moved := _used_otherwise(call, served, logits, trace, N):
         served |= dict.fromkeys(moved, Served("loop", "its calls depend on the data"))
         return add_chunk(call, served, label_scores, batch, first, into, watch)
@@ -116,6 +124,13 @@ def _forward(
         logits = call.logits(batch)
     capture.trace.shared = find_shared(capture.trace.calls)
     return logits, capture.trace
+
+
+def _check_same_again(call: ModelCall, batch: Batch, logits: Tensor) -> None:
+    """Raises where noise changes an output: too seldom, perhaps, for the audit of a few samples."""
+    again = call.logits(batch)
+    if not outputs_agree(again, logits, logits, is_half(logits, call.params)):
+        raise SamplesInteractError(f"`model` gives the same samples two outputs: {INTERACT}")
 
 
 def _used_otherwise(

@@ -29,6 +29,7 @@ class ModelCall:
         by_backward: Whether a custom autograd function is part of the graph: it may call
             `backward()` itself, which `autograd.grad` does not see.
         copies_input: Whether the model works in place on its input.
+        draws: Whether a forward pass draws random numbers, if only for nothing.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class ModelCall:
     alone: Alone = "single"
     by_backward: bool = False
     copies_input: bool = False
+    draws: bool = False
 
     def logits(self, batch: Batch) -> Tensor:
         """The logits [N, C] of a batch, checked."""

@@ -206,6 +206,7 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         RuntimeError: The model's own backward pass fails.
     """
     batch = samples.batch
+    random_state = _random_state(call)
     try:
         single, alone, untraced = _alone(call, batch)
     except SamplesInteractError:
@@ -215,7 +216,8 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         batch = samples.first if call.alone == "copies" else batch
         single, alone, untraced = _alone(call, batch)
     check_finite(alone, 0)
-    call = replace(call, by_backward=has_custom_function(alone))
+    draws = not torch.equal(random_state, _random_state(call))
+    call = replace(call, by_backward=has_custom_function(alone), draws=draws)
     half = is_half(alone, call.params)
     v = _random_vectors(alone)
     in_graph = parameters_in_graph(alone)
@@ -308,6 +310,13 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
         raise
     except Exception as error:  # whatever a model's code raises under a function mode
         return (), call.sample_logits(copied(batch), 0), f"not traced: {_line(error)}"
+
+
+def _random_state(call: ModelCall) -> Tensor:
+    """Of the generators that a forward pass may draw from."""
+    cuda = {p.device for p in call.params.values() if p.device.type == "cuda"}
+    states = [torch.cuda.get_rng_state(device) for device in sorted(cuda, key=str)]
+    return torch.cat([torch.get_rng_state(), *states])
 
 
 def _quietly(call: ModelCall, batch: Batch, n: int) -> Tensor:

@@ -579,3 +579,94 @@ def test_explain_tells_what_was_checked():
     assert "3 different samples have the same logits" in " ".join(found.checks)
     with_apart = explain(built(FixedBatch), (normal(4, 5, 3),))
     assert any("no batch of another size" in check for check in with_apart.checks)
+
+
+class SubtractsTheMeanOfLargeSamples(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(h - h.mean(0) if bool((x.abs() > 2.6).any()) else h)
+
+
+def test_batches_that_interact_after_joined_ones_did_are_refused():
+    x, labels = normal(240, 6), torch.arange(240) % 4
+    x[:12].clamp_(-2, 2)  # the first batches are harmless
+    with pytest.raises(ValueError, match="other logits alone"):
+        diagonal_fisher(built(SubtractsTheMeanOfLargeSamples), in_batches(4, x, labels))
+
+
+class RareDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(self.first(x), 0.001, training=True))
+
+
+def test_noise_that_few_samples_meet_is_refused():
+    batches = in_batches(64, normal(128, 6), torch.arange(128) % 4)
+    with pytest.raises(ValueError, match="two outputs|other logits alone"):
+        diagonal_fisher(built(RareDropout), batches)
+
+
+class DividingLoader(DataLoader):
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x / 255, y
+
+
+def test_max_samples_keeps_what_a_subclass_of_the_loader_does():
+    model, x = built(mlp), normal(12, 6)
+    loader = DividingLoader(TensorDataset(255 * x, LABELS), 4)
+    got = diagonal_fisher(model, loader, max_samples=8)
+    expected = loop_fisher(model, x[:8], LABELS[:8], "predicted")
+    assert relative_error(got, expected) < 1e-6
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class DoublesByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return Doubled.apply(self.layer(x))
+
+
+def test_inputs_that_require_a_gradient_are_given_none():
+    x = normal(12, 6).requires_grad_()
+    diagonal_fisher(built(DoublesByHand), [(x, LABELS)])
+    assert x.grad is None
+
+
+class ClipsItsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        self.layer.weight.data.clamp_(-0.1, 0.1)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fisher_type", ["predicted", "batched"])
+def test_weights_that_a_forward_pass_clips_are_put_back(fisher_type):
+    words = torch.arange(24).view(12, 2) % 10
+    embedding = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 4))
+    for model, x in ((built(ClipsItsWeight), normal(12, 6)), (embedding.double(), words)):
+        before = deepcopy(model.state_dict())
+        diagonal_fisher(model, [(x, LABELS)], fisher_type)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
