@@ -18,7 +18,7 @@ from experiments.reporting.terminal import (
 )
 from experiments.results import schemas, statistics, tables
 from experiments.results.environment import write_environment
-from experiments.results.provenance import mixed_code
+from experiments.results.provenance import mixed_code, provenance
 from experiments.results.store import Store
 from experiments.settings.grids import Job, Tune
 from experiments.settings.run import PENALISED, STREAM, RunSettings
@@ -39,7 +39,7 @@ def _numerical_checks(cell: RunSettings, source: DataSource) -> list[dict[str, A
     """Compare our importances and penalties with Avalanche's on a cell's stream."""
     from experiments.studies.parity.importances import numerical_checks  # it imports Avalanche
 
-    return list(numerical_checks(cell, source))
+    return [{**row, **provenance()} for row in numerical_checks(cell, source)]
 
 
 def checked_cells(job: Job, cells: Sequence[RunSettings]) -> list[RunSettings]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from experiments.data.sources import DataSource, find_data
 from experiments.reporting.figures.style import save
 from experiments.results import tables
 from experiments.results.environment import write_environment
-from experiments.results.schemas import Schema
+from experiments.results.provenance import ENTRY, NOT_RECORDED, provenance
+from experiments.results.schemas import PROVENANCE, Schema
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class StudyOutput:
         folder: Which is there.
         source: The images; None where a study draws its own data.
         console: Where progress and tables are printed.
+        code: File of the study's module, which `code_hash` starts from.
     """
 
     folder: Path
     source: DataSource | None
     console: Console
+    code: Path = ENTRY
 
     def table(self, rows: Iterable[dict[str, Any]] | pd.DataFrame, schema: Schema) -> pd.DataFrame:
         """Write rows as the file that the schema names, with the environment.
+
+        Rows that do not say which code and commit made them, and when, are of this code, now.
 
         Args:
             rows: Of the table; columns in any order.
@@ -47,6 +53,9 @@ class StudyOutput:
             TableError: They do not fit the schema.
         """
         rows = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+        now = provenance(self.code)
+        old = rows.reindex(columns=list(now)).astype(object)
+        rows = rows.assign(**{n: old[n].fillna(value or NOT_RECORDED) for n, value in now.items()})
         columns = [name for name, c in schema.columns.items() if c.required or name in rows]
         table = tables.check(rows.reindex(columns=columns), schema)
         tables.write(table, self.folder, schema)
@@ -63,11 +72,11 @@ class StudyOutput:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def study_output(out: str | Path, source: DataSource | None = None) -> StudyOutput:
+def study_output(settings: Any, source: DataSource | None = None) -> StudyOutput:
     """The output of a study whose data are drawn, or found already.
 
     Args:
-        out: Its folder; made if it isn't there.
+        settings: Of the study; its folder `out` is made if it isn't there.
         source: The images, if it has any.
 
     Returns:
@@ -76,7 +85,7 @@ def study_output(out: str | Path, source: DataSource | None = None) -> StudyOutp
     Raises:
         ValueError: The folder can't be made.
     """
-    console = Console()
+    console, out = Console(), settings.out
     if source is not None and source.note:
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
     try:
@@ -85,7 +94,7 @@ def study_output(out: str | Path, source: DataSource | None = None) -> StudyOutp
         raise ValueError(
             f"`out` must be a folder that can be written to, got {out} ({error.strerror})."
         ) from None
-    return StudyOutput(Path(out), source, console)
+    return StudyOutput(Path(out), source, console, Path(inspect.getfile(type(settings))))
 
 
 def study_on_images(settings: Any) -> tuple[DataSource, StudyOutput]:
@@ -98,7 +107,7 @@ def study_on_images(settings: Any) -> tuple[DataSource, StudyOutput]:
         Both; that the images are not those one would expect was printed.
     """
     source = find_data(settings.dataset, settings.data_root)
-    return source, study_output(settings.out, source)
+    return source, study_output(settings, source)
 
 
 def columns(kind: type, *names: str, check: pa.Check | None = None, **more: Any) -> dict[str, Any]:
@@ -121,4 +130,5 @@ CURVE_COLUMNS = {
     **columns(float, "ewc_lambda", nullable=True, check=pa.Check.ge(0)),
     **columns(int, "n", "diverged", check=pa.Check.ge(0)),
     **columns(float, "mean", "std", "ci_low", "ci_high", nullable=True),
+    **PROVENANCE,
 }

@@ -16,18 +16,23 @@ import pandas as pd
 
 import ewc_plugin
 
-COLUMNS = ("code_hash", "commit", "measured_at", "digest")
+MEASUREMENT = ("code_hash", "commit", "measured_at")  # columns of every table
+COLUMNS = (*MEASUREMENT, "digest")
 NOT_RECORDED = "not recorded"  # of runs from before these columns
 EXPERIMENTS = Path(__file__).parents[1]
 ENTRY = EXPERIMENTS / "training" / "run.py"  # what a run executes
 
 
 @functools.cache
-def code_hash() -> str:
-    """Twelve hex digits of the sources of `ewc_plugin` and of every module that a run imports."""
+def code_hash(entry: Path = ENTRY) -> str:
+    """Twelve hex digits of the sources of `ewc_plugin`, and of every module that one imports.
+
+    Args:
+        entry: File of that module; what a run executes by default.
+    """
     package = Path(str(ewc_plugin.__file__)).parent
     sources = {f"ewc_plugin/{p.relative_to(package).as_posix()}": p for p in package.rglob("*.py")}
-    sources |= {p.relative_to(EXPERIMENTS).as_posix(): p for p in _imported(ENTRY)}
+    sources |= {p.relative_to(EXPERIMENTS).as_posix(): p for p in _imported(entry)}
     digest = hashlib.sha256()
     for name in sorted(sources):
         content = sources[name].read_bytes().replace(b"\r\n", b"\n")
@@ -73,10 +78,31 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def provenance() -> dict[str, str | None]:
-    """Return the columns with code hash, commit and current time."""
+def provenance(entry: Path = ENTRY) -> dict[str, str | None]:
+    """Return the columns with code hash, commit and current time.
+
+    Args:
+        entry: File of the module that made it.
+    """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"code_hash": code_hash(), "commit": commit(), "measured_at": now}
+    return {"code_hash": code_hash(entry), "commit": commit(), "measured_at": now}
+
+
+def provenance_of(rows: pd.DataFrame) -> dict[str, str]:
+    """The columns of a row that is computed from others.
+
+    Args:
+        rows: With or without the columns of `MEASUREMENT`.
+
+    Returns:
+        Every version of the code and every commit, separated by spaces; the latest time.
+    """
+    found = rows.reindex(columns=list(MEASUREMENT)).astype(object).fillna(NOT_RECORDED)
+    times = [time for time in found["measured_at"] if time != NOT_RECORDED]
+    return {
+        **{name: " ".join(sorted(found[name].unique())) for name in ("code_hash", "commit")},
+        "measured_at": max(times, default=NOT_RECORDED),
+    }
 
 
 def content_digest(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -92,8 +118,9 @@ def content_digest(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]])
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """The values of a row; an empty one counts as missing, as in a CSV file."""
-    values = {k: v for k, v in sorted(row.items()) if not (pd.isna(v) or v == "")}
+    """The values of a row; an empty or unrecorded one counts as missing, as in a CSV file."""
+    missing = ("", NOT_RECORDED)
+    values = {k: v for k, v in sorted(row.items()) if not (pd.isna(v) or v in missing)}
     plain = {k: v if isinstance(v, (str, bool)) else repr(float(v)) for k, v in values.items()}
     return json.dumps(plain)
 

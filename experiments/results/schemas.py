@@ -55,6 +55,8 @@ def _count(minimum: int) -> pa.Column:
     return pa.Column(int, pa.Check.ge(minimum), coerce=True)
 
 
+# Not required, and `tables.read` fills them in: older tables do not have them.
+PROVENANCE = {name: _text(nullable=True, required=False) for name in provenance.MEASUREMENT}
 _SETTINGS = _setting_columns()
 SETTING_NAMES = tuple(_SETTINGS)
 
@@ -123,7 +125,7 @@ SUMMARY = pa.DataFrameSchema(
         **_INTERVAL,
         **{n: _SETTINGS[n] for n in SETTING_NAMES if n not in (*CELL, "seed")},
         "config_hash": _text(),
-        "code_hash": _text(nullable=True, required=False),  # several, where a cell mixes them
+        **PROVENANCE,  # several, where a cell mixes them
     },
     unique=["config_hash", "metric"],
     strict=True,
@@ -152,6 +154,7 @@ COMPARISONS = pa.DataFrameSchema(
         **{name: _SETTINGS[name] for name in SHARED_SETTINGS if name not in _STREAM},
         "config_hash": _text(),
         "other_config_hash": _text(),
+        **PROVENANCE,
     },
     unique=["config_hash", "other_config_hash", "metric"],
     strict=True,
@@ -180,6 +183,7 @@ CHECKS = pa.DataFrameSchema(
             for name in SETTING_NAMES
             if name not in (*_STREAM, "fisher_type", "method", "validation")
         },
+        **PROVENANCE,
     },
     strict=True,
     name="checks.csv",
@@ -207,6 +211,7 @@ REPRODUCE = pa.DataFrameSchema(
         "differs": _text(nullable=True, checks=_YES_OR_NO),
         "within_margin": _text(nullable=True, checks=_YES_OR_NO),
         "reproduced": _text(checks=pa.Check.isin(["yes", "no", "no reference", "not run"])),
+        **PROVENANCE,
     },
     strict=True,
     name="reproduce.csv",

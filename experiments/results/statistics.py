@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.results.provenance import NOT_RECORDED
+from experiments.results.provenance import MEASUREMENT, provenance_of
 from experiments.results.schemas import (
     CELL,
     COMPARED,
@@ -38,7 +38,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         One row per cell and metric. With one seed, spread and interval are NaN.
     """
     done = runs[runs["status"] == "ok"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _, cell in done.groupby(CELL, dropna=False, sort=False):
         settings = {name: cell[name].iloc[0] for name in SUMMARY.columns if name in cell}
         for metric in SUMMARISED:
@@ -49,14 +49,9 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                     "metric": metric,
                     "unit": UNITS[metric],
                     **interval(values),
-                    "code_hash": _versions(cell),
+                    **provenance_of(cell),
                 })
     return frame(rows, SUMMARY)
-
-
-def _versions(runs: pd.DataFrame) -> str:
-    """The versions of the code that made the runs."""
-    return " ".join(sorted(runs["code_hash"].fillna(NOT_RECORDED).unique()))
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:
@@ -173,7 +168,15 @@ def _pair(done: pd.DataFrame, method: str, other: str) -> Iterator[dict[str, Any
                 "margin": MARGIN,
                 "differs": differs(a - b),
                 "within_margin": within_margin(a - b),
+                **provenance_of(_both(pair)),
             }
+
+
+def _both(pairs: pd.DataFrame) -> pd.DataFrame:
+    """What says which code made the runs of both sides, a row per run."""
+    theirs = {f"{name}_theirs": name for name in MEASUREMENT}
+    other = pairs.reindex(columns=list(theirs)).rename(columns=theirs)
+    return pd.concat([pairs.reindex(columns=list(MEASUREMENT)), other], ignore_index=True)
 
 
 def chosen_lambdas(summary: pd.DataFrame) -> pd.DataFrame:
@@ -261,5 +264,6 @@ def by_lambda(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
             "ewc_lambda": ewc_lambda,
             "diverged": int((group["status"] == "diverged").sum()),
             **(interval(done) if len(done) else nothing),
+            **provenance_of(group),
         })
     return pd.DataFrame(rows)

@@ -15,6 +15,7 @@ import pandas as pd
 import pandera.pandas as pa
 
 from experiments.results.files import replace_file
+from experiments.results.provenance import MEASUREMENT, NOT_RECORDED
 from experiments.results.schemas import LOGGER_COLUMNS, SCHEMAS, Schema
 
 
@@ -86,6 +87,8 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         # A table from before an optional setting was added has none of it.
         optional = [name for name in empty(schema) if not schema.columns[name].required]
         table = table.assign(**{name: None for name in optional if name not in table})
+        measured = [name for name in MEASUREMENT if name in table]
+        table = table.assign(**{n: table[n].astype(object).fillna(NOT_RECORDED) for n in measured})
         return check(table, schema)[[name for name in schema.columns if name in table]]
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None

@@ -28,6 +28,7 @@ from experiments.reporting.figures import style
 from experiments.reporting.figures.style import FISHER_COLOURS
 from experiments.reporting.labels import number
 from experiments.reporting.study_output import columns, study_output
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.values import Count, CountOrNone, Positive, Seed
 
 LABELS = {
@@ -52,6 +53,7 @@ IDENTITIES = pa.DataFrameSchema(
         **columns(float, "squared_mean_share", "cosine_with_own", check=_SHARE),
         **columns(float, "variance_difference", "curvature_difference", check=_POSITIVE),
         **columns(float, "package_difference", check=_POSITIVE, nullable=True),
+        **PROVENANCE,
     },
     unique=["problem", "seed", "step", "labels"],
     strict=True,
@@ -123,7 +125,7 @@ def run(settings: Identities) -> pd.DataFrame:
     """
     torch.set_num_threads(1)
     source = find_data("digits", None)
-    output = study_output(settings.out, source)
+    output = study_output(settings, source)
     train, _ = load_images(source)
     x, y = train.images().flatten(1)[: settings.samples].double(), train.targets[: settings.samples]
     rows: list[dict[str, Any]] = []

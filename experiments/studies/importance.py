@@ -18,6 +18,7 @@ from ewc_plugin.fisher.scores import FisherType
 from experiments.reporting.figures import style
 from experiments.reporting.labels import number, stream_title
 from experiments.reporting.study_output import columns, study_on_images
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Dataset, RunSettings
 from experiments.settings.values import Count, Lambda, Seed
@@ -40,6 +41,7 @@ IMPORTANCE = pa.DataFrameSchema(
             "share_holding_90_percent",
             check=pa.Check.in_range(0, 1 + 1e-9),
         ),
+        **PROVENANCE,
     },
     unique=["experience", "parameter"],
     strict=True,

@@ -23,6 +23,7 @@ from ewc_plugin.fisher.scores import FisherType
 from experiments.reporting.figures import style
 from experiments.reporting.labels import number
 from experiments.reporting.study_output import columns, study_on_images
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import DEFAULT_EPOCHS
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
 from experiments.settings.values import Count, Lambda, Seed
@@ -52,6 +53,7 @@ LAMBDA_TRANSLATION = pa.DataFrameSchema(
             "same_strength_lambda_of_f_by_its_mean",
             check=pa.Check.ge(0),
         ),
+        **PROVENANCE,
     },
     unique=["benchmark", "dataset", "seed", "fisher"],
     strict=True,

@@ -14,6 +14,7 @@ import torch
 
 from experiments.data.sources import DataSource
 from experiments.reporting.study_output import columns, study_on_images
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import PermutedMnist, SplitMnist
 from experiments.settings.run import Dataset, Method, RunSettings
 from experiments.settings.values import Count
@@ -29,6 +30,7 @@ DATA_SPEED = pa.DataFrameSchema(
         **columns(int, "n_experiences", "epochs", "rounds", check=pa.Check.ge(1)),
         **columns(float, "classic_s", "fast_s", "ratio", "ratio_min", "ratio_max"),
         **columns(bool, "same_results"),
+        **PROVENANCE,
     },
     unique=["benchmark", "dataset", "method"],
     strict=True,

@@ -36,6 +36,7 @@ from rich.console import Console
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import check_device
 from experiments.settings.values import Count
 from experiments.timing.fisher_engines import (
@@ -86,6 +87,7 @@ FISHER_SPEED = pa.DataFrameSchema(
             *("peak_mib", "peak_multiple"),
             nullable=True,
         ),
+        **PROVENANCE,
     },
     unique=["network", "kind", "engine", "device"],
     strict=True,
@@ -135,7 +137,7 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
         for kind in settings.kinds:
             console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
             rows += _measure(network, kind, settings)
-    output = study_output(settings.out)
+    output = study_output(settings)
     table = output.table(_with_kept(pd.DataFrame(rows), output.folder), FISHER_SPEED)
     output.figure(draw_speeds(table), "fisher_speed")
     names = ("network", "kind", "engine", "status", "multiple_of_gradient_pass", "peak_multiple")

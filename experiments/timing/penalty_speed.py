@@ -34,6 +34,7 @@ from ewc_plugin.avalanche.placement import InLoss
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.run import Optimizer
 from experiments.settings.values import Count, Positive, Processes
 from experiments.training.methods import state_bytes
@@ -60,6 +61,7 @@ PENALTY_SPEED = pa.DataFrameSchema(
         ),
         **columns(float, "state_mib", check=pa.Check.ge(0)),
         **columns(int, "rounds", check=_POSITIVE),
+        **PROVENANCE,
     },
     unique=[*KEY, "method", "threads"],
     strict=True,
@@ -159,7 +161,7 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
         A row per model, optimizer, batch size, method and number of past experiences.
     """
     torch.set_num_threads(settings.threads)
-    output = study_output(settings.out)
+    output = study_output(settings)
     table = tables.read(output.folder, PENALTY_SPEED)
     held = set(table[KEY].itertuples(index=False, name=None))
     for cell in product(
@@ -171,7 +173,7 @@ def run(settings: PenaltySpeed) -> pd.DataFrame:
         output.show(new, "%.4g", index=False)
         table = pd.concat([table, new], ignore_index=True) if len(table) else new
         table = table.sort_values(KEY, kind="stable", ignore_index=True)
-        output.table(table, PENALTY_SPEED)
+        table = output.table(table, PENALTY_SPEED)
     output.figure(draw_steps(table), "penalty_speed")
     return table
 

@@ -25,6 +25,8 @@ from rich.console import Console
 from experiments.data.sources import DataSource
 from experiments.reporting.study_output import columns, study_on_images
 from experiments.results.metrics import accuracy_matrix
+from experiments.results.provenance import provenance, provenance_of
+from experiments.results.schemas import PROVENANCE
 from experiments.results.tables import replace_file
 from experiments.settings.grids import PermutedMnist
 from experiments.settings.run import Dataset, RunSettings
@@ -58,6 +60,7 @@ SWEEP_SPEED = pa.DataFrameSchema(
         **columns(float, "ratio", "ratio_min", "ratio_max", check=pa.Check.gt(0)),
         **columns(float, "average_accuracy", check=pa.Check.in_range(0, 1)),
         **columns(object, "same_accuracies", nullable=True),
+        **PROVENANCE,
     },
     strict=True,
     name="sweep_speed.csv",
@@ -69,6 +72,7 @@ SWEEP_SCALING = pa.DataFrameSchema(
         **_SECONDS,
         **columns(float, "efficiency", "efficiency_min", "efficiency_max", check=pa.Check.gt(0)),
         **columns(bool, "same_accuracies"),
+        **PROVENANCE,
     },
     unique=["processes", "commands"],
     strict=True,
@@ -184,6 +188,7 @@ def time_rounds(
                 "seconds": timed.seconds,
                 "average_accuracy": float(np.mean(timed.accuracies[-1])),
                 "accuracies": _digest(repr(timed.accuracies).encode()),
+                **provenance(Path(__file__)),
             })
         held = pd.concat([held, pd.DataFrame(rows)], ignore_index=True)
         _write(path, others, held)
@@ -240,6 +245,7 @@ def summarise_rounds(rounds: pd.DataFrame) -> pd.DataFrame:
         table.append({
             "run": name,
             **found.drop(columns=unequal).iloc[0],
+            **provenance_of(found),
             "rounds": len(found),
             **_spread("seconds", found["seconds"]),
             **_spread("ratio", found["seconds"] / ours["seconds"]),
@@ -303,6 +309,7 @@ def time_sweeps(
             line = f"round {i + 1}, {processes} processes of {commands} commands: {seconds:.1f} s"
             console.print(line, highlight=False)
             row = {**sizes, **key, "seconds": seconds, "accuracies": accuracies}
+            row |= provenance(Path(__file__))
             held = pd.concat([held, pd.DataFrame([row])], ignore_index=True)
             _write(path, others, held)
     return held
@@ -358,6 +365,7 @@ def summarise_sweeps(rounds: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([
         {
             **found.drop(columns=["seconds", "accuracies"]).iloc[0],
+            **provenance_of(found),
             "rounds": len(found),
             **_spread("seconds", found["seconds"]),
             **_spread("efficiency", fewest * one["seconds"] / (processes * found["seconds"])),

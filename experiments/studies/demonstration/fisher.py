@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ewc_plugin.plain import EWC
 from experiments.reporting.study_output import columns
+from experiments.results.schemas import PROVENANCE
 
 TIMES = (1, 10)  # as many samples as asked for, and ten times as many
 
@@ -26,6 +27,7 @@ FISHER = pa.DataFrameSchema(
         **columns(float, "loop_ms", "ours_ms", check=pa.Check.gt(0)),
         **columns(float, "ratio", "ratio_q25", "ratio_q75", check=pa.Check.gt(0)),
         **columns(float, "largest_difference", check=pa.Check.ge(0)),
+        **PROVENANCE,
     },
     strict=True,
     name="fisher.csv",

@@ -25,6 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from ewc_plugin.plain import EWC, ewc_train, normal_train
 from experiments.data.sources import DataSource, load_images
 from experiments.reporting.study_output import columns, study_on_images
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.run import N_CLASSES, Dataset
 from experiments.settings.values import Count, Lambda, Positive, Seed
 from experiments.studies.demonstration.figure import METHODS, draw_curves
@@ -42,6 +43,7 @@ CURVES = pa.DataFrameSchema(
         **columns(int, "epoch", check=pa.Check.ge(1)),
         **columns(float, "train_loss", "loss"),
         **columns(float, "accuracy", check=pa.Check.in_range(0, 1)),
+        **PROVENANCE,
     },
     unique=["method", "seed", "epoch", "eval_task"],
     strict=True,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from experiments.reporting.study_output import columns, study_output
+from experiments.results.schemas import PROVENANCE
 from experiments.settings.values import Count, Seed
 from experiments.studies.laplace.figure import NAIVE, draw_densities, draw_weights
 from experiments.studies.laplace.problems import (
@@ -45,6 +46,7 @@ LAPLACE = pa.DataFrameSchema(
         **columns(
             float, "total_variation", check=pa.Check.in_range(-1e-6, 1 + 1e-6), nullable=True
         ),
+        **PROVENANCE,
     },
     unique=["problem", "n", "seed", "quadratic", "factor"],
     strict=True,
@@ -77,7 +79,7 @@ def run(settings: Laplace) -> pd.DataFrame:
     Returns:
         A row per problem, n, seed, quadratic and weight; also in `laplace.csv`.
     """
-    output = study_output(settings.out)
+    output = study_output(settings)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     pictured: dict[str, Solved] = {}

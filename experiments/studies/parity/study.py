@@ -18,6 +18,7 @@ from experiments.data.sources import DataSource, find_data
 from experiments.reporting.figures.folder import plot_all
 from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import schemas, tables
+from experiments.results.provenance import provenance
 from experiments.results.statistics import chosen_lambdas, paired_differences
 from experiments.results.store import read_results
 from experiments.settings.grids import Job, PermutedMnist, SplitMnist
@@ -167,7 +168,7 @@ def _numerical(settings: Parity, source: DataSource, console: Console) -> list[d
         file = kept / f"{name}.json"
         wanted = "numerical" in settings.parts and not settings.tables_only
         if wanted and (settings.force or not file.exists()):
-            tables.replace_file(file, json.dumps(list(make())))
+            tables.replace_file(file, json.dumps([{**row, **provenance()} for row in make()]))
             console.print(f"{name}: done", highlight=False)
         if file.exists():
             rows += json.loads(file.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.results import schemas, statistics, tables
+from experiments.results.provenance import provenance_of
 from experiments.studies.reproduce.protocol import Arm, Protocol
 
 METRIC = "average_accuracy"
@@ -57,6 +58,7 @@ def _row(protocol: Protocol, arm: Arm, by_arm: dict[str, pd.DataFrame]) -> dict[
     if done.empty:
         return row
     row |= statistics.interval(done[METRIC].to_numpy(float))
+    row |= provenance_of(done)
     row["run_s"] = float(done[["train_s", "fisher_s", "eval_s"]].sum(axis=1).mean())
     row["fisher_s"] = float(done["fisher_s"].mean())
     if arm.reference:
