@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from experiments.data import fashion
+
 DATA_ROOT_VARIABLE = "EWC_DATA_ROOT"
 DOWNLOAD_TIMEOUT_S = 20.0
 N_DIGITS_TEST = 360  # of 1,797
@@ -48,7 +50,7 @@ class DataSource:
     """A dataset that is available and verified.
 
     Attributes:
-        name: `mnist` or `digits`; written to every row of every table.
+        name: `mnist`, `digits` or `fashion-mnist`; written to every row of every table.
         root: Folder of the files; None where the images are embedded in a package.
         checksum: Of the images and labels, so that tables say what they were computed on.
         note: One line for the user where the source isn't what they would expect, else "".
@@ -90,7 +92,7 @@ def find_data(dataset: str | None, data_root: str | None) -> DataSource:
     """Return the requested dataset, verified; by default MNIST, else the digits.
 
     Args:
-        dataset: `mnist`, `digits`, or None for MNIST with the digits as the fallback.
+        dataset: `mnist`, `digits`, `fashion-mnist`, or None for MNIST or else the digits.
         data_root: Folder that holds or gets `MNIST/raw/*.gz`; None for the environment variable
             `EWC_DATA_ROOT`, else the platform's cache folder.
 
@@ -98,11 +100,13 @@ def find_data(dataset: str | None, data_root: str | None) -> DataSource:
         What was found.
 
     Raises:
-        DataUnavailableError: MNIST was asked for by name and can't be had, or a file is corrupt.
+        DataUnavailableError: What was asked for by name can't be had, or a file is corrupt.
     """
     if dataset == "digits":
         return _digits()
     root = Path(data_root or os.environ.get(DATA_ROOT_VARIABLE) or _cache_root()).expanduser()
+    if dataset == "fashion-mnist":
+        return find_fashion(root)
     try:
         return _mnist(root)
     except CorruptDataError:
@@ -127,6 +131,12 @@ def load_images(source: DataSource) -> tuple[ImageDataset, ImageDataset]:
         )
         n_train = len(images) - N_DIGITS_TEST
         return images.part(slice(0, n_train)), images.part(slice(n_train, None))
+    if source.name == "fashion-mnist":
+        pairs = (
+            fashion.fashion_tensors(Path(source.root or ""), part) for part in ("train", "t10k")
+        )
+        train, test = (ImageDataset(*pair, scale=255.0) for pair in pairs)
+        return train, test
     from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
 
     sets = (TensorMNIST(root=source.root, train=train) for train in (True, False))
@@ -166,6 +176,27 @@ def _mnist(root: Path) -> DataSource:
         )
     digest = hashlib.md5("".join(UNPACKED_MD5.values()).encode()).hexdigest()
     return DataSource("mnist", str(root), digest)
+
+
+def find_fashion(root: Path) -> DataSource:
+    """Fashion-MNIST, verified; downloaded where it is missing.
+
+    Raises:
+        DataUnavailableError: It can't be had, or a file is corrupt; with the remedy.
+    """
+    folder = fashion.folder_of(root)
+    cause = fashion.download(root) if fashion.missing(root) and not fashion.corrupt(root) else ""
+    if bad := fashion.corrupt(root):
+        raise CorruptDataError(
+            f"`{folder}` holds a corrupt file ({', '.join(bad)}: wrong checksum); delete it, and "
+            f"{fashion.REMEDY}"
+        )
+    if fashion.missing(root):
+        raise DataUnavailableError(
+            f"looked in `{folder}` and the download failed: {cause}; {fashion.REMEDY}"
+        )
+    digest = hashlib.md5("".join(fashion.UNPACKED_MD5.values()).encode()).hexdigest()
+    return DataSource("fashion-mnist", str(root), digest)
 
 
 def _unpacked(raw: Path) -> bool:

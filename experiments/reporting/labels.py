@@ -24,7 +24,7 @@ LABELS = {
     "joint": "Joint (upper bound)",
 }
 BENCHMARKS = {"split": "Split", "permuted": "Permuted"}
-DATASETS = {"mnist": "MNIST", "digits": "digits"}
+DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
 
 def method_label(method: str) -> str:

@@ -49,11 +49,13 @@ OWN_SCENARIO: dict[Benchmark, Scenario] = {"split": "task", "permuted": "domain"
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("split", "mnist"): 4,
     ("split", "digits"): 40,
+    ("split", "fashion-mnist"): 4,
     ("permuted", "mnist"): 1,
     ("permuted", "digits"): 20,
+    ("permuted", "fashion-mnist"): 1,
 }
-DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 512, "digits": 128}
-DEFAULT_LEARNING_RATE: dict[str, float] = {"mnist": 2e-3, "digits": 1e-3}
+DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 512, "digits": 128, "fashion-mnist": 512}
+DEFAULT_LEARNING_RATE: dict[str, float] = {"mnist": 2e-3, "digits": 1e-3, "fashion-mnist": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class Job:
     """Settings that every command that runs experiments has."""
 
     dataset: Dataset | None = None
-    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
+    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had. Fashion-MNIST
+    makes the same streams of other images."""
     data_root: str | None = None
-    """Folder that holds, or gets, MNIST/raw. Unset: $EWC_DATA_ROOT, else the cache folder."""
+    """Folder that holds, or gets, MNIST/raw and FashionMNIST/raw. Unset: $EWC_DATA_ROOT, else the
+    cache folder."""
     out: str | None = None
     """Folder of the tables and plots; runs found in it are not repeated. Unset: runs/COMMAND."""
     processes: Processes = os.cpu_count() or 1

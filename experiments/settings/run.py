@@ -23,7 +23,7 @@ Scenario = Literal["task", "domain", "class"]
 Method = Literal[
     "naive", "avalanche-ewc", "ewc", "joint", "si", "mas", "lwf", "l2", "replay", "ewc+replay"
 ]
-Dataset = Literal["mnist", "digits"]
+Dataset = Literal["mnist", "digits", "fashion-mnist"]
 Model = Literal["mlp", "cnn"]
 Optimizer = Literal["adam", "sgd"]
 DataPath = Literal["fast", "classic"]

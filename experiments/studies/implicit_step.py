@@ -71,7 +71,7 @@ class ImplicitStep(Job):
                             ewc_lambda=ewc_lambda,
                             mode="separate",
                             n_experiences=self.experiences,
-                            epochs=1 if dataset == "mnist" else 20,
+                            epochs=1 if dataset != "digits" else 20,
                             optimizer=optimizer,
                             learning_rate=LEARNING_RATE[optimizer],
                             data_path=self.data_path,

@@ -31,8 +31,8 @@ from experiments.settings.values import Count, Lambda, Positive, Seed
 from experiments.studies.demonstration.figure import METHODS, draw_curves
 from experiments.studies.demonstration.fisher import FISHER, time_fisher
 
-EPOCHS: dict[str, int] = {"mnist": 50, "digits": 400}
-LEARNING_RATE: dict[str, float] = {"mnist": 1e-3, "digits": 3e-3}
+EPOCHS: dict[str, int] = {"mnist": 50, "digits": 400, "fashion-mnist": 50}
+LEARNING_RATE: dict[str, float] = {"mnist": 1e-3, "digits": 3e-3, "fashion-mnist": 1e-3}
 
 CURVES = pa.DataFrameSchema(
     {

@@ -61,8 +61,8 @@ class Curves(Job):
             base = RunSettings(
                 *("permuted", dataset, "domain", NAIVE, seed),
                 n_experiences=self.experiences,
-                epochs=1 if dataset == "mnist" else 20,
-                batch_size=256 if dataset == "mnist" else 32,
+                epochs=1 if dataset != "digits" else 20,
+                batch_size=256 if dataset != "digits" else 32,
                 optimizer="sgd",
                 learning_rate=0.1,
                 hidden_size=self.hidden_size,

@@ -64,7 +64,7 @@ def checks(source: DataSource, *, hidden_size: int, seed: int) -> dict[str, Rows
             "ewc",
             seed,
             fisher_type="batched",
-            batch_size=BATCH[benchmark] if source.name == "mnist" else 32,
+            batch_size=BATCH[benchmark] if source.name != "digits" else 32,
             hidden_size=hidden_size,
             **{"ewc_lambda": 100.0, **mode, **optimizer},
         )

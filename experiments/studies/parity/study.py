@@ -31,7 +31,7 @@ from experiments.sweeps.jobs import completed_runs, show_plan
 Part = Literal["numerical", "behaviour", "curves"]
 BENCHMARKS = (("permuted", "domain"), ("split", "task"), ("split", "domain"), ("split", "class"))
 # Two hidden layers and more steps than the main job has, which must be done while one waits.
-BATCH_SIZE = {"mnist": 256, "digits": 128}
+BATCH_SIZE = {"mnist": 256, "digits": 128, "fashion-mnist": 256}
 # Where `tune` has no grid of its own, the one of split MNIST, task-incremental, is tried.
 COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}
 
