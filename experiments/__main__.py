@@ -9,11 +9,24 @@ import warnings
 from importlib import import_module
 from typing import Any, get_type_hints
 
-from rich.console import Console
+INTERRUPTED = "Interrupted. Finished runs are stored; the same command goes on from there."
 
-from experiments.command_line import parse, unknown, write_ascii_if_needed
-from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune
-from experiments.sweeps import exit_status
+
+def _end_at_once(*_: Any) -> None:
+    """Ends the command while nothing is open yet, without a traceback out of some import."""
+    os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+if __name__ == "__main__":  # the imports below take seconds
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+
+from rich.console import Console  # noqa: E402
+
+from experiments.command_line import parse, unknown, write_ascii_if_needed  # noqa: E402
+from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune  # noqa: E402
+from experiments.sweeps import exit_status  # noqa: E402
 
 # Warnings to silence: a solver that only GEM needs; evaluators without loggers.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
@@ -69,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:  # after --help, or a dry run
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        errors.print("Interrupted. Finished runs are stored; the same command goes on from there.")
+        errors.print(INTERRUPTED, soft_wrap=True)
         return 130
     except (ValueError, ChildProcessError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -121,6 +134,6 @@ def _interrupt_once(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, _interrupt_once)
     sys.exit(main())
