@@ -284,6 +284,9 @@ def save_for_papers(figure: Figure, path: Path) -> None:
         path: Of the files, without their endings.
     """
     white = {"facecolor": "white", "bbox_inches": "tight"}
-    figure.savefig(path.with_suffix(".png"), dpi=2 * DPI, metadata={"Software": None}, **white)
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=2 * DPI, metadata={"Software": None}, **white)
     with plt.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, **white)
+        figure.savefig(svg, format="svg", metadata={"Date": None}, **white)
+    replace_file(path.with_suffix(".png"), png.getvalue())
+    replace_file(path.with_suffix(".svg"), svg.getvalue())
