@@ -75,7 +75,8 @@ def write_report(
         accuracy, runs = store.write_tables()
         summary = statistics.summarise(runs)
         tables.write(summary, store.folder, schemas.SUMMARY)
-        write_environment(store.folder, source)
+        if store.n_added or not (store.folder / "environment.json").exists():
+            write_environment(store.folder, source)
         files = plot_all(accuracy, runs, store.folder / "plots")
         comparisons = statistics.paired_differences(runs)
         if job.compares and len(comparisons):

@@ -40,6 +40,7 @@ class Store:
         self.folder = folder
         self._say = say
         self._read = Read()
+        self.n_added = 0  # results since it was opened
         try:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
             self.lock: FileLock = folder_lock(folder / PARTS)
@@ -67,6 +68,7 @@ class Store:
         with self.lock:
             replace_file(self.folder / PARTS / f"{run_id}.json", json.dumps(asdict(result)))
             self.checkpoint(run_id).unlink(missing_ok=True)
+        self.n_added += 1
 
     def checkpoint(self, run_id: str) -> Path:
         """Return the path of a run's checkpoint."""

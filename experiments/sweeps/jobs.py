@@ -96,7 +96,8 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
     with store.lock:
         _, runs = store.write_tables()
         tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
-        write_environment(store.folder, source)
+        if store.n_added or not (store.folder / "environment.json").exists():
+            write_environment(store.folder, source)
     mine = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
     exit_status.note(mine)
     return mine, store.folder
