@@ -16,6 +16,7 @@ from rich.console import Console
 
 from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import statistics, tables
+from experiments.results.provenance import mixed_code
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def run(settings: Compare) -> pd.DataFrame:
         if comparisons.empty:
             console.print("No two methods have the same seeds and settings.")
         print_comparisons(comparisons, console)
+        if mixed := mixed_code(found["runs"]):
+            console.print(f"NOTE: {mixed}", style="bold yellow", soft_wrap=True)
     if "checks" in found:
         print_checks(found["checks"], console, all_of_them=settings.checks)
     return comparisons

@@ -7,6 +7,7 @@ The best of a benchmark is bold only where its interval against each other metho
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, interval_text, summary_cells
 from experiments.reporting.labels import in_words, setting_text
 from experiments.results import statistics, tables
+from experiments.results.provenance import mixed_code
 
 POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
 
@@ -87,6 +89,8 @@ def table_of(folder: str | Path, of: str) -> SummaryTable:
         raise ValueError(
             f"`folder` must hold {files}, got {folder} without {', '.join(sorted(missing))}."
         )
+    if "runs" in names and (mixed := mixed_code(found["runs"])):
+        print(f"NOTE: {mixed}", file=sys.stderr)  # the table itself may go into a file
     return make(*(found[name] for name in names))
 
 

@@ -134,6 +134,13 @@ def test_a_folder_of_other_code_is_added_to_only_when_told_to(folder, result, ca
     assert "with 1 runs of other code (0123456789ab)" in line
     assert main([*SWEEP[:-3], "--seeds", "0", "--mix-code", "--out", str(folder)]) == 0
     assert "2 versions of the code" in capsys.readouterr().out
+    assert main(["table", str(folder)]) == 0
+    assert "2 versions of the code" in capsys.readouterr().err
+    assert main(["compare", str(folder)]) == 0
+    assert "2 versions of the code" in capsys.readouterr().out
+    page = folder / "page.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    assert "2 versions of the code" in page.read_text(encoding="utf-8")
     hashes = tables.load(folder)["summary"]["code_hash"]
     assert set(hashes) == {"0123456789ab", code_hash()}
 

@@ -33,6 +33,7 @@ from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
 from experiments.results import schemas, statistics, tables
+from experiments.results.provenance import mixed_code
 
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTIONS = {
@@ -91,6 +92,7 @@ class Folder:
     differences_picture: Picture | None = None
     streams: Sequence[Stream] = ()
     n_runs: int = 0
+    mixed: str = ""
     troubles: PageTable | None = None
     checks: PageTable | None = None
     runs: PageTable | None = field(default=None, repr=False)
@@ -189,6 +191,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
         differences_picture=draw(figure, "differences", "") if figure else None,
         streams=list(_streams(runs, accuracy, draw)),
         n_runs=len(runs),
+        mixed=mixed_code(runs),
         troubles=page_tables.trouble_table(runs),
         checks=None if checks is None else page_tables.checks_page_table(checks),
         runs=page_tables.runs_table(runs),
