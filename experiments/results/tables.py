@@ -13,10 +13,12 @@ from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
+from pandera.errors import SchemaErrorReason as Reason
 
 from experiments.results.files import replace_file
 from experiments.results.provenance import MEASUREMENT, NOT_RECORDED
 from experiments.results.schemas import LOGGER_COLUMNS, SCHEMAS, Schema
+from experiments.settings.values import shown
 
 
 class TableError(ValueError):
@@ -42,9 +44,28 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
     """
     try:
         return schema.validate(table)
-    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
-        reason = " ".join(str(error).split())
-        raise TableError(f"{schema.name} does not fit its schema: {reason}") from error
+    except pa.errors.SchemaErrors as errors:
+        raise TableError(_problem(errors.schema_errors[0], table, schema)) from errors
+    except pa.errors.SchemaError as error:
+        raise TableError(_problem(error, table, schema)) from error
+
+
+def _problem(error: pa.errors.SchemaError, table: pd.DataFrame, schema: Schema) -> str:
+    """The file, the run and the column of the first value that does not fit, in one line."""
+    code, cases = error.reason_code, error.failure_cases
+    if code is Reason.COLUMN_NOT_IN_SCHEMA:
+        return f"{schema.name} has a column `{cases}`, which it must not have"
+    if code is Reason.COLUMN_NOT_IN_DATAFRAME:
+        return f"{schema.name} lacks the column `{cases}`"
+    if not isinstance(cases, pd.DataFrame):  # about the column as a whole
+        return f"`{error.schema.name}` in {schema.name} can't be {cases}"
+    place = cases["index"].iloc[-1]
+    where = f"row {place}" if "run_id" not in table else f"{table['run_id'].loc[place]}"
+    if code in (Reason.DUPLICATES, Reason.SERIES_CONTAINS_DUPLICATES):
+        return f"{schema.name} has the same row of {where} twice: not unique"
+    rule = str(getattr(error.check, "error", None) or error.check)
+    value = shown(str(cases["failure_case"].iloc[-1]))
+    return f"`{error.schema.name}` of {where} in {schema.name} can't be {value} ({rule})"
 
 
 def write(table: pd.DataFrame, folder: Path, schema: Schema) -> Path:

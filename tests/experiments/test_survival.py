@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from experiments.__main__ import main
-from experiments.results import tables
+from experiments.results import schemas, tables
 from experiments.results.store import PARTS, Store
 from support.paths import ROOT
 
@@ -208,7 +208,11 @@ EDITS = {
     "an impossible run": ("runs.csv", put("epochs", 0), "can't be a run: `epochs` must be a whole"),
     "a row twice": ("accuracy.csv", lambda t: pd.concat([t, t[:1]]), "not unique"),
     "an older schema": ("runs.csv", lambda t: t.drop(columns="epochs"), "epochs"),
-    "a newer schema": ("runs.csv", lambda t: t.assign(new=1), "new"),
+    "a newer schema": ("runs.csv", lambda t: t.assign(new=1), "has a column `new`"),
+    "a text for a number": ("runs.csv", put("epochs", "x", row=1), "-s1 in runs.csv can't be x"),
+    "a number out of range": ("runs.csv", put("train_s", -1), "-s0 in runs.csv can't be -1.0"),
+    "a word of ours": ("runs.csv", put("status", "good"), "`status` of split-digits"),
+    "no value": ("accuracy.csv", put("n_samples", None), "`n_samples` of split-digits"),
 }
 
 
@@ -216,7 +220,13 @@ EDITS = {
 def test_an_edited_table_is_noticed_or_mended(copy, undisturbed, capsys, edit):
     name, change, said = EDITS[edit]
     edit_csv(copy, name, change)
-    schema_fits = edit not in ("a row twice", "an older schema", "a newer schema")
+    try:
+        tables.read(copy, schemas.SCHEMAS[name])
+    except tables.TableError as error:
+        assert len(str(error).replace(str(copy), "")) < 300  # no dump
+        schema_fits = False
+    else:
+        schema_fits = True
     if schema_fits:  # the runs' own files are there, and they count
         Store(copy).write_tables()
         assert_same_tables(complete(copy), complete(undisturbed))
@@ -301,3 +311,27 @@ def test_ctrl_c_at_the_terminal_ends_in_one_line(tmp_path):
             "Interrupted. Finished runs are stored; the same command goes on from there."
         ]
     assert 1 <= len(Store(tmp_path).finished()) <= 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_modules_are_imported_ends_in_one_line(tmp_path):
+    for seconds in (0.4, 0.8, 1.2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments", *SWEEP, "--out", str(tmp_path)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert len(errors.splitlines()) == 1
+
+
+def test_the_environment_is_that_of_the_command_that_made_the_rows(copy):
+    before = (copy / "environment.json").read_bytes()
+    assert main([*SWEEP, "--out", str(copy)]) == 0
+    assert (copy / "environment.json").read_bytes() == before
+    assert main([*SWEEP, "--out", str(copy), "--force"]) == 0
+    assert (copy / "environment.json").read_bytes() != before
