@@ -13,8 +13,8 @@ PACKAGE = Path(ewc_plugin.__file__).parent
 ALLOWED = {"torch", "ewc_plugin", *sys.stdlib_module_names}
 
 
-# Each room may import from those below it; rooms in one row do not see each other.
-FLOORS = {
+# Layers from top to bottom: a subpackage or module imports from layers below its own alone.
+LAYERS = {
     "ewc_plugin": [
         ["__init__"],
         ["avalanche", "plain", "fisher_file"],
@@ -35,7 +35,7 @@ FLOORS = {
 }
 
 
-def rooms_imported_by(file, package):
+def parts_imported_by(file, package):
     """First segments below `package` of all that a file imports."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == package:
@@ -44,16 +44,16 @@ def rooms_imported_by(file, package):
             yield f"{node.module}".split(".")[1]
 
 
-@pytest.mark.parametrize("package", FLOORS)
-def test_rooms_import_downwards_alone(package):
-    floor = {room: i for i, rooms in enumerate(FLOORS[package]) for room in rooms}
+@pytest.mark.parametrize("package", LAYERS)
+def test_packages_import_from_lower_layers_alone(package):
+    layer = {part: i for i, parts in enumerate(LAYERS[package]) for part in parts}
     root = PACKAGE.parent / package
     for file in root.rglob("*.py"):
-        room = file.relative_to(root).with_suffix("").parts[0]
+        part = file.relative_to(root).with_suffix("").parts[0]
         above = [
             other
-            for other in rooms_imported_by(file, package)
-            if other in floor and other != room and floor[other] <= floor.get(room, -1)
+            for other in parts_imported_by(file, package)
+            if other in layer and other != part and layer[other] <= layer.get(part, -1)
         ]
         assert not above, f"{file} imports from {above}"
 
