@@ -204,7 +204,11 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Add the penalty to the loss, if the placement does so."""
+        """Check the likelihood, and let the placement add to the loss.
+
+        `InLoss` adds the penalty, `ImplicitStep` its value without a gradient, and `InGradient`
+        nothing.
+        """
         self._hooks_called = True
         self._check_likelihood(strategy)
         self.task_loss = strategy.loss.detach().clone()
@@ -213,7 +217,13 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self.penalty_loss = self._placement.before_backward(strategy, self.ewc_lambda)
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Add the penalty's gradient, if the placement does so; stop a diverged run."""
+        """Add the penalty's gradient to `.grad` and its value to the loss; stop a diverged run.
+
+        The first two are for `InGradient` alone; other placements add nothing here.
+
+        Raises:
+            DivergedError: The loss is not finite.
+        """
         if self._is_active:
             added = self._placement.after_backward(strategy, self.ewc_lambda)
             self.penalty_loss = self.penalty_loss if added is None else added
@@ -226,7 +236,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             )
 
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Take the implicit step, if that placement was chosen."""
+        """Take an implicit step after each step of an optimizer: `ImplicitStep` alone."""
         if self._is_active:
             self._placement.after_update(strategy, self.ewc_lambda)
 

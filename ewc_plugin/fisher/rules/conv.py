@@ -1,4 +1,18 @@
-"""Layer rules of convolutions and transposed convolutions in 1 to 3 dimensions."""
+"""Layer rules of convolutions and transposed convolutions in 1 to 3 dimensions.
+
+The squares of the weight are computed in one of four ways, each the fastest somewhere:
+
+- By taps (`_add_by_taps`): one product per kernel offset over all samples and pairs of output
+  positions. For outputs of few positions (`MAX_PAIRS`), one image per sample, on any device.
+- Unfolded (`_add_unfolded`): each sample's input is unfolded in turn and multiplied with the
+  gradients of one or several score vectors. On a CPU, for several vectors, a large weight or an
+  input of few channels.
+- Unfolded together (`_add_unfolded_together`): all inputs are unfolded at once. On other devices,
+  in 2 dimensions, one image per sample.
+- Grouped (`_add_grouped`): the convolution that is the weight's gradient, with a group per sample;
+  one sample at a time where the weight is large. Everything else, so always for transposed and
+  grouped convolutions.
+"""
 
 import math
 from collections.abc import Sequence
