@@ -27,13 +27,23 @@ class Accumulator:
 
     Squares are added to `_recent` first, and to `_sums` once in a while. Where memory runs out, or
     a chunk fails a check, `_recent` is dropped and its inputs, which are still stored, are computed
-    again in another way.
+    again in another way. The inputs of `_sums` are no longer stored: an audit that fails once
+    `_recent` has been merged into `_sums` is an error.
 
     Attributes:
         N: Number of samples so far.
         limit: Samples per chunk.
         may_join: Whether a chunk may have samples of several of the loader's batches.
         served: Which engine serves which parameter.
+
+    Args:
+        call: The model.
+        served: The plan.
+        label_scores: Gives the score vectors of a chunk.
+        chunk_size: The first `limit`.
+        may_join: As the attribute.
+        probe_had_different_samples: Whether the probe's samples differ. Otherwise the first chunk
+            with different ones is audited.
     """
 
     def __init__(
@@ -44,13 +54,13 @@ class Accumulator:
         chunk_size: int,
         *,
         may_join: bool,
-        all_different: bool,
+        probe_had_different_samples: bool,
     ) -> None:
         self.call, self.label_scores = call, label_scores
         self.served, self.limit, self.may_join = dict(served), chunk_size, may_join
         self.N = 0
         self.auditor = Auditor()
-        self._audited_joined, self._audited_different = False, all_different
+        self._audited_joined, self._audited_different = False, probe_had_different_samples
         self._sums: Sums = {}
         self._recent = zeros(call.params)
         self._ignored = self._recent_ignored = 0  # samples without a label

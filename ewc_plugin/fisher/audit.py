@@ -59,7 +59,7 @@ class Auditor:
         if not outputs_agree(alone, watch.logits, watch.scale, half):
             return False
         N = n_samples(batch)
-        if self.count or call.alone == "copies" or N <= _BESIDE_OTHERS:
+        if self.count or call.single_sample == "copies" or N <= _BESIDE_OTHERS:
             return True
         order = torch.randperm(N, generator=self._generator, device="cpu")
         some = order[:_BESIDE_OTHERS].sort().values

@@ -21,7 +21,7 @@ from ewc_plugin.fisher.mini_batch import batched_importances
 from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.options import EngineName, check_options
 from ewc_plugin.fisher.outputs import default_forward, default_targets
-from ewc_plugin.fisher.parameters import check_model, trainable, warn_of_unreached
+from ewc_plugin.fisher.parameters import check_model, trainable, warn_of_parameters_without_effect
 from ewc_plugin.fisher.plan import Served, make_plan
 from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
@@ -58,7 +58,8 @@ def diagonal_fisher(
 
     Every engine is checked against the plain loop over single samples: before the pass on three
     samples, and during it on random samples of the chunks that run. Samples of several batches are
-    put into one forward pass only where that changes none of their logits.
+    put into one forward pass, since larger chunks are faster, and only where that changes none of
+    their logits.
 
     Args:
         model: Maps batch[0] [N, ...] to logits [N, C], or to an object with `logits`, unless
@@ -98,8 +99,9 @@ def diagonal_fisher(
 
     Raises:
         ValueError: `batches` is empty, a logit is not finite (-inf is a masked class), samples
-            interact, outputs are probabilities, an audit fails after sums were merged, or an
-            argument does not fit the others.
+            interact (a sample's logits depend on the others of its batch, or on chance), outputs
+            are probabilities, an audit fails when the chunks before it can no longer be computed
+            again, or an argument does not fit the others.
         TypeError: An argument has another type.
 
     Source: Kirkpatrick et al. 2017 (the penalty); Kunstner et al. 2019 (empirical against exact).
@@ -141,8 +143,14 @@ def diagonal_fisher(
             return Fisher(tensors, fisher_type=fisher_type.value)
         if max_samples is not None:
             batches = draw_samples(batches, max_samples, generator)
+        # "Squares" are squared gradients of single samples. Read three samples; try the layer
+        # rules, then vmap, on them against a loop over samples, and so choose an engine for each
+        # parameter. Join or split the batches into chunks of a fast size, which changes no sample's
+        # gradient unless samples interact (see `Raises`). Per chunk, run one forward pass and one
+        # backward pass per score vector, square each sample's gradient, and add it to the sums.
+        # Last, divide by N. (The class means square the mean of a class instead: `class_mean`.)
         stream = not_empty(batches)
-        samples, read = first_samples(stream)
+        samples, first_batches = first_samples(stream)
         if samples is None:
             raise ValueError("`batches` is empty: a Fisher needs at least one sample.")
         label_scores = LabelScores(
@@ -154,23 +162,23 @@ def diagonal_fisher(
             ignore_index=ignore_index,
             positions=positions,
         )
-        call, seen = probe(call, samples)
-        size = _chunk_size(call, seen, chunk_size, label_scores.one_vector)
+        call, probed = probe(call, samples)
+        size = _chunk_size(call, probed, chunk_size, label_scores.one_vector)
         accumulator: Accumulator | ClassMeans
         if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
-            accumulator = ClassMeans(call, label_scores, size, may_regroup=not seen.apart)
+            accumulator = ClassMeans(call, label_scores, size, may_regroup=probed.may_join)
         else:
             accumulator = Accumulator(
                 call,
-                make_plan(call, seen, engine),
+                make_plan(call, probed, engine),
                 label_scores,
                 size,
-                may_join=not seen.apart,
-                all_different=samples.n_different > 1,
+                may_join=probed.may_join,
+                probe_had_different_samples=samples.n_different > 1,
             )
         show = _Progress() if progress else None
         chunks = rechunk(
-            chain(read, stream), lambda: accumulator.limit, lambda: accumulator.may_join
+            chain(first_batches, stream), lambda: accumulator.limit, lambda: accumulator.may_join
         )
         for chunk in chunks:
             accumulator.add(chunk)
@@ -180,7 +188,7 @@ def diagonal_fisher(
             print(file=sys.stderr)
         name = fisher_type.value if isinstance(fisher_type, FisherType) else _name(fisher_type)
         fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.n_labelled)
-        warn_of_unreached(call, samples.batch, fisher, seen.reached)
+        warn_of_parameters_without_effect(call, samples.batch, fisher, probed.reached)
         return fisher
 
 
@@ -188,11 +196,15 @@ def _name(score: Score) -> str:
     return str(getattr(score, "__name__", type(score).__name__))
 
 
-def _chunk_size(call: ModelCall, seen: Probe, given: int | None, one_vector: bool) -> int:
-    """Samples per forward pass; unlimited if the loader's batches must not be joined."""
-    if seen.apart:
-        return given if given and call.alone != "copies" else sys.maxsize
-    return given or seen.fitting_chunk(one_vector)
+def _chunk_size(call: ModelCall, probed: Probe, given: int | None, one_vector: bool) -> int:
+    """Return the most samples per forward pass.
+
+    Batches that must not be joined are taken whole, unless the caller gives a size and the model
+    takes batches of other sizes than the loader's.
+    """
+    if not probed.may_join:
+        return given if given and call.single_sample != "copies" else sys.maxsize
+    return given or probed.fitting_chunk(one_vector)
 
 
 def explain(
@@ -228,8 +240,8 @@ def explain(
         samples, _ = first_samples(not_empty([batch]))
         if samples is None:
             raise ValueError("`batch` is empty: there is nothing to try the model on.")
-        call, seen = probe(call, samples)
-        return Explanation(make_plan(call, seen, engine), _checks(call, seen))
+        call, probed = probe(call, samples)
+        return Explanation(make_plan(call, probed, engine), _checks(call, probed))
 
 
 class Explanation(dict[str, Served]):
@@ -244,16 +256,16 @@ class Explanation(dict[str, Served]):
         self.checks = checks
 
 
-def _checks(call: ModelCall, seen: Probe) -> tuple[str, ...]:
-    different = seen.samples.n_different
-    alone = {
+def _checks(call: ModelCall, probed: Probe) -> tuple[str, ...]:
+    different = probed.samples.n_different
+    how = {
         "single": "alone",
         "pair": "beside a copy of itself, as the model takes no batch of one",
         "copies": "in a batch of copies of itself, as the model takes no other batch size",
-    }[call.alone]
-    checks = [f"A sample's own logits are those that it has {alone}."]
-    if seen.apart:
-        checks.append(f"Samples stay in the loader's batches: {seen.apart}.")
+    }[call.single_sample]
+    checks = [f"A sample's own logits are those that it has {how}."]
+    if not probed.may_join:
+        checks.append(f"Samples stay in the loader's batches: {probed.why_not_joined}.")
     else:
         checks.append(
             f"{different} different sample{'s have' if different > 1 else ' has'} the same logits "

@@ -12,7 +12,7 @@ from ewc_plugin.contexts import ModelState
 from ewc_plugin.fisher.outputs import checked_logits
 
 Forward = Callable[[nn.Module, Batch], Any]
-Alone = Literal["single", "pair", "copies"]
+SingleSample = Literal["single", "pair", "copies"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class ModelCall:
         forward: Maps (model, batch) to logits [N, C], or to an object that has them.
         params: The trainable parameters by name.
         state: What is put back before every forward pass, so that none depends on those before.
-        alone: How a sample's own logits are computed: "single", in a batch of one; "pair", beside a
-            copy of itself; "copies", in a batch as large as the loader's, of copies of itself.
+        single_sample: How a sample's own logits are computed: "single", in a batch of one; "pair",
+            beside a copy of itself; "copies", in a batch as large as the loader's, of copies of
+            itself.
         by_backward: Whether a custom autograd function is part of the graph: it may call
             `backward()` itself, which `autograd.grad` does not see.
         copies_input: Whether the model works in place on its input.
@@ -36,7 +37,7 @@ class ModelCall:
     forward: Forward
     params: dict[str, nn.Parameter]
     state: ModelState
-    alone: Alone = "single"
+    single_sample: SingleSample = "single"
     by_backward: bool = False
     copies_input: bool = False
     draws: bool = False
@@ -48,7 +49,7 @@ class ModelCall:
 
     def sample_logits(self, batch: Batch, n: int) -> Tensor:
         """The logits [1, C] of one sample of a batch, with no other sample beside it."""
-        if self.alone == "copies":
+        if self.single_sample == "copies":
             rows = torch.full((n_samples(batch),), n, device="cpu")
             return self.logits(take(batch, rows))[n : n + 1]
         return self.logits(take(batch, slice(n, n + 1)))
@@ -56,7 +57,7 @@ class ModelCall:
     def functional(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of `model`, called in the model's place, and restore no state."""
         batch = copied(batch) if self.copies_input else batch
-        beside_a_copy = self.alone == "pair" and n_samples(batch) == 1
+        beside_a_copy = self.single_sample == "pair" and n_samples(batch) == 1
         if beside_a_copy:
             batch = join([batch, copied(batch)])
         logits = checked_logits(self.forward(model, batch), batch, self.forward)

@@ -51,7 +51,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def warn_of_unreached(
+def warn_of_parameters_without_effect(
     call: ModelCall, batch: Batch, fisher: dict[str, Tensor], reached: frozenset[str]
 ) -> None:
     """Warn of parameters that affect the outputs only in train mode: their Fisher is zero.

@@ -52,11 +52,11 @@ def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Ser
     Raises:
         ValueError: The forced engine can't serve a parameter.
     """
-    if engine == "loop" or (seen.apart and engine == "auto"):
-        return {name: Served("loop", seen.apart or "forced") for name in call.params}
+    if engine == "loop" or (not seen.may_join and engine == "auto"):
+        return {name: Served("loop", seen.why_not_joined or "forced") for name in call.params}
     plan: dict[str, Served] = {}
-    reasons = dict.fromkeys(call.params, seen.apart or seen.untraced or "forced")
-    if engine != "vmap" and not (seen.apart or seen.untraced):
+    reasons = dict.fromkeys(call.params, seen.why_not_joined or seen.untraced or "forced")
+    if engine != "vmap" and seen.may_join and not seen.untraced:
         plan, reasons = _match_rules(seen)
     if engine == "rules" and reasons:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -95,8 +95,8 @@ def wrong_numbers(served: dict[str, Served], calls: list[TracedCall]) -> set[str
 
 def _vmap_failures(call: ModelCall, seen: Probe) -> dict[str, str]:
     """The parameters that vmap can't serve, each with the reason."""
-    if seen.apart:
-        return dict.fromkeys(call.params, seen.apart)
+    if not seen.may_join:
+        return dict.fromkeys(call.params, seen.why_not_joined)
     first_alone = torch.zeros_like(seen.v)
     first_alone[0] = seen.v[0]
     try:

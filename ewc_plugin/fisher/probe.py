@@ -113,7 +113,7 @@ class Probe:
         reference: Squares of the first sample alone, by parameter name.
         half: Whether the model computes in less than float32.
         reached: Names of the parameters that the first sample's logits depend on.
-        apart: The reason why batches must not be joined; empty if they may be.
+        why_not_joined: The reason why batches must not be joined; empty if they may be.
         untraced: The reason why rules cannot be used at all; empty if they can.
         traced: The traced calls of a forward pass of the three samples.
         gradients: id of a traced call -> the gradient at its output.
@@ -128,7 +128,7 @@ class Probe:
     reference: Sums
     half: bool
     reached: frozenset[str]
-    apart: str = ""
+    why_not_joined: str = ""
     untraced: str = ""
     traced: tuple[TracedCall, ...] = ()
     gradients: dict[int, Tensor] | None = None
@@ -136,6 +136,11 @@ class Probe:
     of_registered_rules: frozenset[str] = frozenset()
     untraceable: dict[str, str] | None = None
     direct: frozenset[str] = frozenset()
+
+    @property
+    def may_join(self) -> bool:
+        """Whether samples of several batches may be put into one forward pass."""
+        return not self.why_not_joined
 
     def wrong(self, sums: Sums, expected: Sums | None = None) -> set[str]:
         """Parameters whose squares differ from the loop's by more than rounding and a flipped ReLU.
@@ -213,7 +218,7 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         raise
     except Exception:  # whatever a model's code raises; a real fault is raised again
         call = _single_samples(call, samples)
-        batch = samples.first if call.alone == "copies" else batch
+        batch = samples.first if call.single_sample == "copies" else batch
         single, alone, untraced = _alone(call, batch)
     check_finite(alone, 0)
     draws = not torch.equal(random_state, _random_state(call))
@@ -232,8 +237,10 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         reference = add_gradient_squares(zeros(call.params), call, alone, v[:1])
     seen = Probe(samples, v, reference, half, reached, untraced=untraced, single=single)
     alone = alone.detach()
-    if call.alone == "copies":
-        return call, replace(seen, apart="it takes no batch of another size than the loader's")
+    if call.single_sample == "copies":
+        return call, replace(
+            seen, why_not_joined="it takes no batch of another size than the loader's"
+        )
     gradients: dict[int, Tensor] = {}
     try:
         together, trace, copies_input = _run(
@@ -280,14 +287,14 @@ def _single_samples(call: ModelCall, samples: Samples) -> ModelCall:
     Raises:
         SamplesInteractError: A sample's logits depend on the others of its batch.
     """
-    for alone in ("single", "pair"):
-        found = replace(call, alone=alone)
+    for way in ("single", "pair"):
+        found = replace(call, single_sample=way)
         try:
             found.sample_logits(copied(samples.first), 0)
         except Exception:  # whatever a model's code raises; a real fault is raised again below
             continue
         return found
-    found = replace(call, alone="copies")
+    found = replace(call, single_sample="copies")
     whole = found.logits(copied(samples.first)).detach()
     for n in {0, len(whole) - 1}:
         own = found.sample_logits(copied(samples.first), n)
@@ -369,7 +376,7 @@ def _not_together(call: ModelCall, seen: Probe, alone: Tensor, error: Exception 
             f"`model` gives a sample other logits alone than in a batch of three: {INTERACT}"
         )
     why = _line(error) if error else "their outputs change"
-    return replace(seen, apart=f"samples of several batches can't be joined: {why}")
+    return replace(seen, why_not_joined=f"samples of several batches can't be joined: {why}")
 
 
 def _random_vectors(logits: Tensor) -> Tensor:
