@@ -69,7 +69,7 @@ def attention_mask(batch: Batch) -> Tensor | None:
 def counted_positions(
     shape: torch.Size, labels: Tensor | None, ignore_index: int, mask: Tensor | None
 ) -> Tensor | None:
-    """Which positions have a score.
+    """Return a mask of the positions that have a score.
 
     Args:
         shape: Of the positions, [N, ...].

@@ -245,7 +245,7 @@ def explain(
 
 
 class Explanation(dict[str, Served]):
-    """Which engine serves each parameter, by name.
+    """The engine of each parameter, by name, and what was checked.
 
     Attributes:
         checks: The checks that the choice is based on, one sentence each.

@@ -1,4 +1,4 @@
-"""What goes into a model by default, and what its outputs must be: finite, one row a sample."""
+"""The default inputs and targets of a model, and checks of its outputs and logits."""
 
 from collections.abc import Mapping
 from typing import Any

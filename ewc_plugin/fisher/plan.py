@@ -75,7 +75,7 @@ def make_plan(call: ModelCall, seen: Probe, engine: EngineName) -> dict[str, Ser
 
 
 def layout_of(served: dict[str, Served], traced: TracedCall) -> Layout | None:
-    """Where a call has its samples; None for one that the probe did not see."""
+    """Return where a call has its samples; None if the probe did not see it."""
     layout = served[traced.params[0]].layout
     if not isinstance(layout, tuple):
         return layout

@@ -107,7 +107,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def without_common(labels: Sequence[str]) -> tuple[str, list[str]]:
-    """What labels such as `a, b, c` and `a, b, d` share, and what is left of each.
+    """Return what labels such as `a, b, c` and `a, b, d` share, and what is left of each.
 
     Args:
         labels: Parts separated by commas.

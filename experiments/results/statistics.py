@@ -173,7 +173,7 @@ def _pair(done: pd.DataFrame, method: str, other: str) -> Iterator[dict[str, Any
 
 
 def _both(pairs: pd.DataFrame) -> pd.DataFrame:
-    """What says which code made the runs of both sides, a row per run."""
+    """Return the columns on the code of both sides' runs, a row per run."""
     theirs = {f"{name}_theirs": name for name in MEASUREMENT}
     other = pairs.reindex(columns=list(theirs)).rename(columns=theirs)
     return pd.concat([pairs.reindex(columns=list(MEASUREMENT)), other], ignore_index=True)

@@ -118,7 +118,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def allowed(hint: Any) -> str:
-    """What an annotation allows, in words."""
+    """Return the values that an annotation allows, in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         ranges = [str(m) for m in arguments[1:] if isinstance(m, Between)]

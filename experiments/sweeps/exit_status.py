@@ -27,7 +27,7 @@ def note(runs: pd.DataFrame) -> None:
 
 
 def last_line() -> str:
-    """How many runs did not end well, and the first one's reason; "" if all did. Counts anew."""
+    """Return how many runs failed, and the first one's reason; "" if none did. Reset the count."""
     global _n_runs
     bad, n = list(_unsuccessful), _n_runs
     _unsuccessful.clear()

@@ -52,7 +52,7 @@ class OverwrittenError(Exception):
 
 
 class Receives(Protocol):
-    """What takes the gradients of several calls."""
+    """Protocol of an object that takes the gradients of several calls."""
 
     def receive(self, traced: "TracedCall", g: Tensor, layout: Layout) -> None:
         """Keep a gradient g [N, K, ...]."""

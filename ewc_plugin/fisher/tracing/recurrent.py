@@ -114,7 +114,7 @@ def plain_call(func: Any, args: Any, kwargs: dict[str, Any], order: Tensor | Non
 def unrolled(
     func: Any, call: _Call, linear: Callable[..., Tensor], recurrence: Recurrence
 ) -> tuple[Tensor, ...]:
-    """What torch's function returns for a plain call.
+    """Compute what torch's function returns for a supported call.
 
     Args:
         func: The function.
@@ -178,7 +178,7 @@ def _steps(
 
 
 def cell(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What torch's function for one step returns; None where it is no such function."""
+    """Compute what torch's function for one step returns; None for any other function."""
     if func not in _CELLS or kwargs:
         return None
     x, hx, w_ih, w_hh, *biases = args

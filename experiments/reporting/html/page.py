@@ -255,7 +255,7 @@ WIDE = 7.0  # inches; a wider figure needs the page's width
 
 
 def _environment(path: Path) -> dict[str, str]:
-    """What environment.json says, as words; empty where there is none.
+    """Return the contents of environment.json in words; empty if there is none.
 
     Raises:
         ValueError: It is no JSON object.
