@@ -52,11 +52,33 @@ def loaded_state(
     n = state["n_experiences"]
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"`n_experiences` of the state must be an integer >= 0, got {n!r}.")
+    _check_form(state, n)
     quadratics = {name: _quadratic(name, q, storage) for name, q in state["quadratics"].items()}
     history = [
         Remembered(_copies(past["fisher"]), _copies(past["anchor"])) for past in state["history"]
     ]
     return quadratics, history
+
+
+def _check_form(state: Mapping[str, Any], n: int) -> None:
+    """Raise unless the parts of the state are of the right kind and as many as they must be."""
+    quadratics, history = state["quadratics"], state["history"]
+    if not (
+        isinstance(quadratics, Mapping)
+        and all(isinstance(q, Mapping) for q in quadratics.values())
+        and isinstance(history, list)
+        and all(isinstance(past, Mapping) and {"fisher", "anchor"} <= set(past) for past in history)
+    ):
+        raise ValueError(
+            "`quadratics` and `history` of the state must be a mapping and a list as "
+            f"`state_dict()` returns them, got {type(quadratics).__name__} and "
+            f"{type(history).__name__}."
+        )
+    if bool(quadratics) != bool(n):
+        raise ValueError(
+            f"The state has {len(quadratics)} quadratics after {n} experiences: it is damaged. "
+            "Pass what `state_dict()` returned."
+        )
 
 
 def _quadratic(name: str, state: Mapping[str, Any], storage: Storage) -> Quadratic:

@@ -152,6 +152,24 @@ def test_incomplete_states_are_refused():
         QuadraticPenalty().load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "key, entry, message",
+    [
+        ("quadratics", {}, "0 quadratics after"),
+        ("quadratics", None, "must be a mapping and a list"),
+        ("quadratics", 5, "must be a mapping and a list"),
+        ("quadratics", {"0.weight": None}, "must be a mapping and a list"),
+        ("history", None, "must be a mapping and a list"),
+        ("history", [{"fisher": {}}], "must be a mapping and a list"),
+        ("n_experiences", 0, "quadratics after 0 experiences"),
+    ],
+)
+def test_state_whose_parts_do_not_fit_is_refused(key, entry, message):
+    _, penalty = consolidated()
+    with pytest.raises(ValueError, match=message):
+        QuadraticPenalty().load_state_dict({**penalty.state_dict(), key: entry})
+
+
 @pytest.mark.parametrize("scale", [NAN, INF, -1.0, 1e39, 1e308, "10", True, None, 1j])
 def test_scale_out_of_range_is_refused_before_gradients_change(scale):
     net, penalty = consolidated()
