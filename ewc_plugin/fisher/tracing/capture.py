@@ -86,13 +86,15 @@ class Capture(TorchFunctionMode):
         self._on_gradient = on_gradient
         self._order: Tensor | None = None  # of packed sequences
         self._hooks: list[RemovableHandle] = []
-        self._lineage = Lineage(model, {})
+        self._lineage: Lineage  # made on entering, once the layers with a rule are known
         device = next(model.parameters()).device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
     def __enter__(self) -> "Capture":
         """Also hooks the layers that have a registered rule, which covers the functions in them."""
-        for module in self._model.modules() if LAYER_RULES else ():
+        for module in self._model.modules():
+            if isinstance(module, nn.RNNBase):
+                self._hooks.append(module.register_forward_pre_hook(self._keep_order))
             if squares := LAYER_RULES.get(type(module)):
                 names = {
                     role: self._names.pop(id(p))
@@ -102,9 +104,6 @@ class Capture(TorchFunctionMode):
                 if names:
                     hook = self._layer_hook(RegisteredRule(module, squares), names)
                     self._hooks.append(module.register_forward_hook(hook))
-        for module in self._model.modules():
-            if isinstance(module, nn.RNNBase):
-                self._hooks.append(module.register_forward_pre_hook(self._keep_order))
         self._lineage = Lineage(self._model, self._names)
         super().__enter__()
         return self
@@ -170,7 +169,7 @@ class Capture(TorchFunctionMode):
             if not tensors_in((out,)) or not any(source.unexpanded for source in found):
                 self._lineage.learn(func, args, found, out)
                 return out
-        if func not in ELEMENTWISE or not foreign:
+        if any(s.unexpanded for s in found) and (func not in ELEMENTWISE or not foreign):
             args, kwargs = self._mapped(self._tapped_expansion, args, kwargs)
             found, foreign = self._lineage.read_by(func, args, kwargs)
         return self._meets_batch(func, args, kwargs) if found else func(*args, **kwargs)
