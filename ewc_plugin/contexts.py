@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class ModelState:
                 batch normalisation does not raise.
         """
         for now, saved in self._attributes:
+            if _same(now, saved):
+                continue
             for name in [name for name in now if name not in saved]:
                 del now[name]
             for name, value in saved.items():
@@ -78,10 +81,10 @@ def _same(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return False
     if isinstance(container, dict):
-        pairs: Any = (*zip(container, content, strict=True),)
-        return all(a is b and container[a] is content[b] for a, b in pairs)
+        values = map(is_, container.values(), content.values())
+        return all(map(is_, container, content)) and all(values)
     if isinstance(container, list):
-        return all(a is b for a, b in zip(container, content, strict=True))
+        return all(map(is_, container, content))
     return bool(container == content)
 
 
