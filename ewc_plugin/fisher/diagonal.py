@@ -22,6 +22,7 @@ from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.options import EngineName, check_options
 from ewc_plugin.fisher.outputs import default_forward, default_targets
 from ewc_plugin.fisher.parameters import check_model, trainable, warn_of_parameters_without_effect
+from ewc_plugin.fisher.per_sample import check_backward_is_linear
 from ewc_plugin.fisher.plan import Served, make_plan
 from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
@@ -163,6 +164,10 @@ def diagonal_fisher(
             positions=positions,
         )
         call, probed = probe(call, samples)
+        if not label_scores.one_vector:
+            with_copies = call.single_sample == "copies"  # in a batch of the loader's own size
+            one = samples.first if with_copies else samples.batch
+            check_backward_is_linear(call, one, probed.v[:2])
         size = _chunk_size(call, probed, chunk_size, label_scores.one_vector)
         accumulator: Accumulator | ClassMeans
         if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:

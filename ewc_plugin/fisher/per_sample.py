@@ -1,7 +1,7 @@
 """The two slower engines, for parameters without a layer rule: `vmap(grad)` and a sample loop."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -113,6 +113,55 @@ def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: T
                     dense = (grad.to_dense() if grad.is_sparse else grad).to(sums[name].dtype)
                     sums[name].addcmul_(dense, dense)
     return sums
+
+
+def check_backward_is_linear(call: ModelCall, batch: Batch, v: Tensor) -> None:
+    """Raise if a hook or a custom function makes the backward pass of a sample nonlinear.
+
+    With one score per sample, the squares are those of the gradient that training sees, whatever
+    hooks do to it. Several vectors per sample are weighted scores: their squares add up to an
+    expectation only if the backward pass is linear.
+
+    Args:
+        call: The model.
+        batch: Samples, of which the first one is run.
+        v: Two vectors [2, C] at its logits.
+
+    Raises:
+        ValueError: The gradient of v_0 + 2 v_1 is not that of v_0 plus twice that of v_1.
+    """
+    logits = call.sample_logits(batch, 0)
+    if not logits.requires_grad:
+        return
+    combined = v[0] + 2 * v[1]
+    rows = [
+        _gradients(call, logits, vector[None], retain_graph=vector is not combined)
+        for vector in (v[0], v[1], combined)
+    ]
+    sizes = [_largest(grads) for grads in rows]
+    if max(sizes) == 0:
+        return
+    # A gradient that is zero in exact arithmetic is noise, as large as rounding errors elsewhere.
+    noise = 1024 * torch.finfo(logits.dtype).eps * (sizes[0] + 2 * sizes[1])
+    tolerance = 0.1 if is_half(logits, call.params) else 1e-3
+    for name, first, second, both in zip(call.params, *rows, strict=True):
+        if first is None or second is None or both is None or not both.numel():
+            continue
+        first, second, both = (g.to_dense() if g.is_sparse else g for g in (first, second, both))
+        off = float((both - first - 2 * second).abs().max())
+        if off > tolerance * _largest([first, second, both]) + noise:
+            raise ValueError(
+                f"The backward pass of `model` is not linear in the gradient at its outputs (seen "
+                f"at `{name}`): a hook or a custom autograd function clips or normalises "
+                "gradients. Several score vectors per sample then give no Fisher. Use fisher_type "
+                "'predicted' or 'empirical', or 'sampled' with one draw, or remove the hook."
+            )
+
+
+def _largest(gradients: Iterable[Tensor | None]) -> float:
+    """Return the largest absolute entry; 0 where there is none."""
+    found = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    return max((float(g.abs().max()) for g in found if g.numel()), default=0.0)
 
 
 def _gradients(

@@ -670,3 +670,39 @@ def test_weights_that_a_forward_pass_clips_are_put_back(fisher_type):
         before = deepcopy(model.state_dict())
         diagonal_fisher(model, [(x, LABELS)], fisher_type)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class HookedGradient(nn.Module):
+    """A hidden layer whose gradient a hook changes."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.hook = hook
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        if h.requires_grad:
+            h.register_hook(self.hook)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: g / g.norm(dim=1, keepdim=True), lambda g: g.clamp(-1e-2, 1e-2), torch.sign]
+)
+def test_several_vectors_per_sample_want_a_linear_backward_pass(hook):
+    net = HookedGradient(hook).double()
+    batches = [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)]
+    for fisher_type, options in [("exact", {}), ("sampled", {"n_draws": 3})]:
+        with pytest.raises(ValueError, match="not linear"):
+            diagonal_fisher(net, batches, fisher_type, **options)
+    found = diagonal_fisher(net, batches, "empirical")
+    expected = loop_fisher(net, *batches[0], "empirical")
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_a_linear_hook_is_no_obstacle_to_several_vectors():
+    net = HookedGradient(lambda g: g * torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=g.dtype)).double()
+    batches = [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)]
+    expected = loop_fisher(net, *batches[0], "exact")
+    assert relative_error(diagonal_fisher(net, batches, "exact"), expected) < 1e-12
