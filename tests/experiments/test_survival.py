@@ -36,7 +36,8 @@ def complete(folder):
     """The tables without what depends on the clock or the machine."""
     found = tables.load(folder)
     summary = found["summary"]
-    summary = summary[~summary["metric"].isin(TIMES)].reset_index(drop=True)
+    summary = summary[~summary["metric"].isin(TIMES)].drop(columns="measured_at")
+    summary = summary.reset_index(drop=True)
     return found["accuracy"], found["runs"].drop(columns=TIMES), summary
 
 
