@@ -8,7 +8,7 @@ them, since a lambda serves one of the two alone.
 
 from experiments.studies.reproduce.protocol import Arm, Protocol, Reference
 
-WHERE = "van de Ven and Tolias 2019, arXiv 1904.07734, split MNIST, as quoted in the issue"
+WHERE = "van de Ven and Tolias 2019, arXiv 1904.07734, split MNIST, quoted at second hand"
 EWC = {"method": "ewc", "fisher_type": "predicted"}
 LAMBDA = {"task": 5e6, "domain": 5e5, "class": 5e7}
 SEEDS = {"task": tuple(range(15))}  # with 3 seeds the interval was 5 times the margin
