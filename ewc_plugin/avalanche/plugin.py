@@ -59,6 +59,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     BCE with logits of their own, exactly. Samples whose label the criterion ignores are left out.
     What is not certain is refused before the first step; override `unpack`, `forward` or
     `active_classes` to say what a batch holds and which logits [N, C] the model gives.
+    F does not see what other plugins do to `mbatch` before the forward pass, or to `mb_output`
+    after it: put it into the template's `mb_x` or `forward`, or into the data's transforms.
 
     Args:
         ewc_lambda: Weight of the penalty; Avalanche's, half of the lambda of Kirkpatrick et al. A
