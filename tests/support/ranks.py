@@ -77,4 +77,6 @@ def worker(rank, folder):
     except (RuntimeError, ValueError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a native thread that still runs would abort an ordinary end of the process
