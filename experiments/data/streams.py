@@ -1,4 +1,4 @@
-"""Avalanche's split and permuted MNIST streams, and their tensors without the per-sample path.
+"""Avalanche's split, permuted and rotated MNIST streams, and their tensors a batch at a time.
 
 `Stream.benchmark` is what Avalanche makes. `Stream.samples` computes the same samples by
 whole-array operations; `fast_data` compares the two on real items before it uses them.
@@ -7,6 +7,7 @@ whole-array operations; `fast_data` compares the two on real items before it use
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from avalanche.benchmarks.utils import (
 )
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
+from torchvision.transforms.functional import rotate
 
 from experiments.data.sources import DataSource, ImageDataset, load_images, split_validation
 from experiments.settings.run import N_CLASSES, RunSettings
@@ -39,14 +41,17 @@ class Images:
     Attributes:
         images: All images of the dataset, transformed, [M, 1, H, W] float32.
         indices: Those meant, in their order, [N] int64.
-        pixels: Orders of the pixels, [E, H * W] int64; None where they stay as they are.
+        pixels: Orders of the pixels, [E, H * W] int64; None where they stay as they are. -1 is a
+            pixel that comes from outside of the image.
         which: The row of `pixels` for each image, [N] int64; all zero if E is 1.
+        blank: Value of a pixel from outside; None where there are none.
     """
 
     images: Tensor
     indices: Tensor
     pixels: Tensor | None = None
     which: Tensor | None = None
+    blank: float | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -59,10 +64,13 @@ class Images:
         if self.pixels is None:
             return picked
         assert self.which is not None
-        flat = picked.flatten(1)
-        if len(self.pixels) == 1:
-            return flat.index_select(1, self.pixels[0]).view_as(picked)
-        return flat.gather(1, self.pixels.index_select(0, self.which[rows])).view_as(picked)
+        flat, orders = picked.flatten(1), self.pixels
+        if len(orders) > 1:
+            orders = orders.index_select(0, self.which[rows])
+        if self.blank is None:
+            return _reordered(flat, orders).view_as(picked)
+        moved = _reordered(flat, orders.clamp_min(0))
+        return moved.masked_fill_(orders < 0, self.blank).view_as(picked)
 
     def part(self, rows: slice | Tensor) -> Images:
         """Select the images at `rows` without computing them."""
@@ -77,7 +85,14 @@ class Images:
             return Images(parts[0].images, indices)
         pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
         which = [torch.full_like(part.indices, e) for e, part in enumerate(parts)]
-        return Images(parts[0].images, indices, pixels, torch.cat(which))
+        return Images(parts[0].images, indices, pixels, torch.cat(which), parts[0].blank)
+
+
+def _reordered(flat: Tensor, orders: Tensor) -> Tensor:
+    """Images [N, P] with their pixels in the one order [1, P], or each in its own [N, P]."""
+    if len(orders) == 1:
+        return flat.index_select(1, orders[0])
+    return flat.gather(1, orders)
 
 
 Samples = Callable[[str, int], tuple[Images, Tensor]]
@@ -121,7 +136,7 @@ def make_stream(run: RunSettings, source: DataSource) -> Stream:
     if run.validation:
         train, test = split_validation(train)
     own_generator = source.name == "mnist" and not run.validation
-    make = {"split": _split, "permuted": _permuted}[run.benchmark]
+    make = {"split": _split, "permuted": _permuted, "rotated": _rotated}[run.benchmark]
     return make(run, train, test, source.root if own_generator else None)
 
 
@@ -172,25 +187,79 @@ def _permuted(
             dataset_root=root,
         )
     else:
-        benchmark = nc_benchmark(
-            *([_permute(part, p) for p in permutations] for part in (train, test)),
-            n_experiences=run.n_experiences,
-            task_labels=run.scenario == "task",
-            shuffle=False,
-            class_ids_from_zero_in_each_exp=True,
-            one_dataset_per_exp=True,
-            train_transform=_transform(run),
-            eval_transform=_transform(run),
-        )
+        benchmark = _moved(run, train, test, [PixelsPermutation(p) for p in permutations])
+    return _stream_of_orders(run, benchmark, train, test, permutations)
+
+
+def _rotated(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None) -> Stream:
+    """The stream of `RotatedMNIST`, whose own transform draws a random number for each image."""
+    random = np.random.RandomState(run.seed)  # as Avalanche draws them
+    angles = [int(random.randint(-180, 181)) for _ in range(run.n_experiences)]
+    shape = (1, *train.data.shape[1:])
+    orders = [_order_of_rotation(shape, angle) for angle in angles]
+    benchmark = _moved(run, train, test, [_Reorder(order) for order in orders])
+    blank = float(_transform(run)(torch.zeros(1, 1, 1)))
+    return _stream_of_orders(run, benchmark, train, test, orders, blank)
+
+
+def _order_of_rotation(shape: Sequence[int], angle: int) -> Tensor:
+    """The pixel that each pixel of a rotated image is copied from, [H * W]; -1 for none."""
+    numbered = torch.arange(1.0, 1 + math.prod(shape)).view(*shape)  # float32, as images are
+    return rotate(numbered, angle).flatten().long() - 1
+
+
+class _Reorder:
+    """Moves the pixels of an image in [0, 1]; those from outside are black."""
+
+    def __init__(self, order: Tensor) -> None:
+        self.order = order
+
+    def __call__(self, image: Tensor) -> Tensor:
+        moved = image.flatten()[self.order.clamp_min(0)]
+        return moved.masked_fill(self.order < 0, 0.0).view_as(image)
+
+
+def _moved(
+    run: RunSettings, train: ImageDataset, test: ImageDataset, transforms: Sequence[Any]
+) -> Any:
+    """A benchmark whose experiences are all images, transformed by one of the transforms each."""
+
+    def images(part: ImageDataset) -> list[Any]:
+        groups = [DefaultTransformGroups((transform, None)) for transform in transforms]
+        one = _make_taskaware_classification_dataset(part)
+        return [make_avalanche_dataset(one, frozen_transform_groups=group) for group in groups]
+
+    return nc_benchmark(
+        images(train),
+        images(test),
+        n_experiences=run.n_experiences,
+        task_labels=run.scenario == "task",
+        shuffle=False,
+        class_ids_from_zero_in_each_exp=True,
+        one_dataset_per_exp=True,
+        train_transform=_transform(run),
+        eval_transform=_transform(run),
+    )
+
+
+def _stream_of_orders(
+    run: RunSettings,
+    benchmark: Any,
+    train: ImageDataset,
+    test: ImageDataset,
+    orders: Sequence[Tensor],
+    blank: float | None = None,
+) -> Stream:
+    """The stream of a benchmark of `_moved`, given the order of the pixels in each experience."""
     ordered = _ordered_samples(benchmark, train, test, _transform(run))
 
     def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
         images, classes = ordered(stream, experience)
-        # The transform is elementwise, so that it commutes with permuting.
-        pixels = permutations[experience].unsqueeze(0)
-        return replace(images, pixels=pixels, which=torch.zeros_like(classes)), classes
+        # The transform is elementwise, so that it commutes with moving pixels.
+        pixels, which = orders[experience].unsqueeze(0), torch.zeros_like(classes)
+        return replace(images, pixels=pixels, which=which, blank=blank), classes
 
-    return Stream(benchmark, samples, size, N_CLASSES)
+    return Stream(benchmark, samples, train.data[0].numel(), N_CLASSES)
 
 
 def _ordered_samples(
@@ -217,10 +286,3 @@ def _ordered_samples(
         return Images(images, indices), classes[indices]
 
     return samples
-
-
-def _permute(images: ImageDataset, permutation: Tensor) -> Any:
-    frozen = DefaultTransformGroups((PixelsPermutation(permutation), None))
-    return make_avalanche_dataset(
-        _make_taskaware_classification_dataset(images), frozen_transform_groups=frozen
-    )

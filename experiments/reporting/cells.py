@@ -75,7 +75,7 @@ def summary_cells(runs: pd.DataFrame) -> dict[str, list[Cell]]:
     """
     best = {metric: statistics.best_cells(runs, metric) for metric in COMPETED}
     found: dict[str, list[Cell]] = {}
-    streams = sorted(runs.groupby(STREAM), key=lambda item: (item[0][0] == "permuted", item[0]))
+    streams = sorted(runs.groupby(STREAM), key=lambda item: (item[0][0] != "split", item[0]))
     for (*stream, validation), group in streams:
         varied = statistics.varied_settings(group)
         cells = sorted(

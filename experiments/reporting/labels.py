@@ -23,7 +23,7 @@ LABELS = {
     "ewc+replay": "EWC and replay",
     "joint": "Joint (upper bound)",
 }
-BENCHMARKS = {"split": "Split", "permuted": "Permuted"}
+BENCHMARKS = {"split": "Split", "permuted": "Permuted", "rotated": "Rotated"}
 DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
 

@@ -44,7 +44,11 @@ from experiments.settings.run import (
 from experiments.settings.tuned import TUNING_GRIDS, TUNING_SEEDS, chosen_lambda
 from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
 
-OWN_SCENARIO: dict[Benchmark, Scenario] = {"split": "task", "permuted": "domain"}
+OWN_SCENARIO: dict[Benchmark, Scenario] = {
+    "split": "task",
+    "permuted": "domain",
+    "rotated": "domain",
+}
 # Enough epochs for Naive to show forgetting.
 DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("split", "mnist"): 4,
@@ -53,6 +57,9 @@ DEFAULT_EPOCHS: dict[tuple[str, str], int] = {
     ("permuted", "mnist"): 1,
     ("permuted", "digits"): 20,
     ("permuted", "fashion-mnist"): 1,
+    ("rotated", "mnist"): 1,
+    ("rotated", "digits"): 20,
+    ("rotated", "fashion-mnist"): 1,
 }
 DEFAULT_BATCH_SIZE: dict[str, int] = {"mnist": 512, "digits": 128, "fashion-mnist": 512}
 DEFAULT_LEARNING_RATE: dict[str, float] = {"mnist": 2e-3, "digits": 1e-3, "fashion-mnist": 2e-3}
@@ -334,13 +341,14 @@ class PermutedMnist(Grid):
 
 @dataclass(frozen=True)
 class Sweep(Grid):
-    """A grid over any settings, on one benchmark or both."""
+    """A grid over any settings, on one benchmark or several."""
 
     benchmark: tuple[Benchmark, ...] = axis("permuted")
-    """Split MNIST has some of the digits in each experience, permuted MNIST all."""
+    """Split MNIST has some of the digits in each experience; permuted and rotated MNIST have all,
+    the pixels permuted, or the images rotated by an angle of the seed's, anew in each."""
     scenario: tuple[Scenario, ...] = axis()
-    """As the benchmarks' own commands have it; permuted MNIST has no class-incremental one. Empty:
-    task-incremental split MNIST, domain-incremental permuted MNIST."""
+    """As the benchmarks' own commands have it; only split MNIST has a class-incremental one. Empty:
+    task-incremental split MNIST, domain-incremental permuted and rotated MNIST."""
 
     name = "sweep"
 
@@ -351,14 +359,17 @@ class Sweep(Grid):
             (benchmark, scenario)
             for benchmark in self.benchmark
             for scenario in self.scenario or (OWN_SCENARIO[benchmark],)
-            if (benchmark, scenario) != ("permuted", "class")
+            if scenario != "class" or benchmark == "split"
         ]
 
     @property
     def left_out(self) -> str:  # type: ignore[override]
         """Says so where a benchmark has no such scenario."""
-        if "permuted" in self.benchmark and "class" in self.scenario:
-            return "Permuted MNIST has no class-incremental scenario; it is left out there."
+        without = [name for name in self.benchmark if name != "split"]
+        if without and "class" in self.scenario:
+            names = " and ".join(without).capitalize()
+            verbs = ("has", "it is") if len(without) == 1 else ("have", "they are")
+            return f"{names} MNIST {verbs[0]} no class-incremental scenario; {verbs[1]} left out."
         return ""
 
 

@@ -18,7 +18,7 @@ from experiments.settings.values import (
     check_values,
 )
 
-Benchmark = Literal["split", "permuted"]
+Benchmark = Literal["split", "permuted", "rotated"]
 Scenario = Literal["task", "domain", "class"]
 Method = Literal[
     "naive", "avalanche-ewc", "ewc", "joint", "si", "mas", "lwf", "l2", "replay", "ewc+replay"
@@ -115,7 +115,7 @@ class RunSettings:
             self.scenario,
             "naive",
             # The classes are split in the same order whatever the seed.
-            self.seed if self.benchmark == "permuted" else 0,
+            0 if self.benchmark == "split" else self.seed,
             n_experiences=self.n_experiences,
             validation=self.validation,
             pixels=self.pixels,

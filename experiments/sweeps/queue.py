@@ -42,7 +42,7 @@ class Task:
 
 def work(cell: RunSettings) -> float:
     """Duration of a run in arbitrary units; right enough to tell large from small."""
-    passes = cell.epochs * (cell.n_experiences if cell.benchmark == "permuted" else 1)
+    passes = cell.epochs * (1 if cell.benchmark == "split" else cell.n_experiences)
     h = cell.hidden_size
     n_parameters = N_INPUTS * h + (cell.hidden_layers - 1) * h * h
     if cell.model == "cnn":

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from avalanche.benchmarks.classic import RotatedMNIST
 from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
 
 from experiments.data import sources as data
@@ -119,3 +120,19 @@ def test_samples_are_those_of_avalanches_stream(archives, dataset, benchmark, sc
             assert torch.equal(torch.stack([item[0] for item in items]), x[:])
             assert [item[1] for item in items] == y.tolist()
             assert {item[2] for item in items} == {experience.task_label}
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_rotated_images_are_those_of_avalanches_own_stream(archives, seed):
+    source = find_data("mnist", str(archives.parent.parent))
+    theirs = RotatedMNIST(3, seed=seed, dataset_root=source.root)
+    ours = make_stream(RunSettings("rotated", "mnist", "domain", "naive", seed), source)
+    # The seed draws an angle per experience: the first three are those of a stream of three.
+    for name in ("train", "test"):
+        for experience in getattr(theirs, f"{name}_stream"):
+            images, classes = ours.samples(name, experience.current_experience)
+            items = [experience.dataset[i][:2] for i in range(len(experience.dataset))]
+            assert torch.equal(images[:], torch.stack([x for x, _ in items]))
+            assert classes.tolist() == [y for _, y in items]
+            own = getattr(ours.benchmark, f"{name}_stream")[experience.current_experience].dataset
+            assert torch.equal(images[5], own[5][0])

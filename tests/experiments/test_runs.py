@@ -58,7 +58,10 @@ def test_fast_data_gives_the_bits_of_pixels_in_the_unit_interval(benchmark):
 @pytest.mark.parametrize("method", ["naive", "avalanche-ewc", "ewc", "joint"])
 @pytest.mark.parametrize(
     ("benchmark", "scenario"),
-    [("split", "task"), ("split", "domain"), ("split", "class"), ("permuted", "domain")],
+    [
+        *(("split", "task"), ("split", "domain"), ("split", "class")),
+        *(("permuted", "domain"), ("rotated", "domain"), ("rotated", "task")),
+    ],
 )
 def test_fast_data_gives_the_bits_of_the_classic_stream(method, benchmark, scenario):
     n = {"n_experiences": 5 if benchmark == "split" else 2}
@@ -179,9 +182,9 @@ def test_an_unknown_way_is_refused(name, value, only):
         settings(**{name: value})
 
 
-@pytest.mark.parametrize("benchmark", ["split", "permuted"])
+@pytest.mark.parametrize("benchmark", ["split", "permuted", "rotated"])
 def test_pixels_are_normalised_or_in_the_unit_interval(benchmark):
-    scenario = {"split": "task", "permuted": "domain"}[benchmark]
+    scenario = "task" if benchmark == "split" else "domain"
     streams = [
         make_stream(settings("naive", benchmark, scenario, pixels=p), DIGITS)
         for p in (None, "unit")
