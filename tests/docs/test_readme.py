@@ -10,6 +10,7 @@ import torch
 from avalanche.models import SimpleMLP
 
 from ewc_plugin import DiagonalEWCPlugin
+from support.pages import CODE, run_page
 from support.paths import ROOT
 from support.plugin_streams import N_FEATURES, Blobs
 
@@ -18,10 +19,10 @@ import quoted  # noqa: E402
 
 DOCUMENTS = ("README.md", "results/README.md")
 PAGES = sorted((ROOT / "docs" / "pages").rglob("*.md"))
-CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Pages with a test of their own, and among them those that train a strategy.
 LEARNING = ("batches", "heads", "losses", "pretrained", "watch")
-RUN_BELOW = {"index", "save", "plain-loop", "online", *LEARNING}
+TRAINERS = ("accelerate", "hugging-face", "lightning")  # test_trainers.py
+RUN_BELOW = {"index", "save", "plain-loop", "online", *LEARNING, *TRAINERS}
 OTHERS = [page for page in PAGES if page.stem not in RUN_BELOW]
 OUTPUT = re.compile(r"```python\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL)
 
@@ -76,19 +77,6 @@ def test_the_readme_prints_what_it_shows(scratch, capsys):
         accuracies = list(map(float, expected.split(" tasks ")[1].split()))
         # Versions of torch round differently, which moves single images.
         assert list(map(float, numbers.split())) == pytest.approx(accuracies, abs=0.03)
-
-
-def run_page(page):
-    """All code of a page in one namespace, which is returned; line numbers are the page's."""
-    text = page.read_text(encoding="utf-8")
-    program = [""] * len(text.splitlines())
-    for block in CODE.finditer(text):
-        start = text[: block.start(1)].count("\n")
-        lines = block[1].splitlines()
-        program[start : start + len(lines)] = lines
-    names = {"__name__": page.stem}
-    exec(compile("\n".join(program), str(page), "exec"), names)
-    return names
 
 
 @pytest.mark.filterwarnings("ignore:Cannot locate reference to:Warning")  # dill's, and does
