@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ewc_plugin.avalanche import checked
 from ewc_plugin.avalanche.active_classes import active_classes
+from ewc_plugin.avalanche.batch_watch import WatchedPlugins
 from ewc_plugin.avalanche.builtin_trace import builtin_trace
 from ewc_plugin.avalanche.checked import Checked
 from ewc_plugin.avalanche.fisher_data import (
@@ -60,7 +61,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     What is not certain is refused before the first step; override `unpack`, `forward` or
     `active_classes` to say what a batch holds and which logits [N, C] the model gives.
     F does not see what other plugins do to `mbatch` before the forward pass, or to `mb_output`
-    after it: put it into the template's `mb_x` or `forward`, or into the data's transforms.
+    after it, and the first iterations of each experience warn of it: put it into the template's
+    `mb_x` or `forward`, or into the data's transforms.
 
     Args:
         ewc_lambda: Weight of the penalty; Avalanche's, half of the lambda of Kirkpatrick et al. A
@@ -151,6 +153,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._likelihood: Likelihood | None = None
         self._hooks_called = False
         self._warned = False
+        self._watch: WatchedPlugins | None = None
+        self._warned_of_changes = False
         self._num_workers = 0
         self._shared = SharedFisherExperiences(
             checked_positive("consolidate_every", consolidate_every),
@@ -187,12 +191,15 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         """Choose where the penalty acts."""
         self._num_workers = num_workers
         self._likelihood = None  # the criterion may have changed
+        self._stop_watching()
         self._shared.begin(strategy.experience)
         self._placement = placement_of(self, strategy, self.penalty, implicit=self.implicit)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Warn, once, of a lambda above the largest stable one of plain gradient descent."""
         self._shared.read_loader(strategy.dataloader)
+        if not (self._watch or self._warned_of_changes or self._says_what_is_fed):
+            self._watch = WatchedPlugins(strategy)
         if not self._is_active or self.implicit or self._warned:
             return
         limit = largest_stable_lambda(strategy.optimizer, self.penalty.pairs(strategy.model))
@@ -205,6 +212,21 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 stacklevel=2,
             )
 
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Watch what other plugins and the template do to the batch."""
+        if self._watch:
+            self._watch.follows("_unpack_minibatch")
+
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Watch on."""
+        if self._watch:
+            self._watch.follows("forward")
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Watch on."""
+        if self._watch:
+            self._watch.follows("criterion")
+
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Check the likelihood, and let the placement add to the loss.
 
@@ -212,6 +234,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         nothing.
         """
         self._hooks_called = True
+        if self._watch:
+            self._watch.follows(None)
         self._check_likelihood(strategy)
         self.task_loss = strategy.loss.detach().clone()
         self.penalty_loss = None
@@ -252,6 +276,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Compute F on the experience and remember it with the parameters."""
+        self._stop_watching()
         if not self._shared.end(strategy.experience):
             return
         if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
@@ -378,6 +403,17 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             likelihood = checked_likelihood(strategy, strategy.mb_output, strategy.mb_y)
             self._likelihood = likelihood.of_type(self.fisher_type)
 
+    @property
+    def _says_what_is_fed(self) -> bool:
+        own = self._is_overridden("forward") or self._is_overridden("unpack")
+        return own or "forward" in self.fisher_options or self.fisher_batches is not None
+
+    def _stop_watching(self) -> None:
+        if self._watch:
+            self._watch.stop()
+            self._warned_of_changes |= self._watch.found
+        self._watch = None
+
     def _is_overridden(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(DiagonalEWCPlugin, method)
 
@@ -438,7 +474,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return self.ewc_lambda > 0 and self.penalty.n_experiences > 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_strategy": None}  # a weak reference cannot be pickled
+        # A weak reference cannot be pickled.
+        return {**vars(self), "_strategy": None, "_watch": None}
 
 
 AVALANCHE = "avalanche"  # of `normalize`
