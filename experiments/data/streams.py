@@ -1,6 +1,6 @@
-"""Avalanche's split, permuted and rotated MNIST streams, and their tensors a batch at a time.
+"""Split, permuted and rotated MNIST streams of Avalanche's, and their tensors a batch at a time.
 
-`Stream.benchmark` is what Avalanche makes. `Stream.samples` computes the same samples by
+`Stream.benchmark` gives Avalanche's experiences. `Stream.samples` computes the same samples by
 whole-array operations; `fast_data` compares the two on real items before it uses them.
 """
 
@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from avalanche.benchmarks import nc_benchmark
-from avalanche.benchmarks.classic import PermutedMNIST, SplitMNIST
+from avalanche.benchmarks.classic import SplitMNIST
 from avalanche.benchmarks.classic.cmnist import PixelsPermutation
-from avalanche.benchmarks.utils import (
-    DefaultTransformGroups,
-    _make_taskaware_classification_dataset,
-    make_avalanche_dataset,
-)
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 from torchvision.transforms.functional import rotate
 
+from experiments.data.lazy_stream import class_order, lazy_benchmark
 from experiments.data.sources import DataSource, ImageDataset, load_images, split_validation
 from experiments.settings.run import N_CLASSES, RunSettings
 
@@ -127,17 +123,19 @@ def _kept_stream(run: RunSettings, source: DataSource) -> Stream:
 
 
 def make_stream(run: RunSettings, source: DataSource) -> Stream:
-    """The stream of a run: MNIST through Avalanche's own generators.
+    """The stream of a run, as Avalanche's own generators make it of MNIST.
 
-    Digits, and streams whose test part is held out of the training images, are built by the
-    function those generators call, with the same arguments.
+    Split MNIST comes from its generator; digits, and streams whose test part is held out of the
+    training images, from the function that it calls. Permuted and rotated MNIST have the samples of
+    its generators, made experience by experience.
     """
     train, test = load_images(source)
     if run.validation:
         train, test = split_validation(train)
-    own_generator = source.name == "mnist" and not run.validation
-    make = {"split": _split, "permuted": _permuted, "rotated": _rotated}[run.benchmark]
-    return make(run, train, test, source.root if own_generator else None)
+    if run.benchmark == "split":
+        own_generator = source.name == "mnist" and not run.validation
+        return _split(run, train, test, source.root if own_generator else None)
+    return {"permuted": _permuted, "rotated": _rotated}[run.benchmark](run, train, test)
 
 
 def _transform(run: RunSettings) -> nn.Module:
@@ -158,7 +156,11 @@ def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str 
         benchmark = SplitMNIST(**options, return_task_id=by_task, dataset_root=root)
     else:
         benchmark = nc_benchmark(train, test, **options, task_labels=by_task)
-    ordered = _ordered_samples(benchmark, train, test, _transform(run))
+    patterns = {
+        "train": benchmark.train_exps_patterns_assignment,
+        "test": benchmark.test_exps_patterns_assignment,
+    }
+    ordered = _ordered_samples(lambda stream, e: patterns[stream][e], train, test, run)
     per_experience = N_CLASSES // run.n_experiences
 
     def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
@@ -169,37 +171,23 @@ def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str 
     return Stream(benchmark, samples, train.data[0].numel(), per_experience)
 
 
-def _permuted(
-    run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None
-) -> Stream:
+def _permuted(run: RunSettings, train: ImageDataset, test: ImageDataset) -> Stream:
     size = train.data[0].numel()
     random = np.random.RandomState(run.seed)  # as Avalanche draws them
-    permutations = [
-        torch.from_numpy(random.permutation(size)).long() for _ in range(run.n_experiences)
-    ]
-    if root is not None:
-        benchmark = PermutedMNIST(
-            run.n_experiences,
-            return_task_id=run.scenario == "task",
-            seed=run.seed,
-            train_transform=_transform(run),
-            eval_transform=_transform(run),
-            dataset_root=root,
-        )
-    else:
-        benchmark = _moved(run, train, test, [PixelsPermutation(p) for p in permutations])
-    return _stream_of_orders(run, benchmark, train, test, permutations)
+    orders = [torch.from_numpy(random.permutation(size)).long() for _ in range(run.n_experiences)]
+    moves = [PixelsPermutation(order) for order in orders]
+    return _stream_of_orders(run, train, test, moves, orders)
 
 
-def _rotated(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str | None) -> Stream:
+def _rotated(run: RunSettings, train: ImageDataset, test: ImageDataset) -> Stream:
     """The stream of `RotatedMNIST`, whose own transform draws a random number for each image."""
     random = np.random.RandomState(run.seed)  # as Avalanche draws them
     angles = [int(random.randint(-180, 181)) for _ in range(run.n_experiences)]
     shape = (1, *train.data.shape[1:])
     orders = [_order_of_rotation(shape, angle) for angle in angles]
-    benchmark = _moved(run, train, test, [_Reorder(order) for order in orders])
+    moves = [_Reorder(order) for order in orders]
     blank = float(_transform(run)(torch.zeros(1, 1, 1)))
-    return _stream_of_orders(run, benchmark, train, test, orders, blank)
+    return _stream_of_orders(run, train, test, moves, orders, blank)
 
 
 def _order_of_rotation(shape: Sequence[int], angle: int) -> Tensor:
@@ -219,42 +207,35 @@ class _Reorder:
         return moved.masked_fill(self.order < 0, 0.0).view_as(image)
 
 
-def _moved(
-    run: RunSettings, train: ImageDataset, test: ImageDataset, transforms: Sequence[Any]
-) -> Any:
-    """A benchmark whose experiences are all images, transformed by one of the transforms each."""
-
-    def images(part: ImageDataset) -> list[Any]:
-        groups = [DefaultTransformGroups((transform, None)) for transform in transforms]
-        one = _make_taskaware_classification_dataset(part)
-        return [make_avalanche_dataset(one, frozen_transform_groups=group) for group in groups]
-
-    return nc_benchmark(
-        images(train),
-        images(test),
-        n_experiences=run.n_experiences,
-        task_labels=run.scenario == "task",
-        shuffle=False,
-        class_ids_from_zero_in_each_exp=True,
-        one_dataset_per_exp=True,
-        train_transform=_transform(run),
-        eval_transform=_transform(run),
-    )
-
-
 def _stream_of_orders(
     run: RunSettings,
-    benchmark: Any,
     train: ImageDataset,
     test: ImageDataset,
+    moves: Sequence[Any],
     orders: Sequence[Tensor],
     blank: float | None = None,
 ) -> Stream:
-    """The stream of a benchmark of `_moved`, given the order of the pixels in each experience."""
-    ordered = _ordered_samples(benchmark, train, test, _transform(run))
+    """A stream of all images in each experience, their pixels in another order in each.
+
+    Args:
+        run: The settings.
+        train: Images of the training stream.
+        test: Images of the test stream.
+        moves: What moves the pixels of one image, by experience.
+        orders: The order of the pixels, by experience.
+        blank: Value of a pixel from outside, for orders with a -1.
+
+    Returns:
+        The stream.
+    """
+    by_task = run.scenario == "task"
+    benchmark = lazy_benchmark(train, test, moves, _transform(run), by_task=by_task)
+    ordered = _ordered_samples(
+        lambda stream, classes: benchmark.streams[stream].indices(classes), train, test, run
+    )
 
     def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
-        images, classes = ordered(stream, experience)
+        images, classes = ordered(stream, class_order(experience))
         # The transform is elementwise, so that it commutes with moving pixels.
         pixels, which = orders[experience].unsqueeze(0), torch.zeros_like(classes)
         return replace(images, pixels=pixels, which=which, blank=blank), classes
@@ -263,26 +244,32 @@ def _stream_of_orders(
 
 
 def _ordered_samples(
-    benchmark: Any, train: ImageDataset, test: ImageDataset, transform: nn.Module
-) -> Samples:
-    """The transformed samples of an experience in its dataset's order.
+    indices: Callable[[str, Any], Sequence[int]],
+    train: ImageDataset,
+    test: ImageDataset,
+    run: RunSettings,
+) -> Callable[[str, Any], tuple[Images, Tensor]]:
+    """The transformed samples of a dataset in its order.
 
-    Avalanche sorts each dataset by class, the classes not always in the same order.
+    Args:
+        indices: (stream name, what tells its datasets apart) -> images of that dataset.
+        train: Images of the training stream.
+        test: Images of the test stream.
+        run: The settings.
+
+    Returns:
+        A function of the same arguments; what it has made is kept.
     """
-    patterns = {
-        "train": benchmark.train_exps_patterns_assignment,
-        "test": benchmark.test_exps_patterns_assignment,
-    }
+    transform = _transform(run)
     columns = {
         name: (transform(part.images()), part.targets)
         for name, part in (("train", train), ("test", test))
     }
 
     @functools.cache
-    def samples(stream: str, experience: int) -> tuple[Images, Tensor]:
+    def samples(stream: str, dataset: Any) -> tuple[Images, Tensor]:
         images, classes = columns[stream]
-        # With a dataset per experience, Avalanche counts on through their concatenation.
-        indices = torch.as_tensor(patterns[stream][experience]) % len(classes)
-        return Images(images, indices), classes[indices]
+        rows = torch.as_tensor(indices(stream, dataset))
+        return Images(images, rows), classes[rows]
 
     return samples

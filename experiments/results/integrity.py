@@ -68,12 +68,13 @@ def _check_rows(record: Mapping[str, Any], settings: RunSettings, rows: pd.DataF
         return
     n = settings.n_experiences
     trained = [-1, n - 1] if settings.method == "joint" else range(-1, n)
+    wanted = [(i, j) for i in trained for j in settings.evaluated_after(i)]
+    found = list(zip(rows["train_exp"], rows["eval_exp"], strict=True))
+    if sorted(found) != wanted:
+        raise TableError(f"{run_id} has {len(rows)} rows of accuracy, not {len(wanted)}")
     matrix = np.full((n + 1, n), np.nan)
-    for i, j, value in zip(rows["train_exp"], rows["eval_exp"], rows["accuracy"], strict=True):
-        if i in trained and j < n:
-            matrix[i + 1, j] = value
-    if len(rows) != len(trained) * n or np.isfinite(matrix).sum() != len(rows):
-        raise TableError(f"{run_id} has {len(rows)} rows of accuracy, not {len(trained) * n}")
+    for (i, j), value in zip(found, rows["accuracy"], strict=True):
+        matrix[i + 1, j] = value
     expected = continual_metrics(matrix)
     for name in METRICS:
         if not _close(record[name], expected[name]):

@@ -207,6 +207,9 @@ class Grid(Job):
         "normalized", setting="pixels", none="normalized"
     )
     """By MNIST's mean and deviation, as Avalanche has it, or in [0, 1], as other papers do."""
+    eval_every: Count | None = None
+    """Experiences between two evaluations on all of them; in between, the one just trained on is
+    evaluated. Training is the same; metrics that need what is left out are empty. Unset: 1."""
     validation: bool = False
     """Evaluate on the last sixth of the training images, which then is not trained on."""
 
@@ -255,6 +258,7 @@ class Grid(Job):
                     "naive",
                     seed,
                     validation=self.validation,
+                    eval_every=self.eval_every,
                     data_path=self.data_path,
                     device=self.device,
                     **settings,

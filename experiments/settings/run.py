@@ -85,6 +85,7 @@ class RunSettings:
     loss_classes: Literal["current"] | None = None  # the experience's own; unset, all
     head: Literal["cosine"] | None = None  # unset, a linear layer
     memory: Count | None = None  # samples that replay keeps
+    eval_every: Count | None = None  # experiences between evaluations on all; unset, 1
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -120,6 +121,18 @@ class RunSettings:
             validation=self.validation,
             pixels=self.pixels,
         )
+
+    def evaluated_after(self, train_exp: int) -> range:
+        """The experiences that are evaluated after training on one; -1: before any.
+
+        All of them after every `eval_every`, before the first and after the last; else the one that
+        was just trained on.
+        """
+        every = self.eval_every or 1
+        is_last = train_exp == self.n_experiences - 1
+        if (train_exp + 1) % every == 0 or is_last:
+            return range(self.n_experiences)
+        return range(train_exp, train_exp + 1)
 
 
 FLOATS = ("ewc_lambda", "decay_factor", "learning_rate", "dropout")

@@ -99,12 +99,12 @@ class Run:
         checkpoint: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Train on each experience in turn, evaluating on all of them before and after each."""
+        """Train on each experience in turn, and evaluate before and after each."""
         settings = self.settings
         stream = shared_stream(settings, self.source)
         RNGManager.set_random_seeds(settings.seed)
         strategy, watch = self._strategy(stream)
-        experiences = list(stream.benchmark.train_stream)
+        experiences = stream.benchmark.train_stream  # which may make them on access
         joint = settings.method == "joint"
         state = checkpoint and read_checkpoint(checkpoint, settings, self.source, say)
         if state:
@@ -121,7 +121,7 @@ class Run:
             accuracy = self._evaluate(strategy, stream, trained)
             if checkpoint and trained < last and can_be_stored(strategy):
                 write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
-            observe(trained + 1, float(np.mean(accuracy[: trained + 1])))
+            observe(trained + 1, float(np.mean([a for j, a in accuracy.items() if j <= trained])))
 
     def _progress(self) -> dict[str, Any]:
         return {"rows": self.rows, "seconds": self.seconds, "peak_rss": self.peak_rss}
@@ -190,16 +190,23 @@ class Run:
             raise DivergedError("a weight is not finite after training on an experience")
         self.peak_rss = max(self.peak_rss, psutil.Process().memory_info().rss)
 
-    def _evaluate(self, strategy: Any, stream: Stream, train_exp: int) -> list[float]:
+    def _evaluate(self, strategy: Any, stream: Stream, train_exp: int) -> dict[int, float]:
+        """Add the rows of an evaluation; return the accuracies by experience."""
         start = time.perf_counter()
-        results = strategy.eval(stream.benchmark.test_stream)
+        wanted = self.settings.evaluated_after(train_exp)
+        tested = stream.benchmark.test_stream
+        if n_left_out := self.settings.n_experiences - len(wanted):
+            tested = tested[wanted.start : wanted.stop]
+        results = strategy.eval(tested)
+        for _ in range(n_left_out):  # as the loaders do, so that training draws what it always does
+            torch.empty((), dtype=torch.int64).random_()
         self.seconds["eval_s"] += time.perf_counter() - start
         found: dict[str, dict[int, float]] = {"Top1_Acc": {}, "Loss": {}}
         for key, value in results.items():
             if match := EVAL_METRIC.match(key):
                 found[match[1]][int(match[2])] = float(value)
         settings = self.settings
-        for experience in stream.benchmark.test_stream:
+        for experience in tested:
             j = experience.current_experience
             self.rows.append({
                 "run_id": settings.run_id,
@@ -216,7 +223,7 @@ class Run:
                 "loss": found["Loss"][j],
                 "n_samples": len(experience.dataset),
             })
-        return [found["Top1_Acc"][j] for j in sorted(found["Top1_Acc"])]
+        return {j: found["Top1_Acc"][j] for j in wanted}
 
     def _matrix(self) -> Matrix:
         columns = ("train_exp", "eval_exp", "accuracy")

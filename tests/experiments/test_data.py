@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from avalanche.benchmarks.classic import RotatedMNIST
+from avalanche.benchmarks.classic import PermutedMNIST, RotatedMNIST
 from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
 
 from experiments.data import sources as data
@@ -136,3 +136,25 @@ def test_rotated_images_are_those_of_avalanches_own_stream(archives, seed):
             assert classes.tolist() == [y for _, y in items]
             own = getattr(ours.benchmark, f"{name}_stream")[experience.current_experience].dataset
             assert torch.equal(images[5], own[5][0])
+
+
+@pytest.mark.parametrize("scenario", ["domain", "task"])
+def test_permuted_images_are_those_of_avalanches_own_stream(archives, scenario):
+    """Also where Avalanche's set of an experience's classes is not in ascending order."""
+    source = find_data("mnist", str(archives.parent.parent))
+    theirs = PermutedMNIST(11, seed=5, return_task_id=scenario == "task", dataset_root=source.root)
+    ours = make_stream(
+        RunSettings("permuted", "mnist", scenario, "naive", 5, n_experiences=11), source
+    )
+    for name in ("train", "test"):
+        streams = (getattr(one, f"{name}_stream") for one in (ours.benchmark, theirs))
+        for own, other in zip(*streams, strict=True):
+            for attribute in ("current_experience", "task_label", "task_labels"):
+                assert getattr(own, attribute) == getattr(other, attribute)
+            assert set(own.classes_in_this_experience) == set(other.classes_in_this_experience)
+            assert list(own.dataset.targets) == list(other.dataset.targets)
+            assert own.dataset.targets_task_labels.uniques == {other.task_label}
+            for i in range(len(other.dataset)):
+                (x, y, task), (their_x, their_y, their_task) = own.dataset[i], other.dataset[i]
+                assert (y, task) == (their_y, their_task)
+                assert torch.equal(x, their_x)

@@ -12,6 +12,7 @@ from avalanche.training.supervised import Naive
 
 from experiments.data.sources import find_data
 from experiments.data.streams import make_stream
+from experiments.results.metrics import METRICS
 from experiments.settings.run import RunSettings
 from experiments.training.networks import make_model
 from experiments.training.run import Run, run
@@ -92,6 +93,35 @@ def test_a_run_measures_the_whole_matrix():
     cells = {(row["train_exp"], row["eval_exp"]) for row in result.rows}
     assert cells == {(i, j) for i in range(-1, 3) for j in range(3)}
     assert {row["n_samples"] for row in result.rows} == {360}
+
+
+@pytest.mark.parametrize(("method", "scenario"), [("ewc", "domain"), ("avalanche-ewc", "task")])
+def test_fewer_evaluations_leave_training_as_it_is(method, scenario):
+    """Every row that is measured is that of a run with all evaluations, to the last bit."""
+    options = {"n_experiences": 5, "dropout": 0.3}
+    full, fewer = (
+        trained(settings(method, "permuted", scenario, **options, eval_every=every))
+        for every in (None, 2)
+    )
+    rows = {(row["train_exp"], row["eval_exp"]): row | {"run_id": ""} for row in full.rows}
+    found = {(row["train_exp"], row["eval_exp"]): row | {"run_id": ""} for row in fewer.rows}
+    everywhere = [(i, j) for i in (-1, 1, 3, 4) for j in range(5)]
+    assert sorted(found) == sorted([*everywhere, (0, 0), (2, 2)])
+    assert found == {place: rows[place] for place in found}
+    for name, tensor in weights(full).items():
+        assert torch.equal(tensor, weights(fewer)[name]), name
+
+
+def test_metrics_that_need_what_was_not_measured_are_missing():
+    options = {"n_experiences": 3}
+    full, fewer = (
+        run(settings("naive", "permuted", "domain", **options, eval_every=every), DIGITS).record
+        for every in (None, 3)
+    )
+    needs_all = {"forward_transfer", "forgetting"}
+    for name in METRICS:
+        same = np.isnan(fewer[name]) if name in needs_all else fewer[name] == full[name]
+        assert same, name
 
 
 def test_joint_measures_the_untrained_and_the_last_row():

@@ -171,7 +171,7 @@ def draw_curves(cells: Sequence[CellMatrices], title: str) -> Figure:
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    means = [m for panel in panels for cell in panel for m in _curves(cell).mean(axis=0)]
+    means = [m for panel in panels for cell in panel for m in _curves(cell)[1].mean(axis=0)]
     for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         axis.set_ylim(style.limits(means))
         _draw_panel(axis, panel)
@@ -231,13 +231,13 @@ def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
     for cell in cells:
         mates = own[cell.colour]
         colour = style.shades(cell.colour, len(mates))[mates.index(cell.label)]
-        curves = _curves(cell)
+        x, curves = _curves(cell)
         n_experiences = max(n_experiences, cell.matrices.shape[2])
         bands = [interval(values) for values in curves.T]
         means, low, high = ([b[k] for b in bands] for k in ("mean", "ci_low", "ci_high"))
-        level = curves.shape[1] == 1  # trained on everything at once
-        x = [1, n_experiences] if level else np.arange(1, len(means) + 1)
+        level = len(x) == 1  # trained on everything at once
         if level:
+            x = np.array([1, n_experiences])
             means, low, high = (2 * values for values in (means, low, high))
         look = {"linestyle": "--"} if level else {"marker": "o", "markersize": 3.5}
         axis.plot(x, means, color=colour, **look)
@@ -249,7 +249,8 @@ def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
     style.label_ends(axis, labels)
 
 
-def _curves(cell: CellMatrices) -> np.ndarray:
-    """Average accuracy on the experiences seen, [n, T]; at the end alone, [n, 1], if joint."""
+def _curves(cell: CellMatrices) -> tuple[np.ndarray, np.ndarray]:
+    """Experiences trained on where all were evaluated, [E]; the average accuracies, [n, E]."""
     curves = np.stack([seen_accuracy(matrix) for matrix in cell.matrices])
-    return curves[:, -1:] if np.isnan(curves[:, :-1]).all() else curves
+    measured = np.isfinite(curves).all(axis=0)
+    return np.flatnonzero(measured) + 1, curves[:, measured]
