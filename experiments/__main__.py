@@ -24,7 +24,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from rich.console import Console  # noqa: E402
 
-from experiments.command_line import parse, unknown, write_ascii_if_needed  # noqa: E402
+from experiments.command_line import parse, print_completion, unknown, write_ascii_if_needed  # noqa: E402
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune  # noqa: E402
 from experiments.sweeps import exit_status  # noqa: E402
 
@@ -103,6 +103,8 @@ def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_help())
         return
+    if arguments and arguments[0] == "--tyro-print-completion":
+        print_completion({**JOBS, **{name: _study(name)[1] for name in STUDIES}}, arguments)
     # Options without a command belong to the main job.
     given = bool(arguments) and not arguments[0].startswith("-")
     name, *rest = arguments if given else ["main", *arguments]
@@ -112,12 +114,17 @@ def _run(arguments: list[str]) -> None:
 
         run_job(job, Console(quiet=job.quiet))
     elif name in STUDIES:
-        path = MODULES.get(name, f"studies.{name}".replace("-", "_"))
-        module = import_module(f"experiments.{path}")
-        settings = get_type_hints(module.run)["settings"]
-        module.run(parse(name, settings, rest, module.__doc__))
+        module, kind = _study(name)
+        module.run(parse(name, kind, rest, module.__doc__))
     else:
         raise unknown(name, "a command", [*JOBS, *STUDIES])
+
+
+def _study(name: str) -> tuple[Any, type]:
+    """The module of a command, and the dataclass of its settings."""
+    path = MODULES.get(name, f"studies.{name}".replace("-", "_"))
+    module = import_module(f"experiments.{path}")
+    return module, get_type_hints(module.run)["settings"]
 
 
 def _help() -> str:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
 import difflib
+import inspect
 import io
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import field as dataclass_field
+from dataclasses import fields, is_dataclass, make_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
 
+from experiments.settings.grids import fastest_device
 from experiments.settings.values import check_value, check_values, hints_of, shown
 
 if sys.version_info >= (3, 11):
@@ -25,6 +31,21 @@ else:
 
 OPTION = re.compile(r"--(?:no-)?([A-Za-z][^=]*)")  # which a negative number is not
 RENAMED = {"jobs": "processes"}  # options of the release before: their new names
+# Headings of --help, with the options below each; the others of a command come first.
+GROUPS = {
+    "benchmark": "benchmark scenario dataset data_root experiences pixels validation seeds",
+    "training": "model hidden_size hidden_layers head dropout loss epochs batch_size optimizer"
+    " learning_rate optimizer_state",
+    "method": "methods fisher_type ewc_lambda mode decay_factor normalize penalty_step memory",
+    "where_and_how": "out processes device force mix_code checkpoint dry_run config scheduler"
+    " data_path quiet tensorboard wandb",
+}
+PARSING = (
+    tyro.conf.EnumChoicesFromValues,
+    tyro.conf.OmitArgPrefixes,  # groups are for --help alone
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+)
 
 
 def parse(command: str, kind: type, arguments: list[str], description: str | None) -> Any:
@@ -51,24 +72,104 @@ def parse(command: str, kind: type, arguments: list[str], description: str | Non
         if given.count(option) > 1:
             raise ValueError(f"`--{option}` must be given once, got {given.count(option)} times.")
     file = _value_of("--config", arguments)
-    default = {"default": kind(**_read(Path(file), command, kind))} if file else {}
+    grouped = _grouped(kind, _read(Path(file), command, kind) if file else {})
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            settings = tyro.cli(
-                kind,
+            parsed = tyro.cli(
+                grouped,
                 prog=f"python -m experiments {command}",
                 description=description,
-                args=arguments,
-                config=(tyro.conf.EnumChoicesFromValues,),
-                **default,
+                args=list(_without_commas(arguments, kind)),
+                config=PARSING,
             )
     except SystemExit as stop:
         if stop.code:
             raise ValueError(_one_line(printed.getvalue())) from None
         raise
+    values = dict(_values(parsed))
+    if values.get("device") == "auto":
+        values["device"] = fastest_device()
+    settings = kind(**values)
     check_values(settings)
     return settings
+
+
+def print_completion(kinds: dict[str, type], arguments: list[str]) -> None:
+    """Print a shell's completion script for all commands, under the name `experiments`.
+
+    Args:
+        kinds: The dataclass of each command's settings.
+        arguments: `--tyro-print-completion` and a shell.
+    """
+    commands: Any = Union[  # noqa: UP007
+        tuple(
+            Annotated[_grouped(kind, {}), tyro.conf.subcommand(name)]
+            for name, kind in kinds.items()
+        )
+    ]
+    tyro.cli(commands, prog="experiments", args=arguments, config=PARSING)
+
+
+def _grouped(kind: type, given: dict[str, Any]) -> Any:
+    """A dataclass with a nested one for each of the `GROUPS` that a command has options of.
+
+    Args:
+        kind: The dataclass of the command's settings.
+        given: Values that replace the defaults.
+    """
+    docs = _field_docs(kind)
+    options = {}
+    for one in fields(kind):
+        text = tyro.conf.arg(help=docs.get(one.name, ""), help_behavior_hint=_default_text)
+        default = given.get(one.name, one.default)
+        hint: Any = Annotated[hints_of(kind)[one.name], text]
+        options[one.name] = (one.name, hint, dataclass_field(default=default))
+    nested = []
+    for group, names in GROUPS.items():
+        if members := [options.pop(name) for name in names.split() if name in options]:
+            made: Any = make_dataclass(group, members)
+            heading = Annotated[made, tyro.conf.arg(help="")]
+            nested.append((group, heading, dataclass_field(default_factory=made)))
+    return make_dataclass(kind.__name__, [*options.values(), *nested])
+
+
+def _values(parsed: Any) -> Iterator[tuple[str, Any]]:
+    for one in fields(parsed):
+        value = getattr(parsed, one.name)
+        yield from _values(value) if is_dataclass(value) else [(one.name, value)]
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The sentence below each field of a dataclass and its bases, by the field's name."""
+    docs = {}
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        (defined,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(defined, ast.ClassDef)
+        for statement, below in itertools.pairwise(defined.body):
+            match statement, below:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    docs[name] = " ".join(text.split())
+    return docs
+
+
+def _default_text(default: str) -> str:
+    return "" if default in ("", "None", "False") else f"(default: {default})"
+
+
+def _without_commas(arguments: Iterable[str], kind: type) -> Iterator[str]:
+    """The arguments, with `1,2` as `1 2` after an option that takes a list."""
+    hints, is_list = hints_of(kind), False
+    for argument in arguments:
+        option, equals, values = argument.partition("=")
+        if match := OPTION.match(option):
+            is_list = get_origin(hints.get(match[1].replace("-", "_"))) is tuple
+            if not (is_list and equals):
+                yield argument
+                continue
+            yield option
+            argument = values
+        yield from argument.split(",") if is_list else [argument]
 
 
 def _one_line(box: str) -> str:
@@ -77,6 +178,7 @@ def _one_line(box: str) -> str:
     body = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
     near = [match[0] for line in lines if (match := re.match(r"--\w[\w-]*", line))]
+    message = message.replace("'None', ", "")  # what a file's missing entry means
     hint = f"; did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else ""
     return re.sub(r"^Error parsing [A-Z]\w*: ", "", message) + hint
 
@@ -119,7 +221,7 @@ def write_ascii_if_needed(stream: Any) -> None:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument.partition("=")[0] == option:
             return argument.partition("=")[2] or following
     return None

@@ -1,19 +1,19 @@
-"""Do one method beat the other, by how much, with what interval? From a results folder.
+"""Does one method beat another, by how much, with what interval? From a results folder.
 
-Paired differences, seed by seed, come first; then how many of the equalities with Avalanche's
-built-in EWC hold.
+Paired differences, seed by seed, come first; then how many of the equalities with Avalanche's EWC
+hold.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import tyro
 from rich.console import Console
 
+from experiments.reporting.folders import given_or_newest
 from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import statistics, tables
 from experiments.results.provenance import mixed_code
@@ -23,10 +23,10 @@ from experiments.results.provenance import mixed_code
 class Compare:
     """Print which method is better in a results folder, and by how much."""
 
-    folder: Annotated[str, tyro.conf.Positional] = "results/main"
-    """Folder of results."""
+    folder: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder of results. Unset: your newest below runs/."""
     checks: bool = False
-    """Print each equality with the built-in too, not only how many hold."""
+    """Print each equality with Avalanche's EWC too, not only how many hold."""
 
 
 def run(settings: Compare) -> pd.DataFrame:
@@ -41,9 +41,10 @@ def run(settings: Compare) -> pd.DataFrame:
     Raises:
         ValueError: The folder holds neither runs to compare nor checks.
     """
-    found, console = tables.load(Path(settings.folder)), Console()
+    folder, console = given_or_newest(settings.folder, "runs", "checks"), Console()
+    found = tables.load(folder)
     if not {"runs", "checks"} & set(found):
-        raise ValueError(f"`folder` must hold runs.csv or checks.csv, got {settings.folder}.")
+        raise ValueError(f"`folder` must hold runs.csv or checks.csv, got {folder}.")
     comparisons = pd.DataFrame()
     if "runs" in found:
         comparisons = statistics.paired_differences(found["runs"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
 from experiments.results.statistics import varied_settings
+from experiments.settings.run import RunSettings
 
 LABELS = {
     "naive": "Naive",
@@ -97,6 +99,24 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
             words.append(lambda_text(cell["ewc_lambda"]))
         labels[str(cell["config_hash"])] = ", ".join(words)
     return labels
+
+
+def run_labels(cells: Sequence[RunSettings]) -> dict[str, str]:
+    """Return a label for each run: stream, method, lambda, what distinguishes its cell, and seed.
+
+    Args:
+        cells: The settings of all runs that are shown together.
+
+    Returns:
+        By `run_id`.
+    """
+    runs = pd.DataFrame([{**asdict(cell), "config_hash": cell.config_hash} for cell in cells])
+    labels = cell_labels(runs) if len(runs) else {}
+    return {
+        cell.run_id: f"{stream_title(cell.benchmark, cell.dataset, cell.scenario)}: "
+        f"{labels[cell.config_hash]}, seed {cell.seed}"
+        for cell in cells
+    }
 
 
 def _setting(name: str, value: Any) -> str:

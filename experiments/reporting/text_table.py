@@ -19,6 +19,7 @@ import tyro
 
 from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, interval_text, summary_cells
+from experiments.reporting.folders import given_or_newest
 from experiments.reporting.labels import in_words, setting_text
 from experiments.results import statistics, tables
 from experiments.results.provenance import mixed_code
@@ -30,11 +31,11 @@ POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
 class Table:
     """Print the summary of a results folder, or its comparison with Avalanche or a paper."""
 
-    folder: Annotated[str, tyro.conf.Positional] = "results/main"
-    """Folder of results."""
+    folder: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder of results. Unset: your newest below runs/."""
     of: Literal["summary", "comparisons", "checks", "reproduce"] = "summary"
-    """What to print: methods side by side; paired differences; equalities with Avalanche's built-in
-    EWC; a published experiment beside its number."""
+    """What to print: methods side by side; paired differences; equalities with Avalanche's EWC; a
+    published experiment beside its number."""
     format: Literal["markdown", "latex", "csv"] = "markdown"
     """Notation of the table; LaTeX needs the package booktabs."""
 
@@ -64,7 +65,8 @@ def run(settings: Table) -> SummaryTable:
     Raises:
         ValueError: The folder does not hold it.
     """
-    table = table_of(settings.folder, settings.of)
+    names, _ = MADE_FROM[settings.of]
+    table = table_of(given_or_newest(settings.folder, *names), settings.of)
     print(render(table, settings.format), end="")
     return table
 
@@ -135,7 +137,7 @@ def comparisons_table(runs: pd.DataFrame) -> SummaryTable:
 
 
 def checks_table(checks: pd.DataFrame) -> SummaryTable:
-    """Equalities with Avalanche's built-in EWC.
+    """Equalities with Avalanche's EWC.
 
     Args:
         checks: Rows of `checks.csv`.

@@ -84,7 +84,7 @@ class Job:
     mix_code: bool = False
     """Add runs to a folder whose runs were computed by other code than this."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, ..."""
+    """Where to train: cpu, cuda, cuda:1, ..., or auto, a GPU where torch finds one."""
     data_path: DataPath = "fast"
     """Tensors made once and fed in batches, or Avalanche's per-sample transforms: same bits."""
     config: str | None = None
@@ -137,6 +137,12 @@ def check_device(device: str) -> None:
         raise ValueError(
             f"`device` must be one that torch can use here, got {device!r} ({reason}); use cpu."
         ) from None
+
+
+def fastest_device() -> str:
+    """The device that `--device auto` stands for."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return next((name for name, found in backends.items() if found.is_available()), "cpu")
 
 
 def axis(*default: Any, setting: str = "", none: str | None = None) -> Any:

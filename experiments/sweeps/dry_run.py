@@ -8,10 +8,12 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from experiments.reporting.labels import run_labels
 from experiments.results.store import read_results
 from experiments.settings.run import RunSettings
 from experiments.sweeps.queue import work
 
+COMMITTED = Path(__file__).parents[2] / "results" / "main"
 # A cell's time is that of runs which share these with it, scaled by their work.
 ALIKE = (
     ["benchmark", "dataset", "method", "model", "device", "data_path"],
@@ -33,31 +35,43 @@ def print_plan(
     """
     _, runs = read_results(folder)
     status = dict(zip(runs["run_id"], runs["status"], strict=True))
-    seconds: list[float | None] = []
-    n_kept = 0
+    labels = run_labels(cells)
+    missing = [c for c in cells if force or status.get(c.run_id) not in ("ok", "diverged")]
     for cell in cells:
         had = status.get(cell.run_id)
-        if had in ("ok", "diverged") and not force:
-            n_kept += 1
-            line = f"exists ({had})"
-        else:
+        line = f"exists ({had})"
+        if cell in missing:
             estimate = estimated_seconds(cell, runs)
-            seconds.append(estimate)
             line = "would run" + (f", about {estimate:.0f} s" if estimate else "")
             line += f" (was {had})" if had else ""
-        console.print(f"{cell.run_id}  {line}", markup=False, highlight=False, soft_wrap=True)
-    known = [s for s in seconds if s is not None]
-    duration = "an unknown time: no such run is in the folder yet"
-    if known:
-        total = sum(known) / len(known) * len(seconds) / min(processes, len(seconds))
-        duration = f"about {total:.0f} s of training, {processes} at a time, start-up not counted"
-    if not seconds:
-        duration = "no time"
+        text = f"{labels[cell.run_id]} ({cell.run_id}): {line}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    duration = expected_time(missing, runs, processes) or "an unknown time: no such run is known"
     console.print(
-        f"{len(seconds)} of {len(cells)} runs would run, {n_kept} exist: {duration}.",
+        f"{len(missing)} of {len(cells)} runs would run, {len(cells) - len(missing)} exist: "
+        f"{duration if missing else 'no time'}.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def expected_time(cells: Sequence[RunSettings], runs: pd.DataFrame, processes: int) -> str:
+    """How long runs will take, in words, from those of the folder or else the committed ones.
+
+    Args:
+        cells: That will run.
+        runs: Rows of the folder's `runs.csv`.
+        processes: Runs at the same time.
+
+    Returns:
+        Empty where no run is like any of them.
+    """
+    for known, whose in ((runs, ""), (read_results(COMMITTED)[1], " on the machine of results/")):
+        seconds = [s for cell in cells if (s := estimated_seconds(cell, known)) is not None]
+        if seconds:
+            total = sum(seconds) / len(seconds) * len(cells) / min(processes, len(cells))
+            return f"about {total:.0f} s of training{whose}, {processes} at a time, plus start-up"
+    return ""
 
 
 def estimated_seconds(cell: RunSettings, runs: pd.DataFrame) -> float | None:

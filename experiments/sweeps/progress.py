@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.reporting.labels import run_labels
 from experiments.results.record import RunResult
 from experiments.settings.run import RunSettings
 from experiments.sweeps.worker import Event
@@ -37,6 +38,7 @@ class Display:
     def __init__(self, cells: Sequence[RunSettings], console: Console) -> None:
         self.console = console
         self.start = time.monotonic()
+        self.labels = run_labels(cells)
         self.n_experiences = {cell.run_id: cell.n_experiences for cell in cells}
         self.done = dict.fromkeys(self.n_experiences, 0)
         self.n_ended = 0
@@ -73,7 +75,7 @@ class Display:
             return  # its result has overtaken the event, or it is another sweep's
         total = self.n_experiences[run_id]
         if run_id not in self.lines:
-            self.lines[run_id] = self.progress.add_task(run_id, total=total, note="")
+            self.lines[run_id] = self.progress.add_task(self.labels[run_id], total=total, note="")
         note = f"experience {min(done + 1, total)} of {total}"
         if done:
             note += f", accuracy {accuracy:.3f}"
@@ -92,10 +94,10 @@ class Display:
             self.progress.update(self.lines[run_id], visible=False)
         outcome = f"accuracy {record['average_accuracy']:.4f}"
         if record["status"] != "ok":
-            outcome = f"{record['status'].upper()}: {record['reason']}"
+            outcome = f"{record['status'].upper()}: {record['reason']} ({run_id})"
         self.say(
             f"[{self.n_ended}/{len(self.done)}, {time.monotonic() - self.start:.0f} s"
-            f"{self._time_left()}] {run_id}  {outcome}"
+            f"{self._time_left()}] {self.labels[run_id]}: {outcome}"
         )
 
     def say(self, line: str) -> None:

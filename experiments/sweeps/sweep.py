@@ -15,6 +15,7 @@ from experiments.results.record import RunResult, failed
 from experiments.results.store import Store
 from experiments.settings.run import RunSettings
 from experiments.sweeps import worker
+from experiments.sweeps.dry_run import expected_time
 from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess, WorkerDiedError
 from experiments.sweeps.progress import Display
 from experiments.sweeps.queue import Task, next_task
@@ -75,10 +76,13 @@ def sweep(
         return rows
     if wanted and not mix_code:
         _check_code(store, {cell.run_id for cell in wanted})
+    expected = expected_time(wanted, store.results()[1], processes)
     console.print(
         f"{len(wanted)} runs and {len(checks)} checks begin, "
         f"{'on ' + scheduler if scheduler else f'{min(processes, len(tasks))} at a time'}; "
-        f"results go to {store.folder}.",
+        f"results go to {store.folder}."
+        + (f" Expected: {expected}." if expected and not scheduler else "")
+        + " --dry-run lists the runs and starts none.",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -1,6 +1,8 @@
 """The command line as a user meets it: the main job end to end, and bad input."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +10,14 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 
-from experiments.__main__ import JOBS, main
+from experiments.__main__ import JOBS, STUDIES, main
+from experiments.command_line import parse
 from experiments.data.sources import UNPACKED_MD5
 from experiments.results import tables
+from experiments.settings import grids
+from experiments.settings.grids import Sweep
 from support.paths import ROOT
 
 CORRUPT = "corrupt"  # a folder with damaged images
@@ -56,7 +62,9 @@ BAD_INPUT = [
     ("sweep --scenario class", "`scenario` must be one that the benchmark has"),
     ("sweep --normalize mean", "`ewc_lambda` must be given with `normalize` mean"),
     ("sweep --epochs 1 --epochs 2", "`--epochs` must be given once, got 2 times"),
-    ("sweep --force --no-force", "`--force` must be given once, got 2 times"),
+    ("sweep --force --force", "`--force` must be given once, got 2 times"),
+    ("sweep --no-force", "Unrecognized options: --no-force"),
+    ("sweep --seeds 0,x", "--seeds: Could not find valid parse for arguments: ['0', 'x']"),
     ("sweep --batch_size 1 --batch-size=2", "`--batch-size` must be given once, got 2 times"),
     ("split-mnist --ewc-lamda 1", "--ewc-lamda, 1; did you mean --ewc-lambda?"),
     ("table --formet csv", "--formet, csv; did you mean --format?"),
@@ -90,6 +98,79 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(line, said, capsys, monke
     assert said in line
 
 
+def test_lists_take_spaces_or_commas():
+    expected = parse("sweep", Sweep, ["--seeds", "1", "2", "--ewc-lambda", "3", "4"], "")
+    for line in ("--seeds 1,2 --ewc-lambda 3,4", "--seeds=1,2 --ewc-lambda=3,4 --out=a,b"):
+        found = parse("sweep", Sweep, line.split(), "")
+        assert (found.seeds, found.ewc_lambda) == (expected.seeds, expected.ewc_lambda)
+    assert found.out == "a,b"  # no list
+
+
+def test_device_auto_is_a_gpu_if_there_is_one(monkeypatch):
+    def devices():
+        return parse("sweep", Sweep, ["--device", "auto"], "").device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert devices() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(grids, "check_device", lambda device: None)
+    assert devices() == "cuda"
+
+
+@pytest.mark.parametrize("name", [*JOBS, *STUDIES])
+def test_help_has_no_filler_and_groups_every_setting_of_a_run(name, capsys):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for filler in ("{None", "(default: )", ", --no-"):
+        assert filler not in shown
+    if name == "sweep":
+        titles = re.findall(r"^\W+((?:[a-z-]+ )?options) \W+$", shown, re.M)
+        assert titles == [
+            "options",
+            "benchmark options",
+            "training options",
+            "method options",
+            "where-and-how options",
+        ]
+        assert "--" not in shown.split(titles[1])[0].split("--help")[1]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_options(capsys):
+    assert main(["--tyro-print-completion", "bash"]) == 0
+    program = (
+        capsys.readouterr().out
+        + """
+complete_words() {
+    COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+    $(complete -p experiments | cut -d' ' -f3)
+    echo "${COMPREPLY[@]}"
+}
+complete_words experiments spl
+complete_words experiments sweep --ewc-
+"""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["split-mnist", "--ewc-lambda"]
+
+
+def test_a_table_is_of_ones_own_newest_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.chdir(tmp_path)
+    for name in ("table", "compare"):
+        assert main([name]) == 0
+        assert "results/main: committed results, since there are none" in capsys.readouterr().err
+    for seed in ("0", "1"):
+        out = ["--out", f"runs/seed-{seed}", "--quiet"]
+        assert main(["split-mnist", *TINY, *QUICK[:2], "--seeds", seed, *out]) == 0
+    for name in ("table", "compare", "report"):
+        assert main([name]) == 0
+        printed = capsys.readouterr()
+        assert "runs/seed-1: the newest folder below runs/" in printed.err
+    assert "runs/seed-1" in printed.out
+
+
 def command(*arguments, folder):
     return [sys.executable, "-m", "experiments", *arguments, "--out", str(folder)]
 
@@ -103,6 +184,10 @@ def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsy
     arguments = ["split-mnist", *QUICK, "--scenario", "domain", "--ewc-lambda", "100"]
     printed = run_main(*arguments, "--seeds", "0", "1")
     assert "[8/8" in printed
+    assert "Split digits, domain-incremental: EWC, per sample, λ = 100, seed 1: accuracy" in (
+        printed.replace("\N{NO-BREAK SPACE}", " ")
+    )
+    assert "--dry-run lists the runs" in printed
     assert "EWC, per sample" in printed
     assert "3 of 3 checks hold" in printed
     assert "Split digits, domain-incremental: EWC, per sample (predicted), λ" in printed

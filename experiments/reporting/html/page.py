@@ -29,6 +29,7 @@ from experiments.reporting.figures import style
 from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, matrices_of
 from experiments.reporting.figures.runs import draw_differences
 from experiments.reporting.figures.runs import figures as figures_of_runs
+from experiments.reporting.folders import given_or_newest
 from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
@@ -49,8 +50,8 @@ CAPTIONS = {
 class Report:
     """Write one self-contained HTML page about results folders."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders with tables; those below them count as well."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders with tables; those below them count as well. Unset: your newest below runs/."""
     out: Path = Path("runs/report/report.html")
     """The page."""
     figures: Path | None = None
@@ -111,7 +112,8 @@ def run(settings: Report) -> Path:
         ValueError: A folder holds no table, or the page can't be written.
     """
     out, console = settings.out, Console()
-    folders = [folder for given in settings.folders for folder in _with_tables(given)]
+    named = settings.folders or (given_or_newest(None, "*"),)
+    folders = [folder for given in named for folder in _with_tables(given)]
     shown = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

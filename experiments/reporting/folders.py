@@ -1,0 +1,31 @@
+"""The results folder that a command shows where none is named: the user's own, newest one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+OWN, COMMITTED = Path("runs"), Path("results/main")
+
+
+def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
+    """The folder; unset, the newest below `runs` that has a table, else the repository's results.
+
+    Args:
+        folder: As named by the user.
+        tables: Names without .csv; the folder has one of them.
+
+    Returns:
+        The folder. Which one was chosen is printed to the error stream, since a table may go into a
+        file.
+    """
+    if folder is not None:
+        return Path(folder)
+    found = [file for name in tables for file in OWN.rglob(f"{name}.csv")]
+    if found:
+        newest = max(found, key=lambda file: file.stat().st_mtime).parent
+        why = "the newest folder below runs/"
+    else:
+        newest, why = COMMITTED, "committed results, since there are none below runs/"
+    print(f"{newest}: {why}. Name another to see that one.", file=sys.stderr)
+    return newest
