@@ -97,16 +97,16 @@ def _choose_lambda() -> dict[str, Any]:
 
 def _implicit_step() -> dict[str, Any]:
     implicit = _csv("implicit_step/runs")
-    sgd = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].isna()]
+    sgd = implicit[(implicit["optimizer"] == "sgd") & (implicit["penalty_step"] == "gradient")]
     adam = implicit[implicit["optimizer"] == "adam"]
     diverged = sgd.loc[sgd["status"] == "diverged", "ewc_lambda"]
-    steady = implicit[(implicit["optimizer"] == "sgd") & implicit["penalty_step"].notna()]
+    steady = implicit[(implicit["optimizer"] == "sgd") & (implicit["penalty_step"] == "implicit")]
     return {
         "diverged_from": f"{diverged.min():g}",
         "n_diverged": len(diverged),
         "n_explicit": len(sgd),
-        "adam_explicit": f"{_best_lambda(adam[adam['penalty_step'].isna()]):g}",
-        "adam_implicit": f"{_best_lambda(adam[adam['penalty_step'].notna()]):g}",
+        "adam_explicit": f"{_best_lambda(adam[adam['penalty_step'] == 'gradient']):g}",
+        "adam_implicit": f"{_best_lambda(adam[adam['penalty_step'] == 'implicit']):g}",
         "implicit_to": f"{steady['ewc_lambda'].max():g}",
         "n_implicit": len(steady),
         "n_implicit_ok": int((steady["status"] == "ok").sum()),

@@ -12,6 +12,7 @@ import pandas as pd
 
 from experiments.results.statistics import varied_settings
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import UNSET
 
 LABELS = {
     "naive": "Naive",
@@ -94,7 +95,8 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
         words = [method_label(cell["method"])]
         if several[cell["method"]] > 1 and pd.notna(cell["fisher_type"]):
             words.append(cell["fisher_type"])
-        words += [_setting(name, cell[name]) for name in varied if pd.notna(cell[name])]
+        set_ = [n for n in varied if pd.notna(cell[n]) and cell[n] != UNSET.get(n)]
+        words += [_setting(name, cell[name]) for name in set_]
         if with_lambda and pd.notna(cell["ewc_lambda"]):
             words.append(lambda_text(cell["ewc_lambda"]))
         labels[str(cell["config_hash"])] = ", ".join(words)

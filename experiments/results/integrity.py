@@ -18,6 +18,7 @@ from experiments.results.provenance import content_digest
 from experiments.results.schemas import ACCURACY, SETTING_NAMES
 from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import given
 
 TOLERANCE = 1e-9  # of metrics that another version of NumPy may have summed in another order
 REPEATED = [name for name in SETTING_NAMES if name in ACCURACY.columns]
@@ -50,9 +51,8 @@ def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
 
 def _settings(record: Mapping[str, Any]) -> RunSettings:
     """The settings in a row of `runs.csv`."""
-    values = {name: record.get(name) for name in SETTING_NAMES}
     try:
-        return RunSettings(**{k: None if pd.isna(v) else v for k, v in values.items()})
+        return RunSettings(**given(record))
     except (ValueError, TypeError) as error:
         raise TableError(f"{record['run_id']} can't be a run: {error}") from None
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 import ewc_plugin
+from experiments.settings.unset import given
 
 MEASUREMENT = ("code_hash", "commit", "measured_at")  # columns of every table
 COLUMNS = (*MEASUREMENT, "digest")
@@ -109,11 +110,13 @@ def content_digest(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]])
     """Sixteen hex digits of all values of a run, from its files or from the tables.
 
     Args:
-        record: Its row of `runs.csv`; its `digest` does not count.
+        record: Its row of `runs.csv`; its `digest` does not count, nor whether the value of an
+            unset setting is written.
         rows: Its rows of `accuracy.csv`, in any order.
     """
     lines = sorted(_line(row) for row in rows)
-    own = _line({name: value for name, value in record.items() if name != "digest"})
+    values = {**record, **given(record)}
+    own = _line({name: value for name, value in values.items() if name != "digest"})
     return hashlib.sha256("\n".join([own, *lines]).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.results.metrics import METRICS
 from experiments.results.provenance import content_digest, provenance
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import used
 
 REASON_LENGTH = 500
 NO_SECONDS = {"train_s": 0.0, "fisher_s": 0.0, "eval_s": 0.0}
@@ -47,7 +48,7 @@ def run_record(
         "run_id": settings.run_id,
         "status": status,
         "reason": one_line(reason),
-        **asdict(settings),
+        **used(asdict(settings)),
         **(metrics or dict.fromkeys(METRICS, math.nan)),
         **(seconds or NO_SECONDS),
         "peak_rss_mb": peak_rss_mb,

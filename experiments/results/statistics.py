@@ -23,6 +23,7 @@ from experiments.results.schemas import (
 )
 from experiments.results.tables import frame
 from experiments.settings.run import STREAM
+from experiments.settings.unset import given
 
 CONFIDENCE = 0.95
 MARGIN = 0.01  # of the equivalence tests, in accuracy; fixed before any run
@@ -54,9 +55,14 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return frame(rows, SUMMARY)
 
 
+def as_given(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `runs.csv` whose settings are empty where they were unset."""
+    return runs.assign(**pd.DataFrame(map(given, runs.to_dict("records")), runs.index))
+
+
 def varied_settings(runs: pd.DataFrame) -> list[str]:
     """The settings that tell cells of one method apart, besides Fisher type and lambda."""
-    cells = runs.drop_duplicates("config_hash")
+    cells = as_given(runs.drop_duplicates("config_hash"))
     names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
     by = cells.groupby(CELL[:4])
     return [name for name in names if (by[name].nunique(dropna=False) > 1).any()]

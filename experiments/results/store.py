@@ -20,6 +20,7 @@ from experiments.results import schemas, tables
 from experiments.results.files import folder_lock, replace_file, sweep_leftovers
 from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult
+from experiments.settings.unset import used
 
 PARTS = "parts"  # the folder of the finished runs' files
 DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
@@ -233,7 +234,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     part = dict(json.loads(path.read_text(encoding="utf-8")))
     if part["record"]["run_id"] != path.stem:
         raise ValueError(f"it is of {part['record']['run_id']}")
-    return part
+    return {**part, "record": used(part["record"])}
 
 
 def _check_parts(parts: list[dict[str, Any]]) -> None:

@@ -17,7 +17,8 @@ from pandera.errors import SchemaErrorReason as Reason
 
 from experiments.results.files import replace_file
 from experiments.results.provenance import MEASUREMENT, NOT_RECORDED
-from experiments.results.schemas import LOGGER_COLUMNS, SCHEMAS, Schema
+from experiments.results.schemas import LOGGER_COLUMNS, RUNS, SCHEMAS, Schema
+from experiments.settings.unset import used
 from experiments.settings.values import shown
 
 
@@ -108,6 +109,8 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         # A table from before an optional setting was added has none of it.
         optional = [name for name in empty(schema) if not schema.columns[name].required]
         table = table.assign(**{name: None for name in optional if name not in table})
+        if schema is RUNS:  # older ones have nothing where a setting was unset
+            table = pd.DataFrame(map(used, table.to_dict("records")), columns=table.columns)
         measured = [name for name in MEASUREMENT if name in table]
         table = table.assign(**{n: table[n].astype(object).fillna(NOT_RECORDED) for n in measured})
         return check(table, schema)[[name for name in schema.columns if name in table]]

@@ -42,6 +42,7 @@ from experiments.settings.run import (
     require,
 )
 from experiments.settings.tuned import TUNING_GRIDS, TUNING_SEEDS, chosen_lambda
+from experiments.settings.unset import UNSET
 from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
 
 OWN_SCENARIO: dict[Benchmark, Scenario] = {
@@ -145,15 +146,14 @@ def fastest_device() -> str:
     return next((name for name, found in backends.items() if found.is_available()), "cpu")
 
 
-def axis(*default: Any, setting: str = "", none: str | None = None) -> Any:
+def axis(*default: Any, setting: str = "") -> Any:
     """A field with a list of values that span a grid.
 
     Args:
         default: Its values where none are given. Without any, an empty list is allowed.
         setting: The field of `RunSettings` that each value goes to; "": the grid places it itself.
-        none: The value that is None there.
     """
-    return field(default=default, metadata={"axis": True, "setting": setting, "none": none})
+    return field(default=default, metadata={"axis": True, "setting": setting})
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ class Grid(Job):
     """One quadratic per experience, or a single one that decays."""
     decay_factor: tuple[Decay, ...] = axis()
     """Decay of the old Fisher, online mode only; 1 is Huszar's corrected Laplace."""
-    normalize: tuple[Literal["none", Normalize], ...] = axis("none", none="none")
+    normalize: tuple[Literal["none", Normalize], ...] = axis("none")
     """What each Fisher of ours is divided by; needs its own ewc_lambda, such as 0.01 for mean."""
-    penalty_step: tuple[Literal["gradient", "implicit"], ...] = axis("gradient", none="gradient")
+    penalty_step: tuple[Literal["gradient", "implicit"], ...] = axis("gradient")
     """Where our penalty acts: in the gradient, or as an implicit step after the optimizer's."""
     seeds: tuple[Seed, ...] = axis(0, 1, 2)
     """Each seeds the stream, the initial weights and the order of the samples."""
@@ -190,9 +190,7 @@ class Grid(Job):
     """Optimizer; no weight decay, no momentum for sgd."""
     learning_rate: tuple[Positive, ...] = axis(setting="learning_rate")
     """Step size of the optimizer. Empty: 2e-3 on MNIST, 1e-3 on the digits."""
-    optimizer_state: tuple[Literal["kept", "reset"], ...] = axis(
-        "kept", setting="optimizer_state", none="kept"
-    )
+    optimizer_state: tuple[Literal["kept", "reset"], ...] = axis("kept", setting="optimizer_state")
     """Whether the optimizer's moments outlive an experience, as Avalanche has it."""
     model: tuple[Model, ...] = axis("mlp", setting="model")
     """Fully connected or small convolutional network; task-incremental gets a head per task."""
@@ -200,22 +198,20 @@ class Grid(Job):
     """Units per hidden layer of the MLP."""
     hidden_layers: tuple[HiddenLayers, ...] = axis(1, setting="hidden_layers")
     """Hidden layers of the MLP."""
-    head: tuple[Literal["linear", "cosine"], ...] = axis("linear", setting="head", none="linear")
+    head: tuple[Literal["linear", "cosine"], ...] = axis("linear", setting="head")
     """Last layer: linear, or 10 times the cosine of features and weights (domain, class)."""
-    loss: tuple[Literal["all", "current"], ...] = axis("all", setting="loss_classes", none="all")
+    loss: tuple[Literal["all", "current"], ...] = axis("all", setting="loss_classes")
     """Cross-entropy, and the Fisher, over all classes or those of the experience. Counts in
     scenario class, and not for joint and replay, whose experiences have all classes."""
     memory: tuple[Count, ...] = axis(200)
     """Samples that replay and ewc+replay keep."""
     dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
     """Dropout rate while training; the Fisher is always taken without."""
-    pixels: tuple[Literal["normalized", "unit"], ...] = axis(
-        "normalized", setting="pixels", none="normalized"
-    )
+    pixels: tuple[Literal["normalized", "unit"], ...] = axis("normalized", setting="pixels")
     """By MNIST's mean and deviation, as Avalanche has it, or in [0, 1], as other papers do."""
-    eval_every: Count | None = None
+    eval_every: Count = 1
     """Experiences between two evaluations on all of them; in between, the one just trained on is
-    evaluated. Training is the same; metrics that need what is left out are empty. Unset: 1."""
+    evaluated. Training is the same; metrics that need what is left out are empty."""
     validation: bool = False
     """Evaluate on the last sixth of the training images, which then is not trained on."""
 
@@ -264,7 +260,7 @@ class Grid(Job):
                     "naive",
                     seed,
                     validation=self.validation,
-                    eval_every=self.eval_every,
+                    eval_every=None if self.eval_every == 1 else self.eval_every,
                     data_path=self.data_path,
                     device=self.device,
                     **settings,
@@ -292,9 +288,9 @@ class Grid(Job):
         spanned = {}
         for name in names:
             values = getattr(self, name) or (where_empty[name],)
-            none = axes[name].metadata["none"]
-            plain = [None if v == none else v for v in map(_plain, values)]
-            spanned[axes[name].metadata["setting"] or name] = plain
+            setting = axes[name].metadata["setting"] or name
+            plain = map(_plain, values)
+            spanned[setting] = [None if v == UNSET.get(setting) else v for v in plain]
         for values in product(*spanned.values()):
             yield dict(zip(spanned, values, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -93,13 +94,8 @@ class RunSettings:
 
     @property
     def config_hash(self) -> str:
-        """Ten hex digits of everything but the seed: the cell that the seeds repeat.
-
-        What is unset does not count, so that a new optional setting leaves old ids as they are.
-        """
-        settings = {k: v for k, v in asdict(self).items() if v is not None and k != "seed"}
-        settings |= {k: float(settings[k]) for k in FLOATS if k in settings}  # 10 is 10.0
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        """Ten hex digits of everything but the seed: the cell that the seeds repeat."""
+        return hash_of(asdict(self))
 
     @property
     def run_id(self) -> str:
@@ -136,6 +132,16 @@ class RunSettings:
 
 
 FLOATS = ("ewc_lambda", "decay_factor", "learning_rate", "dropout")
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """Ten hex digits of the settings of a run but its seed.
+
+    What is unset does not count, so that a new optional setting leaves old ids as they are.
+    """
+    settings = {k: v for k, v in values.items() if v is not None and k != "seed"}
+    settings |= {k: float(settings[k]) for k in FLOATS if k in settings}  # 10 is 10.0
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def require(condition: object, name: str, rule: str, value: Any) -> None:

@@ -20,12 +20,13 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import Job
 from experiments.settings.run import STREAM, Dataset, Optimizer, RunSettings
+from experiments.settings.unset import UNSET
 from experiments.settings.values import Count, Lambda, Seed
 from experiments.studies.completed import completed_study
 
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
 LEARNING_RATE: dict[Optimizer, float] = {"sgd": 0.1, "adam": 1e-3}
-STEPS = {"in the gradient": None, "implicit step": "implicit"}
+STEPS = {"in the gradient": "gradient", "implicit step": "implicit"}
 
 
 IMPLICIT_STEP = pa.DataFrameSchema(
@@ -76,7 +77,7 @@ class ImplicitStep(Job):
                             learning_rate=LEARNING_RATE[optimizer],
                             data_path=self.data_path,
                             device=self.device,
-                            penalty_step=step,
+                            penalty_step=None if step == UNSET["penalty_step"] else step,
                             hidden_size=self.hidden_size,
                         )
 
@@ -112,8 +113,7 @@ def curves(runs: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
 
 
 def _runs_of(runs: pd.DataFrame, optimizer: str, way: str) -> pd.DataFrame:
-    step = STEPS[way]
-    chosen = runs["penalty_step"].isna() if step is None else runs["penalty_step"] == step
+    chosen = runs["penalty_step"] == STEPS[way]
     return runs[chosen & (runs["optimizer"] == optimizer)]
 
 

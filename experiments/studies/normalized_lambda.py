@@ -21,12 +21,13 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import DEFAULT_EPOCHS, Job
 from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.unset import UNSET
 from experiments.settings.values import Count, Lambda, Seed
 from experiments.studies.completed import completed_study
 
 BENCHMARKS: tuple[tuple[Benchmark, Scenario], ...] = (("permuted", "domain"), ("split", "task"))
 KEY = ["benchmark", "fisher_type", "normalize"]
-AS_IT_IS = "none"
+AS_IT_IS = UNSET["normalize"]
 SMALL = 0.005  # accuracy that is lost against the best lambda
 RECOMMENDED = 0.01
 NORMALIZED_LAMBDA = pa.DataFrameSchema(
@@ -95,7 +96,6 @@ def run(settings: NormalizedLambda) -> pd.DataFrame:
         Average accuracy per benchmark, Fisher type, normalisation and lambda.
     """
     runs, output = completed_study(settings)
-    runs = runs.assign(normalize=runs["normalize"].fillna(AS_IT_IS))
     parts = [
         by_lambda(part, "average_accuracy").assign(**dict(zip(KEY, key, strict=True)))
         for key, part in runs.groupby(KEY)

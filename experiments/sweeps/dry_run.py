@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments.reporting.labels import run_labels
 from experiments.results.store import read_results
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import given
 from experiments.sweeps.queue import work
 
 COMMITTED = Path(__file__).parents[2] / "results" / "main"
@@ -90,6 +91,4 @@ def estimated_seconds(cell: RunSettings, runs: pd.DataFrame) -> float | None:
 
 
 def _work(record: dict[str, object]) -> float:
-    names = RunSettings.__dataclass_fields__
-    known = {k: None if pd.isna(v) else v for k, v in record.items() if k in names}  # type: ignore[call-overload]
-    return work(RunSettings(**known))  # type: ignore[arg-type]
+    return work(RunSettings(**given(record)))

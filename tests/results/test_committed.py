@@ -9,6 +9,7 @@ from experiments.results.statistics import chosen_lambdas
 from experiments.results.store import read_results
 from experiments.settings.run import RunSettings
 from experiments.settings.tuned import CHOSEN_LAMBDA, TUNING_SEEDS
+from experiments.settings.unset import given
 from experiments.studies.demonstration.fisher import FISHER
 from experiments.studies.demonstration.study import CURVES
 from experiments.studies.fisher_definitions import IDENTITIES
@@ -68,8 +69,7 @@ def test_a_committed_run_made_again_has_the_committed_accuracies(run_id):
     # longer, have moved by several images. One image may change sides in each entry of R.
     found = tables.load(RESULTS / "tuning_digits")
     (row,) = found["runs"][found["runs"]["run_id"] == run_id].to_dict("records")
-    names = [name for name in schemas.SETTING_NAMES if name in row]
-    cell = RunSettings(**{name: None if pd.isna(row[name]) else row[name] for name in names})
+    cell = RunSettings(**given(row))
     assert cell.run_id == run_id  # the settings still mean what they did
     result = run(cell, find_data("digits", None))
     keys = ["train_exp", "eval_exp"]

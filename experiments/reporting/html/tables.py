@@ -15,6 +15,7 @@ from experiments.reporting.cells import SHOWN, Cell
 from experiments.reporting.labels import in_words, lambda_text, number
 from experiments.results import schemas
 from experiments.results.metrics import METRICS
+from experiments.results.statistics import as_given
 
 SUMMARY_METRICS = (*SHOWN, "forward_transfer")
 LONG = 30  # letters; a longer text may be broken into lines
@@ -146,7 +147,8 @@ CHECK_DETAILS = ("Fisher", "beside", "dtype", "size")
 def runs_table(runs: pd.DataFrame) -> PageTable:
     """Every run with what it measured and those settings that are not the same in all."""
     names = [n for n in schemas.SETTING_NAMES if n in runs]
-    varied = [name for name in names if runs[name].nunique(dropna=False) > 1]
+    cells = as_given(runs.drop_duplicates("config_hash"))
+    varied = [n for n in names if n == "seed" or cells[n].nunique(dropna=False) > 1]
     measured = [*METRICS, "train_s", "fisher_s", "eval_s", "peak_rss_mb", "penalty_state_mb"]
     return from_frame(runs[["run_id", "status", *varied, *measured]], "All runs")
 

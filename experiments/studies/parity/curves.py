@@ -20,6 +20,7 @@ from experiments.reporting.study_output import CURVE_COLUMNS, columns
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import Job
 from experiments.settings.run import STREAM, Dataset, RunSettings
+from experiments.settings.unset import UNSET
 from experiments.settings.values import Count, Seed
 from experiments.studies.completed import completed_study
 
@@ -117,7 +118,7 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _runs_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     for column, value in WAYS.get(name, {"method": NAIVE}).items():
-        runs = runs[runs[column].isna() if value is None else runs[column].eq(value)]
+        runs = runs[runs[column].eq(value or UNSET[column])]
     return runs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from experiments.data.streams import shared_stream
 from experiments.data.tensor_path import FastData, TensorRows, experience_rows
 from experiments.results.schemas import CHECKS
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import UNSET, used
 from experiments.training.networks import make_model
 
 N_BATCHED, N_SINGLE = 2000, 200  # samples that are compared
@@ -143,10 +144,13 @@ def check_row(
     verdict = "measured"
     if tolerance is not None:
         verdict = "equal" if error <= tolerance else "different"
-    settings = {name: getattr(run, name) for name in CHECKS.columns if hasattr(run, name)}
+    method = "ewc" if scope == "whole run" else "naive"  # whatever method `run` has
+    settings = used({**asdict(run), "method": method})
+    if importance_batch:
+        order = run.importance_order or UNSET["importance_order"]
+        settings |= {"importance_batch": importance_batch, "importance_order": order}
     return {
-        **settings,
-        "importance_batch": importance_batch or run.importance_batch,
+        **{name: value for name, value in settings.items() if name in CHECKS.columns},
         "scope": scope,
         "what": what,
         "penalty": penalty,

@@ -42,7 +42,7 @@ def _row(protocol: Protocol, arm: Arm, by_arm: dict[str, pd.DataFrame]) -> dict[
         "protocol": protocol.name,
         "source": protocol.source,
         "setting": protocol.in_words(),
-        "reduced": protocol.reduced or None,
+        "reduced": protocol.reduced or "nothing",
         "arm": arm.label,
         **{k: getattr(run, k) for k in ("scenario", "method", "fisher_type", "ewc_lambda")},
         "n": 0,
