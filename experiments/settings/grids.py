@@ -94,7 +94,8 @@ class Job:
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers make the runs, instead of processes here."""
     checkpoint: bool = False
-    """Store each run's state after every experience, so that a killed run goes on from there."""
+    """Store each run's state after every experience, so that a killed run goes on from there. Runs
+    of si, mas, lwf, replay and ewc+replay say that they would start anew."""
     dry_run: bool = False
     """Print what would run, what exists already, and about how long it takes; run nothing."""
     quiet: bool = False

@@ -15,13 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from avalanche.models.dynamic_modules import avalanche_model_adaptation
-from avalanche.training.plugins import (
-    EWCPlugin,
-    LwFPlugin,
-    MASPlugin,
-    ReplayPlugin,
-    SynapticIntelligencePlugin,
-)
+from avalanche.training.plugins import EWCPlugin
 from avalanche.training.utils import ParamData
 
 from ewc_plugin import DiagonalEWCPlugin
@@ -29,15 +23,16 @@ from experiments.data.sources import DataSource
 from experiments.results.files import folder_lock, replace_file
 from experiments.results.provenance import code_hash
 from experiments.settings.run import RunSettings
+from experiments.training.avalanche_ewc import BuiltinEWC
+from experiments.training.methods import L2, MethodPlugins
 
 State = dict[str, Any]
 CHECKSUM_BYTES = 32  # of SHA-256, in front of the state
 
 
-def can_be_stored(strategy: Any) -> bool:
-    """Whether a checkpoint has all that the strategy's methods remember; else a run starts anew."""
-    others = (SynapticIntelligencePlugin, MASPlugin, LwFPlugin, ReplayPlugin)
-    return not any(isinstance(plugin, others) for plugin in strategy.plugins)
+def can_be_stored(method: MethodPlugins) -> bool:
+    """Whether a checkpoint has all that a method remembers; a subclass may remember more."""
+    return all(type(plugin) in (DiagonalEWCPlugin, L2, BuiltinEWC) for plugin in method.every)
 
 
 def write_checkpoint(

@@ -106,6 +106,9 @@ class Run:
         strategy, watch = self._strategy(stream)
         experiences = stream.benchmark.train_stream  # which may make them on access
         joint = settings.method == "joint"
+        if checkpoint and not can_be_stored(self.method):
+            say(f"{settings.run_id}: no checkpoint holds its method; stopped, it starts anew.")
+            checkpoint = None
         state = checkpoint and read_checkpoint(checkpoint, settings, self.source, say)
         if state:
             self._go_on(restore(state, strategy, experiences))
@@ -119,7 +122,7 @@ class Run:
             self._train(strategy, watch, experiences if joint else experiences[i])
             trained = last if joint else i
             accuracy = self._evaluate(strategy, stream, trained)
-            if checkpoint and trained < last and can_be_stored(strategy):
+            if checkpoint and trained < last:
                 write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
             observe(trained + 1, float(np.mean([a for j, a in accuracy.items() if j <= trained])))
 

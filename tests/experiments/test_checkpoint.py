@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.sources import find_data
 from experiments.settings.run import RunSettings
-from experiments.training.checkpoint import read_checkpoint
+from experiments.training.checkpoint import can_be_stored, read_checkpoint
+from experiments.training.methods import MethodPlugins
 from experiments.training.run import Run, run
 from support.killed import KilledError
 
@@ -17,6 +19,7 @@ METHODS = {
     "naive, sgd": ("naive", {"optimizer": "sgd"}),
     "ewc": ("ewc", {**PENALTY, "fisher_type": "predicted"}),
     "ewc, sampled, online": ("ewc", {**ONLINE, "fisher_type": "sampled", "normalize": "mean"}),
+    "l2": ("l2", PENALTY),
     "avalanche-ewc": ("avalanche-ewc", PENALTY),
     "avalanche-ewc, online": ("avalanche-ewc", ONLINE),
 }
@@ -62,6 +65,35 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path, method, stre
         assert torch.equal(a, b), n
     records = [current.record("ok", "") for current in (whole, resumed)]
     assert len({str({k: v for k, v in r.items() if k not in TIMES}) for r in records}) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("si", {"ewc_lambda": 1.0}),
+        ("mas", {"ewc_lambda": 1.0}),
+        ("lwf", {"ewc_lambda": 1.0}),
+        ("replay", {"memory": 20}),
+        ("ewc+replay", {**PENALTY, "fisher_type": "predicted", "memory": 20}),
+    ],
+)
+def test_a_run_whose_method_has_no_checkpoint_says_so_and_starts_anew(tmp_path, method, changes):
+    cell, path, said, seen = settings(method, **changes), tmp_path / "checkpoint", [], []
+    killed_after(2, cell, path)
+    assert not path.exists()
+    resumed = Run(cell, DIGITS)
+    resumed.run(lambda done, accuracy: seen.append(done), path, said.append)
+    assert seen == [1, 2, 3, 4]
+    assert resumed.rows == run(cell, DIGITS).rows
+    assert said == [f"{cell.run_id}: no checkpoint holds its method; stopped, it starts anew."]
+
+
+def test_a_plugin_that_may_remember_more_has_no_checkpoint():
+    class Own(DiagonalEWCPlugin):
+        pass
+
+    assert can_be_stored(MethodPlugins(late=(DiagonalEWCPlugin(1.0),)))
+    assert not can_be_stored(MethodPlugins(late=(Own(1.0),)))
 
 
 def test_a_checkpoint_of_other_settings_data_or_bytes_is_not_used(tmp_path):
