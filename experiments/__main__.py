@@ -25,14 +25,15 @@ if __name__ == "__main__":  # the imports below take seconds
 from rich.console import Console  # noqa: E402
 
 from experiments.command_line import parse, print_completion, unknown, write_ascii_if_needed  # noqa: E402
-from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep, Tune  # noqa: E402
+from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep  # noqa: E402
 from experiments.sweeps import exit_status  # noqa: E402
 
 # Warnings to silence: a solver that only GEM needs; evaluators without loggers.
 AVALANCHE_NOTES = ("no QP solver found", "No loggers specified")
-JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep, Tune)}
+JOBS = {kind.name: kind for kind in (Main, SplitMnist, PermutedMnist, Sweep)}
 # Commands of their own modules, each with `run(settings)`; imported only when they are called.
 STUDIES = {
+    "tune": "choose lambda on validation images, by a search that stops by itself",
     "compare": "which method of a results folder is better, by how much, with what interval",
     "report": "one HTML page about results folders",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",

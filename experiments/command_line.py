@@ -33,10 +33,12 @@ OPTION = re.compile(r"--(?:no-)?([A-Za-z][^=]*)")  # which a negative number is 
 RENAMED = {"jobs": "processes"}  # options of the release before: their new names
 # Headings of --help, with the options below each; the others of a command come first.
 GROUPS = {
-    "benchmark": "benchmark scenario dataset data_root experiences pixels validation seeds",
+    "benchmark": "benchmark scenario dataset data_root experiences pixels validation seeds"
+    " eval_every",
     "training": "model hidden_size hidden_layers head dropout loss epochs batch_size optimizer"
     " learning_rate optimizer_state",
-    "method": "methods fisher_type ewc_lambda mode decay_factor normalize penalty_step memory",
+    "method": "methods fisher_type ewc_lambda tuned mode decay_factor normalize penalty_step memory"
+    " importance_batch importance_order",
     "where_and_how": "out processes device force mix_code checkpoint dry_run config scheduler"
     " data_path quiet tensorboard wandb",
 }

@@ -11,7 +11,6 @@ from experiments.data.sources import DataSource
 from experiments.reporting.figures.folder import plot_all
 from experiments.reporting.terminal import (
     print_checks,
-    print_chosen,
     print_comparisons,
     print_summary,
     print_troubles,
@@ -20,7 +19,7 @@ from experiments.results import schemas, statistics, tables
 from experiments.results.environment import write_environment
 from experiments.results.provenance import mixed_code, provenance
 from experiments.results.store import Store
-from experiments.settings.grids import Job, Tune
+from experiments.settings.grids import Job
 from experiments.settings.run import PENALISED, STREAM, RunSettings
 from experiments.sweeps import exit_status
 from experiments.sweeps.jobs import make_runs, prepare
@@ -86,8 +85,6 @@ def write_report(
             checks = tables.write_rows(rows, store.folder, schemas.CHECKS)
     mine = {cell.config_hash for cell in cells}
     print_summary(runs[runs["config_hash"].isin(mine)], console)
-    if isinstance(job, Tune):
-        print_chosen(summary, console)
     if job.compares:
         print_comparisons(comparisons[comparisons["config_hash"].isin(mine)], console)
     if numerical:

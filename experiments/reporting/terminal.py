@@ -12,7 +12,6 @@ from rich.table import Table
 from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, summary_cells
 from experiments.reporting.labels import in_words
-from experiments.results.statistics import chosen_lambdas
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MAY_WRAP = ("method", "compared", "what", "beside", "verdict")  # between words; others are short
@@ -64,14 +63,6 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
                 "n": str(cell.n),
             })
         print_table(f"{title}: mean ± 95 % interval", rows, console)
-
-
-def print_chosen(summary: pd.DataFrame, console: Console) -> None:
-    """Print what `CHOSEN_LAMBDA` in the settings should say."""
-    console.print("Chosen on validation data, for CHOSEN_LAMBDA in experiments/settings/tuned.py:")
-    for row in chosen_lambdas(summary).itertuples():
-        key = (row.benchmark, row.dataset, row.scenario, row.method)
-        console.print(f"    {key}: {row.ewc_lambda:g},  # {row.mean:.4f}", highlight=False)
 
 
 def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:

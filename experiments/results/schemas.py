@@ -218,6 +218,32 @@ REPRODUCE = pa.DataFrameSchema(
 )
 
 
+TUNED = pa.DataFrameSchema(
+    {
+        **{name: column for name, column in _SETTINGS.items() if name != "seed"},
+        "metric": _text(checks=pa.Check.isin(["average_accuracy"])),
+        "unit": _text(),
+        "n": _count(1),
+        "mean": _number(_FRACTION),
+        "std": _number(pa.Check.ge(0), nullable=True),
+        **_INTERVAL,
+        "margin": _number(pa.Check.ge(0)),
+        **{
+            name: _number(pa.Check.ge(0))
+            for name in ("lowest_as_good", "highest_as_good", "smallest_tried", "largest_tried")
+        },
+        "n_values": _count(1),
+        "place": _text(checks=pa.Check.isin(["inside", "smallest", "largest"])),
+        "seeds": _text(),
+        "config_hash": _text(unique=True),
+        **PROVENANCE,
+    },
+    strict=True,
+    name="tuned.csv",
+)
+
+
 SCHEMAS = {
-    schema.name: schema for schema in (ACCURACY, RUNS, SUMMARY, COMPARISONS, CHECKS, REPRODUCE)
+    schema.name: schema
+    for schema in (ACCURACY, RUNS, SUMMARY, COMPARISONS, CHECKS, REPRODUCE, TUNED)
 }

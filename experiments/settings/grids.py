@@ -6,6 +6,7 @@ A command is a frozen dataclass that tyro turns into a command line, so each fie
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -41,7 +42,7 @@ from experiments.settings.run import (
     Scenario,
     require,
 )
-from experiments.settings.tuned import TUNING_GRIDS, TUNING_SEEDS, chosen_lambda
+from experiments.settings.tuned import Tuned, chosen_lambda, read_tuned
 from experiments.settings.unset import UNSET
 from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
 
@@ -168,8 +169,11 @@ class Grid(Job):
     """Labels that our Fisher averages over."""
     ewc_lambda: tuple[Lambda, ...] = axis()
     """Penalty strengths, each tried with every method that has one: Avalanche's `ewc_lambda`, SI's
-    `si_lambda`, MAS's `lambda_reg`, LwF's `alpha`. Empty: each EWC method's own, chosen on
-    validation data; the others have none."""
+    `si_lambda`, MAS's `lambda_reg`, LwF's `alpha`. Empty: those of `tuned`, else each EWC method's
+    own, chosen on validation data; the others have none."""
+    tuned: tuple[str, ...] = ()
+    """Folders or files of `python -m experiments tune` that hold a lambda for every method and
+    setting of this command that has one."""
     mode: tuple[Mode, ...] = axis("separate")
     """One quadratic per experience, or a single one that decays."""
     decay_factor: tuple[Decay, ...] = axis()
@@ -206,6 +210,11 @@ class Grid(Job):
     scenario class, and not for joint and replay, whose experiences have all classes."""
     memory: tuple[Count, ...] = axis(200)
     """Samples that replay and ewc+replay keep."""
+    importance_batch: tuple[Count, ...] = axis()
+    """Mini-batches that Avalanche's EWC takes its importances from. Empty: as large as in training.
+    """
+    importance_order: tuple[Literal["dataset", "shuffled"], ...] = axis("dataset")
+    """Order of the samples in them: the dataset's, by class, as Avalanche has it, or at random."""
     dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
     """Dropout rate while training; the Fisher is always taken without."""
     pixels: tuple[Literal["normalized", "unit"], ...] = axis("normalized", setting="pixels")
@@ -221,15 +230,26 @@ class Grid(Job):
         require(self.streams, "scenario", "one that the benchmark has", self.scenario)  # type: ignore[attr-defined]
         useless = self.decay_factor and "online" not in self.mode
         require(not useless, "decay_factor", "unset in mode separate", self.decay_factor)
-        if not self.ewc_lambda and any(method in WITH_LAMBDA for method in self.methods):
+        both = self.tuned and self.ewc_lambda
+        require(not both, "ewc_lambda", "empty with `tuned`, which says it", self.ewc_lambda)
+        have_lambda = any(method in WITH_LAMBDA for method in self.methods)
+        if have_lambda and not (self.ewc_lambda or self.tuned):
             self._check_chosen_lambda()
 
     def _check_chosen_lambda(self) -> None:
         """The lambdas of `settings.tuned` were chosen for these settings alone."""
         for name, plain in _AS_CHOSEN.items():
-            others = ", ".join(value for value in getattr(self, name) if value != plain)
+            others = ", ".join(str(value) for value in getattr(self, name) if value != plain)
             rule = f"given with `{name}` {others}: the chosen ones are for {plain}"
             require(not others, "ewc_lambda", rule, "none")
+
+    def own_lambda(self, run: RunSettings) -> float:
+        """The lambda of a run where the command line gives none."""
+        return self._tuned.lambda_of(run) if self.tuned else chosen_lambda(run)
+
+    @functools.cached_property
+    def _tuned(self) -> Tuned:
+        return read_tuned(self.tuned)
 
     @property
     def streams(self) -> list[tuple[Benchmark, Scenario]]:
@@ -271,15 +291,15 @@ class Grid(Job):
 
     def _of_method(self, base: RunSettings, method: Method) -> Iterator[RunSettings]:
         """The runs of a method, each with what it has a choice of; `base` is Naive's."""
-        names, where_empty = [n for n, methods in _CHOICES.items() if method in methods], {}
+        names = [n for n, methods in _CHOICES.items() if method in methods]
         if base.scenario == "class" and method not in WITH_ALL_CLASSES:
             names.append("loss")
-        if method in WITH_LAMBDA and not self.ewc_lambda:
-            where_empty = {"ewc_lambda": chosen_lambda(base, method)}
-        for settings in self._spanned(names, where_empty):
+        finds_lambda = method in WITH_LAMBDA and not self.ewc_lambda
+        for settings in self._spanned(names, {"ewc_lambda": 0.0, "importance_batch": None}):
             decays = self.decay_factor if settings.get("mode") == "online" else ()
             for decay_factor in decays or (None,):
-                yield replace(base, method=method, **settings, decay_factor=decay_factor)
+                run = replace(base, method=method, **settings, decay_factor=decay_factor)
+                yield replace(run, ewc_lambda=self.own_lambda(run)) if finds_lambda else run
 
     def _spanned(
         self, names: Iterable[str], where_empty: dict[str, Any]
@@ -311,8 +331,12 @@ _CHOICES: dict[str, tuple[Method, ...]] = {  # axes, and the methods that have t
     "ewc_lambda": WITH_LAMBDA,
     "mode": WITH_MODE,
     "memory": WITH_MEMORY,
+    **dict.fromkeys(("importance_batch", "importance_order"), ("avalanche-ewc",)),
 }
-_AS_CHOSEN = {"normalize": "none", "penalty_step": "gradient", "head": "linear", "loss": "all"}
+_AS_CHOSEN = {
+    **{"normalize": "none", "penalty_step": "gradient", "head": "linear", "loss": "all"},
+    **{"importance_batch": "those of training", "importance_order": "dataset"},
+}
 _MLP_ONLY = {name: getattr(RunSettings, name) for name in ("hidden_size", "hidden_layers")}
 
 
@@ -386,36 +410,14 @@ class Main(Job):
 
     seeds: tuple[Seed, ...] = axis(0, 1, 2)
     """Each seeds the stream, the initial weights and the order of the samples."""
+    tuned: tuple[str, ...] = ()
+    """Folders or files of `python -m experiments tune`, instead of the lambdas chosen once."""
 
     name = "main"
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """Both benchmarks with the settings of their own commands."""
         for grid in (SplitMnist, PermutedMnist):
-            settings = grid(seeds=self.seeds, device=self.device, data_path=self.data_path)
-            yield from settings.cells(dataset)
-
-
-@dataclass(frozen=True)
-class Tune(Job):
-    """Choose each EWC method's lambda for the main job, on validation images and other seeds."""
-
-    name = "tune"
-    compares = False
-
-    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """A grid of lambdas per benchmark and method, evaluated on held-out training images."""
-        for (benchmark, grid_dataset, scenario, method), lambdas in TUNING_GRIDS.items():
-            if grid_dataset != dataset:
-                continue
-            grid = SplitMnist if benchmark == "split" else PermutedMnist
-            settings = grid(
-                methods=(method,),  # type: ignore[arg-type]
-                scenario=(scenario,),  # type: ignore[arg-type]
-                ewc_lambda=lambdas,
-                seeds=TUNING_SEEDS,
-                validation=True,
-                device=self.device,
-                data_path=self.data_path,
-            )
+            options: dict[str, Any] = {"seeds": self.seeds, "tuned": self.tuned}
+            settings = grid(**options, device=self.device, data_path=self.data_path)
             yield from settings.cells(dataset)

@@ -1,8 +1,15 @@
-"""Lambdas chosen on validation data, and the grids that they were searched on."""
+"""Lambdas chosen on validation data: those of the main job, and those that `tune` wrote."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
 from experiments.settings.run import RunSettings
+from experiments.settings.values import shown
 
 # What `python -m experiments tune` chose on validation data for the settings of the main job; a
 # test holds these numbers to results/tuning.
@@ -18,32 +25,130 @@ CHOSEN_LAMBDA: dict[tuple[str, str, str, str], float] = {
 }
 
 
-# A network that fits its training data has little predicted-label Fisher left, hence the digits'.
-TUNING_GRIDS: dict[tuple[str, str, str, str], tuple[float, ...]] = {
-    ("split", "mnist", "task", "ewc"): (1e2, 1e3, 1e4, 1e5, 1e6),
-    ("split", "mnist", "task", "avalanche-ewc"): (1e3, 1e4, 1e5, 1e6, 1e7),
-    ("permuted", "mnist", "domain", "ewc"): (3.0, 10.0, 30.0, 100.0, 300.0),
-    ("permuted", "mnist", "domain", "avalanche-ewc"): (30.0, 100.0, 300.0, 1000.0, 3000.0),
-    ("split", "digits", "task", "ewc"): (1e5, 1e6, 1e7, 1e8, 1e9),
-    ("split", "digits", "task", "avalanche-ewc"): (1e3, 1e4, 1e5, 1e6, 1e7),
-    ("permuted", "digits", "domain", "ewc"): (30.0, 100.0, 300.0, 1e3, 3e3),
-    ("permuted", "digits", "domain", "avalanche-ewc"): (300.0, 1e3, 3e3, 1e4, 3e4),
-}
-
-
 TUNING_SEEDS = (100, 101, 102)  # never reported
+TUNED_FILE = "tuned.json"
+# Where a search starts, by what F is divided by, else by Fisher type, else by method.
+START_NORMALIZED = {"mean": 0.1, "trace": 1e4, "max": 1.0, "avalanche": 1e3}
+START_TYPE = {
+    **{"predicted": 100.0, "exact": 10.0, "empirical": 10.0, "sampled": 10.0, "reversed": 1.0},
+    **dict.fromkeys(("batched", "class_mean", "class_mean_empirical"), 1e3),
+}
+START_METHOD = {"avalanche-ewc": 1e3, "l2": 0.1, "si": 1.0, "mas": 1.0, "lwf": 1.0}
 
 
-def chosen_lambda(run: RunSettings, method: str) -> float:
+def chosen_lambda(run: RunSettings) -> float:
     """The lambda chosen on validation data for this benchmark, scenario and method.
 
     Raises:
         ValueError: None was chosen for the scenario.
     """
     try:
-        return CHOSEN_LAMBDA[run.benchmark, run.dataset, run.scenario, method]
+        return CHOSEN_LAMBDA[run.benchmark, run.dataset, run.scenario, run.method]
     except KeyError:
         raise ValueError(
-            f"`ewc_lambda` must be given for {method} on {run.benchmark} {run.dataset}, "
-            f"scenario {run.scenario}: none was chosen on validation data; try --ewc-lambda 100."
+            f"`ewc_lambda` must be given for {run.method} on {run.benchmark} {run.dataset}, "
+            f"scenario {run.scenario}: none was chosen on validation data; choose one by "
+            "`python -m experiments tune`, or try --ewc-lambda 100."
         ) from None
+
+
+def start_lambda(run: RunSettings) -> float:
+    """The lambda that a search of this arm starts from."""
+    if run.normalize is not None:
+        return START_NORMALIZED[run.normalize]
+    if run.fisher_type is not None:
+        return START_TYPE[run.fisher_type]
+    return START_METHOD.get(run.method, 1.0)
+
+
+# Settings in which a run that reports may differ from the one that its lambda was chosen with.
+NOT_OF_THE_ARM = {"seed": 0, "ewc_lambda": 0.0, "validation": False, "eval_every": None}
+
+
+def arm_of(run: RunSettings) -> RunSettings:
+    """The run without what its arm does not depend on; of a method with a lambda."""
+    return replace(run, **NOT_OF_THE_ARM)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Lambdas that were chosen on validation data.
+
+    Attributes:
+        lambdas: By arm.
+        seeds: They were chosen with.
+        files: They come from.
+    """
+
+    lambdas: dict[RunSettings, float]
+    seeds: frozenset[int]
+    files: str
+
+    def lambda_of(self, run: RunSettings) -> float:
+        """The lambda of the run's arm.
+
+        Raises:
+            ValueError: None was chosen with exactly its settings, or one was chosen with its seed.
+        """
+        if run.seed in self.seeds:
+            raise ValueError(
+                f"`seeds` must be others than those that lambda was chosen with, got {run.seed}, "
+                f"which is in {self.files}."
+            )
+        arm = arm_of(run)
+        if arm not in self.lambdas:
+            remedy = "run `python -m experiments tune` with the settings of this command"
+            raise ValueError(
+                f"`tuned` must hold a lambda for every arm, got {self.files} without "
+                f"{arm.run_id.rpartition('-s')[0]}{self._nearest(arm)}; {remedy}."
+            )
+        return self.lambdas[arm]
+
+    def _nearest(self, arm: RunSettings) -> str:
+        """In what the arm differs from the one there that is most like it."""
+        wanted, found = asdict(arm), [asdict(other) for other in self.lambdas]
+        differences = (
+            [f"{k} is {wanted[k]} here and {v} there" for k, v in other.items() if wanted[k] != v]
+            for other in found
+        )
+        nearest = min(differences, key=len, default=[])
+        return f" ({', '.join(nearest)})" if nearest else ""
+
+
+def tuned_content(chosen: Iterable[RunSettings], seeds: Sequence[int]) -> str:
+    """The content of the file that `read_tuned` reads."""
+    arms = []
+    for run in chosen:
+        settings = {k: v for k, v in asdict(run).items() if v is not None}
+        arms.append({k: v for k, v in settings.items() if k not in ("seed", "validation")})
+    return json.dumps({"seeds": list(seeds), "arms": arms}, indent=1) + "\n"
+
+
+def read_tuned(paths: Iterable[str]) -> Tuned:
+    """The lambdas in the files, or folders, that `tune` wrote.
+
+    Raises:
+        ValueError: One is not such a file, or two give an arm different lambdas.
+    """
+    lambdas: dict[RunSettings, float] = {}
+    seeds: set[int] = set()
+    for path in map(Path, paths):
+        file = path / TUNED_FILE if path.is_dir() else path
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            runs = [RunSettings(seed=0, **arm) for arm in content["arms"]]
+            seeds |= {int(seed) for seed in content["seeds"]}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"`tuned` must be a folder or file that `tune` wrote, got {shown(str(file))} "
+                f"({reason})."
+            ) from None
+        for run in runs:
+            value: Any = run.ewc_lambda
+            if lambdas.setdefault(arm_of(run), value) != value:
+                raise ValueError(
+                    f"`tuned` must give an arm one lambda, got {lambdas[arm_of(run)]:g} and "
+                    f"{value:g} for {arm_of(run).run_id.rpartition('-s')[0]}."
+                )
+    return Tuned(lambdas, frozenset(seeds), ", ".join(paths))

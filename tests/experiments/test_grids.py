@@ -64,6 +64,18 @@ def test_penalties_span_a_grid_of_what_each_method_has():
     assert {cell.decay_factor for cell in cells if cell.mode == "separate"} == {None}
 
 
+def test_the_builtins_importances_span_a_grid():
+    cells = grid(
+        methods=("naive", "avalanche-ewc", "ewc"),
+        ewc_lambda=(1.0,),
+        importance_batch=(32, 64),
+        importance_order=("dataset", "shuffled"),
+    )
+    ways = {(c.importance_batch, c.importance_order) for c in cells if c.method == "avalanche-ewc"}
+    assert ways == {(32, None), (64, None), (32, "shuffled"), (64, "shuffled")}
+    assert len(cells) == 4 + 1 + 1
+
+
 def test_what_has_no_meaning_collapses():
     assert len(grid(model=("cnn",), hidden_size=(8, 16), hidden_layers=(1, 2))) == 1
     assert len(grid(fisher_type=("predicted", "exact"), ewc_lambda=(1.0, 2.0))) == 1
@@ -92,6 +104,13 @@ def test_a_file_has_the_same_names_and_the_command_line_counts_more(tmp_path):
     assert job.epochs == (4, 5)
     assert job.force is False
     assert from_toml(tmp_path, text).force is True
+
+
+def test_options_complete_what_a_file_leaves_out(tmp_path):
+    text = 'methods = ["ewc"]\nnormalize = "mean"'  # for which no lambda was chosen
+    with pytest.raises(ValueError, match="`ewc_lambda` must be given with `normalize` mean"):
+        from_toml(tmp_path, text)
+    assert from_toml(tmp_path, text, "--ewc-lambda", "0.1").ewc_lambda == (0.1,)
 
 
 def toml(value):

@@ -1,0 +1,81 @@
+"""What a search for lambda found: on the terminal, and as a figure per stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from experiments.reporting.figures.over_lambda import lines_of, over_lambda
+from experiments.reporting.figures.style import MOST_LINES
+from experiments.reporting.labels import cell_labels, number, stream_title
+from experiments.reporting.terminal import print_table
+from experiments.settings.run import STREAM
+
+
+def draw_tuned(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Validation accuracy over lambda, a figure per stream, at most `MOST_LINES` arms in a panel.
+
+    Args:
+        runs: Rows of `runs.csv`, of all values that were tried.
+
+    Yields:
+        A name and the figure.
+    """
+    for stream, part in runs.groupby(list(STREAM)):
+        names: Any = stream
+        lines = lines_of(part)
+        starts = range(0, len(lines), MOST_LINES)
+        parts = [lines[i : i + MOST_LINES] for i in starts]
+        titles = [f"{i + 1} to {i + len(p)}" for i, p in zip(starts, parts, strict=True)]
+        panels = dict(zip(titles if len(parts) > 1 else [""], parts, strict=True))
+        title = f"Accuracy over λ: {stream_title(*names)}, validation images"
+        yield f"lambda-{'-'.join(names)}", over_lambda(panels, title, ("average_accuracy",))
+
+
+def print_tuned(table: pd.DataFrame, runs: pd.DataFrame, console: Console) -> None:
+    """Print what was chosen, a table per stream.
+
+    Args:
+        table: Rows of `tuned.csv`.
+        runs: Rows of `runs.csv`, of all values that were tried.
+        console: Where to print.
+    """
+    labels = cell_labels(runs, with_lambda=False)
+    for stream, part in table.groupby(list(STREAM), sort=False):
+        names: Any = stream
+        rows = [
+            {
+                "method": labels[row.config_hash],
+                "λ": number(row.ewc_lambda),
+                "accuracy": f"{row.mean:.4f}",
+                "as good": f"{number(row.lowest_as_good)} to {number(row.highest_as_good)}",
+                "tried": f"{number(row.smallest_tried)} to {number(row.largest_tried)}",
+                "edge": "" if row.place == "inside" else str(row.place).upper(),
+            }
+            for row in part.itertuples()
+        ]
+        title = (
+            f"{stream_title(*names)}: chosen on validation images, mean of n = {part['n'].max()}"
+        )
+        margin = f"; as good: not worse by more than {part['margin'].max():g}"
+        print_table(title + margin, rows, console)
+
+
+def print_edges(table: pd.DataFrame, console: Console) -> None:
+    """Say which lambdas are at the edge of what was tried.
+
+    Args:
+        table: Rows of `tuned.csv`.
+        console: Where to print.
+    """
+    for row in table[table["place"] != "inside"].itertuples():
+        line = (
+            f"AT THE EDGE: {row.method} ({row.config_hash}) is best at the {row.place} of "
+            f"{row.n_values} values, {row.ewc_lambda:g}: its best may lie beyond; start there by "
+            f"--ewc-lambda {row.ewc_lambda:g}."
+        )
+        console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,200 @@
+"""Choose lambda on validation images, by a search that stops by itself.
+
+Each combination of method and settings is an arm with a search of its own, on the same seeds: at
+most eight values, a factor of 10 apart, and of sqrt(10) around the best. The reporting command
+takes what was chosen by `--tuned`, with other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+from rich.console import Console
+
+from experiments.data.sources import DataSource
+from experiments.reporting.figures.style import save
+from experiments.reporting.terminal import print_troubles
+from experiments.reporting.tuned import draw_tuned, print_edges, print_tuned
+from experiments.results import schemas, statistics, tables
+from experiments.results.environment import write_environment
+from experiments.results.files import replace_file
+from experiments.results.provenance import provenance_of
+from experiments.results.store import Store
+from experiments.settings.grids import Sweep, axis
+from experiments.settings.run import (
+    WITH_LAMBDA,
+    Benchmark,
+    Dataset,
+    Method,
+    RunSettings,
+    require,
+)
+from experiments.settings.tuned import TUNED_FILE, TUNING_SEEDS, start_lambda, tuned_content
+from experiments.settings.unset import used
+from experiments.settings.values import Count, Lambda, Seed
+from experiments.sweeps import exit_status
+from experiments.sweeps.jobs import make_runs, prepare
+from experiments.sweeps.lambda_search import MOST_VALUES, WORSE, Arm, Search, search
+
+
+@dataclass(frozen=True)
+class Tune(Sweep):
+    """Choose the lambda of each combination of the values below, on validation images."""
+
+    methods: tuple[Method, ...] = axis("avalanche-ewc", "ewc")
+    """Methods; those without a lambda are left out, so that a file of settings serves both this
+    and the command that reports."""
+    ewc_lambda: tuple[Lambda, ...] = axis()
+    """Where every search starts. Empty: a value per method, Fisher type and normalisation."""
+    seeds: tuple[Seed, ...] = axis(*TUNING_SEEDS)
+    """Each seeds the stream, the initial weights and the order of the samples; a command that takes
+    what was chosen refuses to report them."""
+    benchmark: tuple[Benchmark, ...] = axis("split", "permuted")
+    """As in `sweep`."""
+    tuned: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    validation: Annotated[bool, tyro.conf.Suppress] = True
+    eval_every: Annotated[Count, tyro.conf.Suppress] = 1  # the searches have their own
+
+    name = "tune"
+    compares = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.ewc_lambda) < 2, "ewc_lambda", "one value, or empty", self.ewc_lambda)
+        require(0.0 not in self.ewc_lambda, "ewc_lambda", "above 0", self.ewc_lambda)
+        some = [method for method in self.methods if method in WITH_LAMBDA]
+        require(some, "methods", f"among {', '.join(WITH_LAMBDA)}", ", ".join(self.methods))
+
+    def _check_chosen_lambda(self) -> None:
+        """There is a start for all settings."""
+
+    def own_lambda(self, run: RunSettings) -> float:
+        """Where the search of the run's arm starts."""
+        return start_lambda(run)
+
+    def arms(self, dataset: Dataset) -> list[Arm]:
+        """Every arm."""
+        one_seed = replace(self, seeds=self.seeds[:1])
+        return [
+            Arm(replace(cell, validation=True, eval_every=cell.n_experiences), self.seeds)
+            for cell in super(Tune, one_seed).cells(dataset)
+            if cell.method in WITH_LAMBDA
+        ]
+
+    def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
+        """The runs that the searches begin with."""
+        for arm in self.arms(dataset):
+            yield from search(arm, {}).pending
+
+    @property
+    def left_out(self) -> str:  # type: ignore[override]
+        """What `sweep` leaves out, and methods without a lambda."""
+        without = [method for method in self.methods if method not in WITH_LAMBDA]
+        line = f"{', '.join(without)}: left out, as they have no lambda." if without else ""
+        return " ".join(filter(None, (super().left_out, line)))
+
+
+def run(settings: Tune) -> pd.DataFrame:
+    """Search every arm; write `tuned.csv`, `tuned.json` and a figure per stream.
+
+    Args:
+        settings: The arms.
+
+    Returns:
+        Rows of `tuned.csv`.
+    """
+    console = Console(quiet=settings.quiet)
+    if settings.dry_run:
+        console.print(f"The first values of each search, which tries up to {MOST_VALUES}:")
+    store, _, source = prepare(settings, console)
+    arms = settings.arms(source.name)
+    _make_all(settings, arms, store, source, console)
+    with store.lock:
+        _, runs = store.write_tables()
+        tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
+        if store.n_added or not (store.folder / "environment.json").exists():
+            write_environment(store.folder, source)
+        searches = _searches(arms, store)
+        chosen = [one for one in searches if not one.pending and math.isfinite(one.found[one.best])]
+        table = tables.write_rows((_row(one, runs) for one in chosen), store.folder, schemas.TUNED)
+        cells = [one.arm.cells(one.best)[0] for one in chosen]
+        replace_file(store.folder / TUNED_FILE, tuned_content(cells, settings.seeds))
+    mine = runs[runs["run_id"].isin(_tried(searches))]
+    for name, figure in draw_tuned(mine):
+        save(figure, store.folder / "plots" / f"{name}.png")
+    print_tuned(table, mine, console)
+    errors = Console(stderr=True) if settings.quiet else console
+    if n_missing := len(arms) - len(table):
+        line = f"NO LAMBDA for {n_missing} of {len(arms)} arms, where runs failed or all diverged."
+        errors.print(line, style="bold red", highlight=False, soft_wrap=True)
+    print_edges(table, errors)
+    exit_status.note(mine)
+    print_troubles(mine[mine["status"] == "failed"], errors)
+    others = f"with other seeds than {' '.join(map(str, settings.seeds))}"
+    console.print(
+        f"Take them by --tuned {store.folder}, {others}.", highlight=False, soft_wrap=True
+    )
+    return table
+
+
+def _make_all(
+    settings: Tune, arms: Sequence[Arm], store: Store, source: DataSource, console: Console
+) -> None:
+    """Make the runs of every search until all have ended, a round of all searches at a time."""
+    asked: set[str] = set()  # a run that failed is not tried again by the same command
+    while True:
+        searches = _searches(arms, store, asked if settings.force else None)
+        cells = (cell for one in searches for cell in one.pending)
+        wanted = [cell for cell in cells if cell.run_id not in asked]
+        if not wanted:
+            return
+        asked |= {cell.run_id for cell in wanted}
+        make_runs(settings, store, wanted, source, console)
+
+
+def _searches(
+    arms: Sequence[Arm], store: Store, counted: Collection[str] | None = None
+) -> list[Search]:
+    """How far the searches have come by the stored runs, or by those that are `counted`."""
+    runs = store.results()[1]
+    runs = runs[runs["status"] != "failed"]
+    if counted is not None:
+        runs = runs[runs["run_id"].isin(counted)]
+    pairs = zip(runs["status"], runs["average_accuracy"], strict=True)
+    outcomes = dict(zip(runs["run_id"], pairs, strict=True))
+    return [search(arm, outcomes) for arm in arms]
+
+
+def _tried(searches: Sequence[Search]) -> list[str]:
+    """The ids of all runs of the searches, those that failed too."""
+    tried = [cell for one in searches for step in one.found for cell in one.arm.cells(step)]
+    return [cell.run_id for one in searches for cell in one.pending] + [c.run_id for c in tried]
+
+
+def _row(one: Search, runs: pd.DataFrame) -> dict[str, Any]:
+    """The row of `tuned.csv`."""
+    cells = one.arm.cells(one.best)
+    own = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
+    settings = {k: v for k, v in used(asdict(cells[0])).items() if k != "seed"}
+    good = one.as_good
+    return {
+        **settings,
+        "metric": "average_accuracy",
+        "unit": "fraction",
+        **statistics.interval(own["average_accuracy"].to_numpy(dtype=float)),
+        "margin": WORSE,
+        "lowest_as_good": one.arm.lambda_at(good[0]),
+        "highest_as_good": one.arm.lambda_at(good[-1]),
+        "smallest_tried": one.arm.lambda_at(min(one.found)),
+        "largest_tried": one.arm.lambda_at(max(one.found)),
+        "n_values": len(one.found),
+        "place": one.place,
+        "seeds": " ".join(map(str, one.arm.seeds)),
+        "config_hash": cells[0].config_hash,
+        **provenance_of(own),
+    }
