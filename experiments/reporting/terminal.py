@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, summary_cells
-from experiments.reporting.labels import in_words
+from experiments.reporting.labels import in_words, wrapped
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
-MAY_WRAP = ("method", "compared", "what", "beside", "verdict")  # between words; others are short
+LEFT = ("method", "compared", "metric", "Fisher", "verdict", "what", "beside")  # else to the right
+GAP, INDENT = "  ", "  "
 
 
 def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) -> None:
     """Print rows of text as a table.
+
+    Where it is too wide, the first column's entries become lines above their rows; where that is
+    not enough, each row becomes a sentence.
 
     Args:
         title: Above it.
@@ -27,21 +31,38 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
     """
     if not rows:
         return
-    # The terminal breaks lines at no-break spaces too: `λ=30` stays whole.
+    # Lines are broken at spaces: `λ=30` stays whole.
     rows = [{column: text.replace(NO_BREAK, "") for column, text in row.items()} for row in rows]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in rows[0]:
-        wraps = column in MAY_WRAP
-        longest = max(len(word) for row in rows for word in (*row[column].split(), *column.split()))
-        table.add_column(
-            column,
-            justify="left" if wraps or column in ("metric", "Fisher") else "right",
-            no_wrap=not wraps,
-            min_width=longest if wraps else None,
-        )
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table, highlight=False, markup=False)
+    show = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    show(f"\n{wrapped(title, console.width)}", style="italic")
+    first, *others = rows[0]
+    header, *lines = _aligned(rows, [first, *others])
+    if len(header) <= console.width:
+        show(header, style="bold")
+        show("\n".join(["─" * len(header), *lines]))
+        return
+    header, *lines = _aligned(rows, others)
+    if fits := len(INDENT + header) <= console.width:
+        show(INDENT + header, style="bold")
+    above = ""
+    for row, line in zip(rows, lines, strict=True):
+        if row[first] != above:
+            above = row[first]
+            show(wrapped(above, console.width))
+        if not fits:
+            line = ", ".join(f"{name} {row[name]}" for name in others if row[name])
+        show(textwrap.indent(wrapped(line, console.width - 2) if not fits else line, INDENT))
+
+
+def _aligned(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[str]:
+    """The header and the rows, each as wide as the widest; trailing spaces are cut off the rows."""
+    lines = [{column: column for column in columns}, *rows]
+    widths = {column: max(len(line[column]) for line in lines) for column in columns}
+    header, *rest = (
+        GAP.join(f"{line[c]:{'<' if c in LEFT else '>'}{widths[c]}}" for c in columns)
+        for line in lines
+    )
+    return [header, *(line.rstrip() for line in rest)]
 
 
 def print_summary(runs: pd.DataFrame, console: Console) -> None:
