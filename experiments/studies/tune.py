@@ -107,6 +107,9 @@ def run(settings: Tune) -> pd.DataFrame:
 
     Returns:
         Rows of `tuned.csv`.
+
+    Raises:
+        ValueError: An arm has no lambda; those of the others are written.
     """
     console = Console(quiet=settings.quiet)
     if settings.dry_run:
@@ -129,16 +132,17 @@ def run(settings: Tune) -> pd.DataFrame:
         save(figure, store.folder / "plots" / f"{name}.png")
     print_tuned(table, mine, console)
     errors = Console(stderr=True) if settings.quiet else console
-    if n_missing := len(arms) - len(table):
-        line = f"NO LAMBDA for {n_missing} of {len(arms)} arms, where runs failed or all diverged."
-        errors.print(line, style="bold red", highlight=False, soft_wrap=True)
     print_edges(table, errors)
     exit_status.note(mine)
     print_troubles(mine[mine["status"] == "failed"], errors)
     others = f"with other seeds than {' '.join(map(str, settings.seeds))}"
-    console.print(
-        f"Take them by --tuned {store.folder}, {others}.", highlight=False, soft_wrap=True
-    )
+    line = f"Take them by --tuned {store.folder}, {others}."
+    console.print(line, highlight=False, soft_wrap=True)
+    if n_missing := len(arms) - len(table):
+        raise ValueError(
+            f"{n_missing} of {len(arms)} arms have no lambda, since runs failed or all diverged: "
+            "start from a smaller one by --ewc-lambda."
+        )
     return table
 
 

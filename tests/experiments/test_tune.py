@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from typing import get_args
 
@@ -227,6 +228,16 @@ def test_two_files_must_agree(folder, tmp_path):
 def test_a_search_that_cannot_be_made_is_refused(capsys, arguments, said):
     assert main(["tune", "--dataset", "digits", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_arm_where_all_diverges_has_no_lambda(tmp_path, capsys):
+    options = ["--methods", "l2", "ewc", "--ewc-lambda", "1e28", "--optimizer", "sgd"]
+    options += ["--learning-rate", "1", "--seeds", "100", "--benchmark", "split"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["tune", *SMALL, *options, "--out", str(tmp_path)]) == 2
+    assert "2 of 2 arms have no lambda" in capsys.readouterr().err
+    assert set(tables.load(tmp_path)["runs"]["status"]) == {"diverged"}
 
 
 def test_an_edge_is_said_loudly(tmp_path, capsys):
