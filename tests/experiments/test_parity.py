@@ -11,6 +11,7 @@ from experiments.data.sources import find_data
 from experiments.reporting.figures.over_lambda import METRICS
 from experiments.results import schemas, tables
 from experiments.settings.run import RunSettings
+from experiments.settings.unset import used
 from experiments.studies.parity import study as parity
 from experiments.studies.parity.curves import LAMBDAS, WAYS, Curves, curves, draw_ways
 from experiments.studies.parity.numerical import beside_a_sample_loop
@@ -130,7 +131,7 @@ def test_curves_have_every_way_and_count_what_diverged():
     assert len({cell.run_id for cell in cells}) == len(cells)
     runs = pd.DataFrame([
         {
-            **vars(cell),
+            **used(vars(cell)),
             "config_hash": cell.config_hash,
             "status": "diverged" if (cell.ewc_lambda or 0) > 100 else "ok",
             "average_accuracy": 0.9,
