@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import pkgutil
 from unittest import mock
 
 import pandera.pandas as pa
 
+import experiments
 from experiments import __main__ as cli
 from experiments.results import schemas
 
@@ -34,9 +37,18 @@ def _help(*command: str) -> str:
     return "\n".join(line.rstrip() for line in shown.getvalue().strip().splitlines()) + "\n"
 
 
+def all_schemas() -> dict[str, pa.DataFrameSchema]:
+    """The schema of every table by file name, those that studies share first."""
+    names = [module.name for module in pkgutil.walk_packages(experiments.__path__, "experiments.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    found = [value for module in modules for value in vars(module).values()]
+    studies = {one.name: one for one in found if isinstance(one, pa.DataFrameSchema)}
+    return {**schemas.SCHEMAS, **studies}
+
+
 def schema_tables() -> str:
     """The columns of each result table with their types and ranges, as Markdown."""
-    return "\n".join(_schema_table(name, schema) for name, schema in schemas.SCHEMAS.items())
+    return "\n".join(_schema_table(name, schema) for name, schema in all_schemas().items())
 
 
 def _schema_table(name: str, schema: pa.DataFrameSchema) -> str:
