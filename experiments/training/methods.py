@@ -66,6 +66,10 @@ class CurrentClasses(MaskedCrossEntropy):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(mask="new")
 
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Do what Avalanche's method does, which besides prints that it is deprecated."""
+        self.pre_adapt(strategy, strategy.experience)
+
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Measure every experience by the same loss."""
         self.mask = "all"

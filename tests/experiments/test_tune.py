@@ -12,8 +12,10 @@ import pytest
 from ewc_plugin import FisherType
 from experiments.__main__ import main
 from experiments.results import tables
+from experiments.settings.grids import Main
 from experiments.settings.run import WITH_FISHER, WITH_LAMBDA, WITH_MEMORY, Normalize, RunSettings
-from experiments.settings.tuned import read_tuned, start_lambda
+from experiments.settings.tuned import arm_of, read_tuned, start_lambda
+from experiments.studies.tune import Tune
 from experiments.sweeps.lambda_search import MOST_VALUES, Arm, best_step, next_steps, search
 
 RUN = RunSettings(
@@ -206,6 +208,11 @@ def test_what_does_not_fit_is_refused_before_any_run(folder, tmp_path, capsys, c
     assert main([*small, *ARMS, *given, "--out", str(tmp_path / "out")]) == 2
     assert said.format(folder) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_options_the_arms_are_those_of_the_main_job():
+    cells = [cell for cell in Main().cells("mnist") if cell.method in WITH_LAMBDA]
+    assert {arm_of(arm.run) for arm in Tune().arms("mnist")} == {arm_of(cell) for cell in cells}
 
 
 def test_two_files_must_agree(folder, tmp_path):
