@@ -19,6 +19,7 @@ from experiments.reporting.labels import number
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
 from experiments.timing.fisher_engines import OURS, UNIT
+from experiments.timing.fisher_speed import KINDS, WRONG
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -264,6 +265,34 @@ def _speeds() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _choose_engine() -> dict[str, Any]:
+    table = _csv("fisher_speed/fisher_speed")
+    table = table[table["device"] == "cpu"]
+    versions = table.dropna(subset="version").groupby("engine", sort=False)["version"].first()
+    return {
+        **{kind: _markdown(_engines(table[table["kind"] == kind])) for kind in KINDS},
+        "rounds": table["rounds"].max(),
+        "wrong": f"{WRONG:.0%}".replace("%", " %"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _engines(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per engine, a column per network; a verdict where there is no right value."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        multiple = f"{row['multiple_of_gradient_pass']:.3g}"
+        words = {"ok": multiple, "approximation": f"{multiple}, not exact", "failed": "fails"}
+        words |= {"wrong values": "wrong values"}
+        name = "this package" if row["engine"] == OURS else row["engine"]
+        entry = words.get(row["status"], "–")
+        rows.setdefault(name, {})[NETWORKS.get(row["network"], row["network"])] = entry
+    offered = {name: cells for name, cells in rows.items() if set(cells.values()) != {"–"}}
+    ours = {"this package": offered.pop("this package")}
+    offered.pop(UNIT)
+    return pd.DataFrame([{"engine": name, **cells} for name, cells in (ours | offered).items()])
+
+
 def _multiple(row: pd.Series) -> str:
     middle, low, high = row["multiple_of_gradient_pass"], row["multiple_q1"], row["multiple_q3"]
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
@@ -300,6 +329,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "results": _results,
     "choose-fisher": _choose_fisher,
     "choose-lambda": _choose_lambda,
+    "choose-engine": _choose_engine,
     "fisher": _fisher,
     "laplace": _laplace,
     "implicit-step": _implicit_step,
