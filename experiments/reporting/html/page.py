@@ -68,7 +68,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamPart:
     """What a folder has about one stream."""
 
     id: str
@@ -91,7 +91,7 @@ class Folder:
     differences: PageTable | None = None
     more_differences: PageTable | None = None
     differences_picture: Picture | None = None
-    streams: Sequence[Stream] = ()
+    streams: Sequence[StreamPart] = ()
     n_runs: int = 0
     mixed: str = ""
     troubles: PageTable | None = None
@@ -204,7 +204,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
 HIDDEN = ("accuracy.csv", "runs.csv", "summary.csv", "comparisons.csv", "checks.csv")
 
 
-def _streams(runs: pd.DataFrame, accuracy: pd.DataFrame, draw: Draw) -> Iterator[Stream]:
+def _streams(runs: pd.DataFrame, accuracy: pd.DataFrame, draw: Draw) -> Iterator[StreamPart]:
     for title, cells in summary_cells(runs).items():
         group = runs[runs["config_hash"].isin([cell.config_hash for cell in cells])]
         matrices = matrices_of(accuracy, group)
@@ -214,7 +214,7 @@ def _streams(runs: pd.DataFrame, accuracy: pd.DataFrame, draw: Draw) -> Iterator
         drawn += figures_of_runs(group, title)
         if matrices:
             drawn.append(("matrix", draw_matrices(matrices, title)))
-        yield Stream(
+        yield StreamPart(
             id=f"{draw.id}-{_slug(title)}",
             title=title,
             summary=page_tables.summary_table(cells),

@@ -37,7 +37,7 @@ from experiments.training.run import OPTIMIZERS
 
 
 @dataclass
-class Trace:
+class RunTrace:
     """Values recorded during a run.
 
     Attributes:
@@ -70,7 +70,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
     The folded penalty is evaluated beside it, at the same weights.
     """
 
-    def __init__(self, *args: Any, trace: Trace, **options: Any) -> None:
+    def __init__(self, *args: Any, trace: RunTrace, **options: Any) -> None:
         super().__init__(*args, keep_importance_data=True, **options)  # type: ignore[misc]
         self.trace = trace
 
@@ -130,7 +130,7 @@ class InBuiltinOrder(DiagonalEWCPlugin):
 class Recorder(SupervisedPlugin):
     """Notes importances after each experience and the penalty at each step."""
 
-    def __init__(self, method: Any, trace: Trace) -> None:
+    def __init__(self, method: Any, trace: RunTrace) -> None:
         super().__init__()
         self.method = method
         self.trace = trace
@@ -182,7 +182,7 @@ class ToFloat64(nn.Module):
         return x.double()
 
 
-def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = False) -> Trace:
+def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = False) -> RunTrace:
     """One run.
 
     Args:
@@ -199,7 +199,7 @@ def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = 
     model = make_model(run, stream)
     if double:
         model = _in_float64(model)
-    trace = Trace()
+    trace = RunTrace()
     fast = FastData(stream)
     method: Any
     if kind == "built-in":
@@ -290,7 +290,7 @@ def _checker(run: RunSettings, double: bool) -> Callable[..., dict[str, Any]]:
 
 
 def _importances(
-    check: Callable[..., dict[str, Any]], ours: Trace, builtin: Trace, **more: Any
+    check: Callable[..., dict[str, Any]], ours: RunTrace, builtin: RunTrace, **more: Any
 ) -> dict[str, Any]:
     pairs = list(zip(ours.importances, builtin.importances, strict=True))
     return check(
@@ -304,7 +304,7 @@ def _importances(
 
 
 def _weights(
-    check: Callable[..., dict[str, Any]], ours: Trace, builtin: Trace, **more: Any
+    check: Callable[..., dict[str, Any]], ours: RunTrace, builtin: RunTrace, **more: Any
 ) -> dict[str, Any]:
     return check(
         what="weights at the end",
