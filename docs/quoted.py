@@ -316,6 +316,19 @@ def _share(problem: str, labels: str) -> str:
 
 
 @cache
+def _avalanche_threads() -> dict[str, Any]:
+    rows = pd.concat([_csv(f"reproduce/{n}/reproduce") for n in ("baselines", "kirkpatrick2017")])
+    named = rows.set_index(["protocol", "arm"])
+    ewc = named.loc[("baselines", "Avalanche's EWC, λ = 1")]
+    attained = named.loc[("kirkpatrick2017", "Avalanche's EWC, online")]
+    return {
+        "baselines_naive": f"{named.loc[('baselines', 'Naive'), 'mean']:.3f}",
+        "baselines_ewc": f"{ewc['mean']:.3f}",
+        "kirkpatrick_avalanche": f"{attained['mean']:.3f}",
+        "kirkpatrick_n": int(attained["n"]),
+    }
+
+
 def _csv(name: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS / f"{name}.csv")
 
@@ -326,6 +339,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "avalanche-threads": _avalanche_threads,
     "results": _results,
     "choose-fisher": _choose_fisher,
     "choose-lambda": _choose_lambda,

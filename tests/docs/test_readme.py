@@ -22,7 +22,8 @@ PAGES = sorted((ROOT / "docs" / "pages").rglob("*.md"))
 # Pages with a test of their own, and among them those that train a strategy.
 LEARNING = ("batches", "heads", "losses", "pretrained", "watch")
 TRAINERS = ("accelerate", "hugging-face", "lightning")  # test_trainers.py
-RUN_BELOW = {"index", "save", "plain-loop", "online", *LEARNING, *TRAINERS}
+# "avalanche-threads" has test_avalanche_threads.py.
+RUN_BELOW = {"index", "save", "plain-loop", "online", "avalanche-threads", *LEARNING, *TRAINERS}
 OTHERS = [page for page in PAGES if page.stem not in RUN_BELOW]
 OUTPUT = re.compile(r"```python\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL)
 
