@@ -37,7 +37,7 @@ STUDIES = {
     "compare": "which method of a results folder is better, by how much, with what interval",
     "report": "one HTML page about results folders",
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
-    "parity": "ours beside Avalanche's built-in EWC: whole runs, paired seeds, curves over lambda",
+    "parity": "ours beside Avalanche's EWC: whole runs, paired seeds, curves over lambda",
     "drop-in": "DiagonalEWC beside Avalanche's EWC at the lambda that was found for the latter",
     "reproduce": "a published experiment and whether its number comes out",
     "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",

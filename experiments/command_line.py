@@ -30,7 +30,12 @@ else:
     import tomli as tomllib
 
 OPTION = re.compile(r"--(?:no-)?([A-Za-z][^=]*)")  # which a negative number is not
-RENAMED = {"jobs": "processes"}  # options of the release before: their new names
+RENAMED = {  # options of the release before: their new names
+    "jobs": "processes",
+    "importance": "ewc_lambda",
+    "normalized_lambda": "ewc_lambda",
+    "plain_lambda": "plain_ewc_lambda",
+}
 # Headings of --help, with the options below each; the others of a command come first.
 GROUPS = {
     "benchmark": "benchmark scenario dataset data_root experiences pixels validation seeds"
@@ -69,8 +74,9 @@ def parse(command: str, kind: type, arguments: list[str], description: str | Non
     """
     given = [match[1].replace("_", "-") for a in arguments if (match := OPTION.match(a))]
     for option in given:
-        if option in RENAMED and option not in hints_of(kind):
-            raise ValueError(f"`--{option}` is now called `--{RENAMED[option]}`.")
+        new = RENAMED.get(option.replace("-", "_"))
+        if new in hints_of(kind) and option.replace("-", "_") not in hints_of(kind):
+            raise ValueError(f"`--{option}` is now called `--{new.replace('_', '-')}`.")
         if given.count(option) > 1:
             raise ValueError(f"`--{option}` must be given once, got {given.count(option)} times.")
     file = _value_of("--config", arguments)

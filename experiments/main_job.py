@@ -67,7 +67,7 @@ def write_report(
         store: The folder's results.
         cells: What the job consisted of.
         source: Where the images came from.
-        numerical: Rows of the numerical checks against the built-in; none if nothing is compared.
+        numerical: Rows of the numerical checks against Avalanche's EWC, if it is compared.
         console: Where to print.
     """
     with store.lock:  # another sweep may be writing to the folder as well

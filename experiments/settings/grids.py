@@ -110,7 +110,7 @@ class Job:
         check_values(self)
         check_device(self.device)
 
-    compares = True  # whether the report compares ours with the built-in
+    compares = True  # whether the report compares ours with Avalanche's EWC
     left_out = ""  # message about combinations of the grid that are skipped
 
     @property

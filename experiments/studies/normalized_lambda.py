@@ -42,9 +42,9 @@ NORMALIZED_LAMBDA = pa.DataFrameSchema(
 class NormalizedLambda(Job):
     """Accuracy over lambda with F as it is and with F divided by its mean, on validation images."""
 
-    normalized_lambda: tuple[Lambda, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    ewc_lambda: tuple[Lambda, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     """Penalty strengths for F divided by its mean."""
-    plain_lambda: tuple[Lambda, ...] = (10.0, 100.0, 1e3, 1e4)
+    plain_ewc_lambda: tuple[Lambda, ...] = (10.0, 100.0, 1e3, 1e4)
     """Penalty strengths for F as it is, with the first Fisher type alone."""
     fisher_type: tuple[FisherType, ...] = (FisherType.PREDICTED, FisherType.EXACT)
     """Labels that the Fisher averages over, where it is divided by its mean."""
@@ -61,7 +61,7 @@ class NormalizedLambda(Job):
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """Seed by seed, so that a sweep that is cut short has complete seeds."""
-        scales = {"mean": self.normalized_lambda, None: self.plain_lambda}
+        scales = {"mean": self.ewc_lambda, None: self.plain_ewc_lambda}
         for seed in self.seeds:
             for benchmark, scenario in BENCHMARKS:
                 for normalize, lambdas in scales.items():

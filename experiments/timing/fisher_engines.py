@@ -293,7 +293,7 @@ def without_inplace(model: nn.Module) -> nn.Module:
 
 
 def avalanche(task: Task) -> Callable[[], Fisher]:
-    """The built-in EWC's importances at batch 128: squares of mini-batch means."""
+    """Avalanche's importances at batch 128: squares of mini-batch means."""
     from avalanche.training.plugins import EWCPlugin
 
     if task.kind != "predicted":

@@ -40,7 +40,7 @@ _GIVEN = (
     *("dataset", "data_root", "processes"),
 )
 OURS_FAST, OURS_CLASSIC = "ours, fast path", "ours, classic path"
-BUILTIN, PLAIN = "built-in, classic path", "plain PyTorch loop"
+BUILTIN, PLAIN = "avalanche-ewc, classic path", "plain PyTorch loop"
 
 
 _SIZES = {
@@ -235,7 +235,7 @@ def summarise_rounds(rounds: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The median seconds with their smallest and largest; the median, smallest and largest of the
         rounds' ratios to ours through the fast path; and whether the accuracies of every round are
-        all those of ours, which is no question of the built-in, another EWC.
+        all those of ours, which is no question of Avalanche's EWC, another EWC.
     """
     unequal = ["run", "seconds", "average_accuracy", "accuracies"]
     ours = rounds[rounds["run"] == OURS_FAST].set_index("round")

@@ -13,7 +13,7 @@ ORDER_SEED = 0
 
 
 class BuiltinEWC(EWCPlugin):
-    """The built-in, unchanged unless the settings say how its importances are batched.
+    """Avalanche's EWC, unchanged unless the settings say how its importances are batched.
 
     Args:
         settings: Of the run.
@@ -27,7 +27,7 @@ class BuiltinEWC(EWCPlugin):
     def compute_importances(  # type: ignore[no-untyped-def]
         self, model, criterion, optimizer, dataset, device, batch_size, num_workers=0
     ) -> Any:
-        """The built-in's own, on the data as it should come."""
+        """Avalanche's own, on the data as it should come."""
         dataset = in_order(dataset, self.importance_order)
         batch_size = self.importance_batch or batch_size
         return super().compute_importances(

@@ -46,6 +46,7 @@ BAD_INPUT = [
     ("split-mnist --processes 100000000000000000000", f"`processes` {WHOLE}"),
     ("split-mnist --processes 2.5", "invalid literal for int() with base 10: '2.5'"),
     ("split-mnist --jobs 2", "`--jobs` is now called `--processes`"),
+    ("demonstration --importance 2", "`--importance` is now called `--ewc-lambda`"),
     ("split-mnist --device warp", "`device` must be one that torch can use here"),
     ("split-mnist --device cpu:3", "`device` must be one that torch can use here, got 'cpu:3'"),
     ("split-mnist --device meta", "`device` must be one that torch can use here, got 'meta'"),

@@ -57,9 +57,9 @@ def test_rows_are_complete_and_the_first_task_is_shared(digits):
     assert later.nunique().tolist() == [3, 3, 3]
 
 
-def test_importance_zero_is_plain_sgd(digits):
+def test_lambda_zero_is_plain_sgd(digits):
     table = tables.frame(
-        train_all(Demonstration(**{**vars(SMALL), "importance": 0.0}), digits, 0), CURVES
+        train_all(Demonstration(**{**vars(SMALL), "ewc_lambda": 0.0}), digits, 0), CURVES
     )
     by_method = [rows[["loss", "accuracy"]].to_numpy() for _, rows in table.groupby("method")]
     assert (by_method[0] == by_method[1]).all()

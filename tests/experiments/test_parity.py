@@ -1,4 +1,4 @@
-"""Whole runs on the digits beside Avalanche's built-in EWC; the λ curves' bookkeeping."""
+"""Whole runs on the digits beside Avalanche's EWC; the λ curves' bookkeeping."""
 
 from dataclasses import replace
 
@@ -61,8 +61,8 @@ def test_the_folded_penalty_ends_at_the_same_weights_in_float64():
 
 def test_the_built_ins_draws_matter():
     run_settings = settings(**ADAM)
-    builtin = trace_of("built-in", run_settings, DIGITS)
-    other = trace_of("built-in", replace(run_settings, seed=1), DIGITS)
+    builtin = trace_of("avalanche-ewc", run_settings, DIGITS)
+    other = trace_of("avalanche-ewc", replace(run_settings, seed=1), DIGITS)
     assert (
         max(
             float((a - b).abs().max())
@@ -102,7 +102,7 @@ def test_importances_have_mini_batches_of_their_own():
     found = [
         sum(
             float(f.sum())
-            for f in trace_of("built-in", replace(base, **w), DIGITS).importances[0].values()
+            for f in trace_of("avalanche-ewc", replace(base, **w), DIGITS).importances[0].values()
         )
         for w in ways
     ]

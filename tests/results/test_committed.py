@@ -101,7 +101,7 @@ def test_committed_curves_show_what_the_penalty_does():
 
 def test_the_committed_whole_runs_are_the_built_ins():
     checks = tables.load(RESULTS / "parity")["checks"]
-    exact = checks[(checks["penalty"] == "in the built-in's order") & (checks["tolerance"] == 0)]
+    exact = checks[(checks["penalty"] == "in Avalanche's order") & (checks["tolerance"] == 0)]
     assert set(exact["benchmark"]) == {"split", "permuted"}
     assert (exact["largest_relative_error"] == 0).all()
     assert not (checks["verdict"] == "different").any()

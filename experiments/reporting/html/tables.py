@@ -135,7 +135,7 @@ def trouble_table(runs: pd.DataFrame) -> PageTable | None:
 
 
 def checks_page_table(checks: pd.DataFrame) -> PageTable:
-    """The equalities with the built-in, with how many hold as the title."""
+    """The equalities with Avalanche's EWC, with how many hold as the title."""
     frame = pd.DataFrame(comparison.check_rows(checks))
     frame = frame[["what", "error", "tolerance", "verdict", "stream", *CHECK_DETAILS]]
     return from_frame(frame, comparison.checks_text(checks))

@@ -1,7 +1,7 @@
 """The plain loop's demonstration: plain SGD against EWC on three tasks of permuted MNIST.
 
 It follows the small implementation that `ewc_plugin.plain` takes its names from: the same network
-but for a ReLU on the logits, step size, importance and number of Fisher samples. Two EWCs are
+but for a ReLU on the logits, step size, lambda and number of Fisher samples. Two EWCs are
 shown: theta* and F kept from the end of the earlier tasks, as in the paper, and both renewed at the
 start of every epoch, as that demonstration does, which lets the anchor drift with the parameters.
 """
@@ -55,8 +55,8 @@ CURVES = pa.DataFrameSchema(
 class Demonstration:
     """Three tasks, plain SGD against EWC, and the Fisher beside a loop over samples."""
 
-    importance: Lambda = 1000.0
-    """Weight of the penalty: cross_entropy + importance * penalty."""
+    ewc_lambda: Lambda = 1000.0
+    """Weight of the penalty: cross_entropy + ewc_lambda * penalty."""
     samples: Count = 200
     """Fisher samples per old task."""
     tasks: Count = 3
@@ -182,7 +182,7 @@ def _train_task(
         else:
             if method == "ewc-renewed" and epoch > 1:
                 ewc = EWC(model, old)
-            train_loss = ewc_train(model, optimizer, loader, ewc, settings.importance)
+            train_loss = ewc_train(model, optimizer, loader, ewc, settings.ewc_lambda)
         for seen, other in enumerate(tasks[: task + 1]):
             yield {
                 "task": task,

@@ -1,1 +1,1 @@
-"""Our EWC beside Avalanche's built-in."""
+"""Our EWC beside Avalanche's EWC."""

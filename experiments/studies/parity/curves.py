@@ -79,7 +79,7 @@ class Curves(Job):
 WAYS: dict[str, dict[str, Any]] = {
     **{name: {"method": "ewc", "fisher_type": name} for name in TYPES},
     **{
-        f"built-in, batch {size}, {order or 'sorted by class'}": {
+        f"avalanche-ewc, batch {size}, {order or 'sorted by class'}": {
             "method": "avalanche-ewc",
             "importance_batch": size,
             "importance_order": order,
@@ -132,7 +132,7 @@ def _setting(runs: pd.DataFrame) -> str:
 
 
 def draw_ways(runs: pd.DataFrame) -> Figure:
-    """Ours on the left, the built-in on the right, with no protection as a level in both.
+    """Ours on the left, Avalanche's EWC on the right, with no protection as a level in both.
 
     Args:
         runs: Rows of `runs.csv`.
@@ -145,7 +145,7 @@ def draw_ways(runs: pd.DataFrame) -> Figure:
     theirs = []
     for (name, way), look in zip(list(WAYS.items())[len(TYPES) :], BUILTIN.values(), strict=True):
         colour = style.shades(style.colour_of(way["method"]), 2)[way["importance_order"] is None]
-        words = name.removeprefix("built-in, ")
+        words = name.removeprefix("avalanche-ewc, ")
         theirs.append(Line(words, colour, _runs_of(runs, name), *look))
     panels = {
         "This package, by Fisher type": [*ours, naive],

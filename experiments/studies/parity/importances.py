@@ -1,4 +1,4 @@
-"""Importances of Avalanche's built-in EWC beside ours where the definitions agree."""
+"""Importances of Avalanche's EWC beside ours where the definitions agree."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Tensors = dict[str, Tensor]
 
 
 def numerical_checks(cell: RunSettings, source: DataSource) -> Iterator[dict[str, Any]]:
-    """Importances of the built-in beside ours, on a network trained on the first experience.
+    """Importances of Avalanche's EWC beside ours, on a network trained on the first experience.
 
-    The built-in squares the gradient of a mini-batch's mean loss. `batched` is that definition; at
+    Avalanche's squares the gradient of a mini-batch's mean loss. `batched` is that definition; at
     batch size 1 it is the empirical Fisher; at batch size 1 on the model's own predictions as
     labels it is the Fisher from predicted labels.
     """
@@ -76,7 +76,7 @@ def _compare(
     *,
     tolerance: float,
 ) -> dict[str, Any]:
-    """Largest difference between the two importances, relative to the built-in's largest."""
+    """Largest difference between the two importances, relative to Avalanche's largest."""
     builtin = EWCPlugin(1.0).compute_importances(
         model, nn.CrossEntropyLoss(), _no_optimizer(model), rows, torch.device("cpu"), batch_size
     )
@@ -90,7 +90,7 @@ def _compare(
     return check_row(
         replace(cell, fisher_type=fisher_type, importance_batch=None, importance_order=None),
         what="importances",
-        against="built-in",
+        against="avalanche-ewc",
         importance_batch=batch_size,
         tensors=(ours, theirs),
         size=len(rows),
@@ -130,7 +130,7 @@ def check_row(
         tensors: Ours and theirs, which give the error and the sums.
         error: The largest relative error, without `tensors`.
         sums: Of ours and theirs, without `tensors`.
-        importance_batch: Mini-batch of the built-in's importances, if not the run's own.
+        importance_batch: Mini-batch of Avalanche's importances, if not the run's own.
 
     Returns:
         The row.
@@ -182,7 +182,7 @@ def total(tensors: Tensors) -> float:
 
 
 def _no_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The built-in only calls its `zero_grad`."""
+    """Avalanche's EWC only calls its `zero_grad`."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Parity with Avalanche's built-in EWC: the same numbers where definitions agree, or how far apart.
+"""Parity with Avalanche's EWC: the same numbers where definitions agree, or how far apart.
 
 Numerical checks over whole runs; paired seeds with an equivalence verdict, each method at its own
 lambda, chosen on validation images with seeds that are not reported; curves over lambda.
@@ -48,7 +48,7 @@ COARSE = {"ewc": (1e3, 1e4, 1e5), "avalanche-ewc": (1e4, 1e5, 1e6)}
 
 @dataclass(frozen=True)
 class Parity(Job):
-    """Compare ours with Avalanche's built-in EWC, number by number and result by result."""
+    """Compare ours with Avalanche's EWC, number by number and result by result."""
 
     parts: tuple[Part, ...] = ("numerical", "behaviour", "curves")
     """What to do; what is not named is kept as it is in the output folder."""

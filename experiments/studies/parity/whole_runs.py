@@ -1,6 +1,6 @@
 """Whole runs with Avalanche's EWC and with ours by the same definition, from the same seed.
 
-Three runs each: the built-in; ours with the penalty summed in the built-in's order, which must be
+Three runs each: Avalanche's EWC; ours with the penalty summed in Avalanche's order, which must be
 the same to the last bit; and ours as it is, whose folded penalty differs by rounding.
 """
 
@@ -43,7 +43,7 @@ class RunTrace:
     Attributes:
         importances: F after each experience, by parameter.
         penalties: lambda times the penalty, at each step.
-        value_error: Of the folded penalty's value beside the sum in the built-in's order at the
+        value_error: Of the folded penalty's value beside the sum in Avalanche's order at the
             same weights, relative; the largest.
         gradient_error: Of its gradient, relative to the largest entry; the largest.
         weights: At the end.
@@ -60,7 +60,7 @@ class SameDraws(SupervisedPlugin):
     """Advance the global RNG as Avalanche's EWC does, by drawing one seed."""
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """One iterator, as the built-in makes one."""
+        """One iterator, as Avalanche's EWC makes one."""
         iter(DataLoader(strategy.experience.dataset, collate_fn=list))
 
 
@@ -163,7 +163,7 @@ class Observed(BuiltinEWC):
     added: float = 0.0
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Run the built-in's on a loss of zero, so that the penalty stands alone for a moment."""
+        """Run Avalanche's on a loss of zero, so that the penalty stands alone for a moment."""
         task_loss = strategy.loss
         strategy.loss = torch.zeros(())
         super().before_backward(strategy, **kwargs)
@@ -186,7 +186,7 @@ def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = 
     """One run.
 
     Args:
-        kind: "built-in", "in its order" or "folded".
+        kind: "avalanche-ewc", "in its order" or "folded".
         run: Its settings.
         source: Where the images are.
         double: Train in float64.
@@ -202,7 +202,7 @@ def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = 
     trace = RunTrace()
     fast = FastData(stream)
     method: Any
-    if kind == "built-in":
+    if kind == "avalanche-ewc":
         method, plugins = Observed(run), []
     else:
         size = run.batch_size if run.fisher_type == "batched" else FISHER_BATCH
@@ -241,16 +241,16 @@ def _in_float64(model: nn.Module) -> nn.Module:
     return nn.Sequential(ToFloat64(), model)
 
 
-IN_ORDER, FOLDED = "in the built-in's order", "folded"
+IN_ORDER, FOLDED = "in Avalanche's order", "folded"
 
 
 def same_definition(
     run: RunSettings, source: DataSource, *, double: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `checks.csv`: `batched` against the built-in, over a whole run."""
+    """Rows of `checks.csv`: `batched` against Avalanche's EWC, over a whole run."""
     builtin, ordered, folded = (
         trace_of(kind, run, source, double=double)
-        for kind in ("built-in", "in its order", "folded")
+        for kind in ("avalanche-ewc", "in its order", "folded")
     )
     check = _checker(run, double)
     steps = {"size": len(builtin.penalties), "size_of": "steps"}
@@ -274,9 +274,9 @@ def same_definition(
 def same_mathematics(
     run: RunSettings, source: DataSource, *, double: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `checks.csv`: `empirical` against the built-in with mini-batches of one sample."""
+    """Rows of `checks.csv`: `empirical` against Avalanche's EWC with mini-batches of one sample."""
     single = replace(run, method="avalanche-ewc", fisher_type=None, importance_batch=1)
-    builtin = trace_of("built-in", single, source, double=double)
+    builtin = trace_of("avalanche-ewc", single, source, double=double)
     ours = trace_of("in its order", run, source, double=double)
     check = functools.partial(_checker(run, double), importance_batch=1, penalty=IN_ORDER)
     tolerance = FLOAT64_TOLERANCE if double else None
@@ -286,7 +286,9 @@ def same_mathematics(
 
 def _checker(run: RunSettings, double: bool) -> Callable[..., dict[str, Any]]:
     dtype = "float64" if double else "float32"
-    return functools.partial(check_row, run, scope="whole run", against="built-in", dtype=dtype)
+    return functools.partial(
+        check_row, run, scope="whole run", against="avalanche-ewc", dtype=dtype
+    )
 
 
 def _importances(
