@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import pandas as pd
 import tyro
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from experiments.reporting import comparison
@@ -36,6 +38,7 @@ from experiments.reporting.html.tables import PageTable
 from experiments.results import schemas, statistics, tables
 from experiments.results.provenance import mixed_code
 
+NO_DITHER = Image.Dither.NONE
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTIONS = {
     "accuracy": "Average accuracy on the experiences seen so far, as they come.",
@@ -173,8 +176,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
             if file.name not in hidden
         ],
         "images": [
-            {"name": file.name, "base64": base64.b64encode(file.read_bytes()).decode()}
-            for file in sorted(path.glob("*.png"))
+            {"name": file.name, "base64": _png(file)} for file in sorted(path.glob("*.png"))
         ],
     }
     if not has_runs:
@@ -202,6 +204,16 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
 
 # Shown in tables of their own.
 HIDDEN = ("accuracy.csv", "runs.csv", "summary.csv", "comparisons.csv", "checks.csv")
+
+
+def _png(file: Path) -> str:
+    """A figure's file in base64, with 256 colours: a third of the size, the same to the eye."""
+    buffer = io.BytesIO()
+    with Image.open(file) as picture:
+        # The method that keeps the colours of thin lines; others average them away.
+        few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=NO_DITHER)
+    few.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _streams(runs: pd.DataFrame, accuracy: pd.DataFrame, draw: Draw) -> Iterator[StreamPart]:

@@ -87,4 +87,8 @@ def _adapt(attributes: dict[str, str], ids: dict[str, str]) -> None:
             if key == "clip-path" and (found := REFERENCE.search(value)):
                 value = f"url(#{ids[found[1]]})"
             value = FONT.sub("", COLOUR.sub(lambda m: COLOURS[m[0]], value))
-            attributes[key] = value if key == "style" else DECIMALS.sub(r"\1", value)
+            attributes[key] = (
+                value.replace(": ", ":").replace("; ", ";")
+                if key == "style"
+                else DECIMALS.sub(r"\1", value)
+            )
