@@ -8,8 +8,9 @@ takes what was chosen by `--tuned`, with other seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -34,8 +35,14 @@ from experiments.settings.run import (
     RunSettings,
     require,
 )
-from experiments.settings.tuned import TUNED_FILE, TUNING_SEEDS, start_lambda, tuned_content
-from experiments.settings.unset import used
+from experiments.settings.tuned import (
+    TUNED_FILE,
+    TUNING_SEEDS,
+    arm_of,
+    start_lambda,
+    tuned_content,
+)
+from experiments.settings.unset import given, used
 from experiments.settings.values import Count, Lambda, Seed
 from experiments.sweeps import exit_status
 from experiments.sweeps.jobs import make_runs, prepare
@@ -124,9 +131,8 @@ def run(settings: Tune) -> pd.DataFrame:
             write_environment(store.folder, source)
         searches = _searches(arms, store)
         chosen = [one for one in searches if not one.pending and math.isfinite(one.found[one.best])]
-        table = tables.write_rows((_row(one, runs) for one in chosen), store.folder, schemas.TUNED)
-        cells = [one.arm.cells(one.best)[0] for one in chosen]
-        replace_file(store.folder / TUNED_FILE, tuned_content(cells, settings.seeds))
+        table = tables.frame((_row(one, runs) for one in chosen), schemas.TUNED)
+        _write(table, arms, store.folder)
     mine = runs[runs["run_id"].isin(_tried(searches))]
     for name, figure in draw_tuned(mine):
         save(figure, store.folder / "plots" / f"{name}.png")
@@ -144,6 +150,22 @@ def run(settings: Tune) -> pd.DataFrame:
             "start from a smaller one by --ewc-lambda."
         )
     return table
+
+
+def _write(table: pd.DataFrame, arms: Sequence[Arm], folder: Path) -> None:
+    """Write both files; what an earlier command chose for other arms stays in them."""
+    own = {arm_of(arm.run) for arm in arms}
+    earlier = tables.read(folder, schemas.TUNED).to_dict("records")
+    kept = [row for row in earlier if arm_of(_chosen_run(row)) not in own]
+    rows = tables.write_rows([*kept, *table.to_dict("records")], folder, schemas.TUNED)
+    seeds = sorted({int(seed) for text in rows["seeds"] for seed in text.split()})
+    runs = [_chosen_run(row) for row in rows.to_dict("records")]
+    replace_file(folder / TUNED_FILE, tuned_content(runs, seeds))
+
+
+def _chosen_run(row: Mapping[Any, Any]) -> RunSettings:
+    """A run at the lambda in a row of `tuned.csv`; a row has no seed of its own."""
+    return RunSettings(**{**given(row), "seed": 0})
 
 
 def _make_all(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from typing import get_args
@@ -159,6 +160,16 @@ def test_a_search_that_has_ended_runs_nothing(folder, monkeypatch):
     options = ["--benchmark", "split", "--seeds", "100", "101", "--out", str(folder)]
     assert main(["tune", *SMALL, *ARMS, *options]) == 0
     assert before == ((folder / "runs.csv").read_bytes(), (folder / "tuned.json").read_bytes())
+
+
+def test_a_folder_keeps_the_arms_of_earlier_commands(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    options = ["--benchmark", "split", "--methods", "si", "l2", "--seeds", "100", "101"]
+    assert main(["tune", *SMALL, *options, "--out", str(copy)]) == 0
+    before, after = (read_tuned([str(one)]).lambdas for one in (folder, copy))
+    assert {arm.method for arm in after} == {"ewc", "l2", "si"}
+    assert before.items() <= after.items()
+    assert len(after) == len(tables.load(copy)["tuned"]) == len(before) + 1
 
 
 def test_force_repeats_the_search(folder):
