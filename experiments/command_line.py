@@ -53,6 +53,7 @@ PARSING = (
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.DisallowNone,
 )
+ALIASES = {"method": "methods"}  # where a command has the second and not the first
 
 
 def parse(command: str, kind: type, arguments: list[str], description: str | None) -> Any:
@@ -72,6 +73,7 @@ def parse(command: str, kind: type, arguments: list[str], description: str | Non
             be read.
         SystemExit: After --help.
     """
+    arguments = [_without_alias(argument, kind) for argument in arguments]
     given = [match[1].replace("_", "-") for a in arguments if (match := OPTION.match(a))]
     for option in given:
         new = RENAMED.get(option.replace("-", "_"))
@@ -180,6 +182,17 @@ def _without_commas(arguments: Iterable[str], kind: type) -> Iterator[str]:
         yield from argument.split(",") if is_list else [argument]
 
 
+def _without_alias(argument: str, kind: type) -> str:
+    option, equals, value = argument.partition("=")
+    name = _setting(option.removeprefix("--"), kind) if option.startswith("--") else ""
+    return f"--{name}{equals}{value}" if option.removeprefix("--") in ALIASES else argument
+
+
+def _setting(name: str, kind: type) -> str:
+    """The name of a setting for one of its names."""
+    return ALIASES[name] if name in ALIASES and name not in hints_of(kind) else name
+
+
 def _one_line(box: str) -> str:
     """Return the parser's error message on one line, with the suggested options."""
     _, *lines = [line.strip(" │╭╮╰╯|+") for line in box.strip().splitlines()]
@@ -247,7 +260,7 @@ def _read(file: Path, command: str, kind: type) -> dict[str, Any]:
     hints = {name: hint for name, hint in hints_of(kind).items() if name != "config"}
     values: dict[str, Any] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = _setting(key.replace("-", "_"), kind)
         if name not in hints:
             raise unknown(key, f"a setting of {command} (in {file})", hints)
         if name in values:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.data import fashion
+from experiments.settings.own import OwnFile
 
 DATA_ROOT_VARIABLE = "EWC_DATA_ROOT"
 DOWNLOAD_TIMEOUT_S = 20.0
@@ -50,16 +51,19 @@ class DataSource:
     """A dataset that is available and verified.
 
     Attributes:
-        name: `mnist`, `digits` or `fashion-mnist`; written to every row of every table.
+        name: `mnist`, `digits` or `fashion-mnist`, written to every row of every table; `own` where
+            every benchmark is the user's.
         root: Folder of the files; None where the images are embedded in a package.
         checksum: Of the images and labels, so that tables say what they were computed on.
         note: One line for the user where the source isn't what they would expect, else "".
+        files: Those of the user's own benchmarks, models and methods.
     """
 
     name: str
     root: str | None
     checksum: str
     note: str = ""
+    files: tuple[OwnFile, ...] = ()
 
 
 class ImageDataset(Dataset[Any]):
@@ -118,6 +122,12 @@ def find_data(dataset: str | None, data_root: str | None) -> DataSource:
             note=f"MNIST is not at hand ({error}): this run uses scikit-learn's digits "
             "(8x8, 1,797 images) instead, and every row says dataset=digits."
         )
+
+
+def own_data(files: tuple[OwnFile, ...]) -> DataSource:
+    """The source of runs whose benchmarks are all the user's own."""
+    checksum = hashlib.md5("".join(file.sha256 for file in files).encode()).hexdigest()
+    return DataSource("own", None, checksum, files=files)
 
 
 def load_images(source: DataSource) -> tuple[ImageDataset, ImageDataset]:

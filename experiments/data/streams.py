@@ -23,6 +23,8 @@ from torchvision.transforms.functional import rotate
 
 from experiments.data.lazy_stream import class_order, lazy_benchmark
 from experiments.data.sources import DataSource, ImageDataset, load_images, split_validation
+from experiments.settings.own import function_of
+from experiments.settings.own_benchmark import OwnBenchmark, own_benchmark
 from experiments.settings.run import N_CLASSES, RunSettings
 
 NORMALIZE = Normalize((0.1307,), (0.3081,))  # Avalanche's default for its MNIST streams
@@ -101,15 +103,35 @@ class Stream:
     Attributes:
         benchmark: Avalanche's, with `train_stream` and `test_stream`.
         samples: (stream name, experience) -> transformed images and classes [N] int64, in the
-            order of the experience's dataset.
-        image_size: Pixels per image.
-        classes_per_experience: Size of a head that serves one experience.
+            order of the experience's dataset; None for an own benchmark.
+        shape: Of a sample, [C, H, W] for images.
+        n_outputs: Of the network, or of each of its heads.
+        own: An own benchmark and its experiences.
     """
 
     benchmark: Any
-    samples: Samples
-    image_size: int
-    classes_per_experience: int
+    samples: Samples | None
+    shape: tuple[int, ...]
+    n_outputs: int
+    own: OwnBenchmark | None = None
+
+    @property
+    def train_stream(self) -> Sequence[Any]:
+        """All that is trained on; of an online stream, its parts."""
+        if self.own:
+            return [part for parts in self.own.train for part in parts]
+        experiences: Sequence[Any] = self.benchmark.train_stream
+        return experiences
+
+    @property
+    def test_stream(self) -> Sequence[Any]:
+        """The experiences to evaluate on."""
+        experiences: Sequence[Any] = self.own.test if self.own else self.benchmark.test_stream
+        return experiences
+
+    def parts(self, experience: int) -> Sequence[Any]:
+        """The parts of an experience to train on; but for online streams, itself alone."""
+        return self.own.train[experience] if self.own else [self.train_stream[experience]]
 
 
 def shared_stream(run: RunSettings, source: DataSource) -> Stream:
@@ -129,6 +151,8 @@ def make_stream(run: RunSettings, source: DataSource) -> Stream:
     training images, from the function that it calls. Permuted and rotated MNIST have the samples of
     its generators, made experience by experience.
     """
+    if run.benchmark_sha256:
+        return _own(run, source)
     train, test = load_images(source)
     if run.validation:
         train, test = split_validation(train)
@@ -136,6 +160,18 @@ def make_stream(run: RunSettings, source: DataSource) -> Stream:
         own_generator = source.name == "mnist" and not run.validation
         return _split(run, train, test, source.root if own_generator else None)
     return {"permuted": _permuted, "rotated": _rotated}[run.benchmark](run, train, test)
+
+
+def _own(run: RunSettings, source: DataSource) -> Stream:
+    """The stream of the user's function, which must be as the settings say, whatever the seed."""
+    function = function_of("benchmark", run.benchmark, run.benchmark_sha256, source.files)
+    made = own_benchmark(function, run.seed, run.n_experiences, run.validation)
+    found, expected = (len(made.test), made.scenario), (run.n_experiences, run.scenario)
+    if found != expected:
+        got = f", got {found} for seed {run.seed} and {expected} for the first"
+        raise function.error("have the same experiences and scenario with each seed", got)
+    shape = tuple(getattr(made.test[0].dataset[0][0], "shape", ()))
+    return Stream(made.benchmark, None, shape, made.n_classes, made)
 
 
 def _transform(run: RunSettings) -> nn.Module:
@@ -168,7 +204,12 @@ def _split(run: RunSettings, train: ImageDataset, test: ImageDataset, root: str 
         from_zero = options["class_ids_from_zero_in_each_exp"]
         return images, classes - experience * per_experience if from_zero else classes
 
-    return Stream(benchmark, samples, train.data[0].numel(), per_experience)
+    n_outputs = N_CLASSES if run.scenario == "class" else per_experience
+    return Stream(benchmark, samples, _shape(train), n_outputs)
+
+
+def _shape(images: ImageDataset) -> tuple[int, ...]:
+    return (1, *images.data.shape[1:])
 
 
 def _permuted(run: RunSettings, train: ImageDataset, test: ImageDataset) -> Stream:
@@ -183,8 +224,7 @@ def _rotated(run: RunSettings, train: ImageDataset, test: ImageDataset) -> Strea
     """The stream of `RotatedMNIST`, whose own transform draws a random number for each image."""
     random = np.random.RandomState(run.seed)  # as Avalanche draws them
     angles = [int(random.randint(-180, 181)) for _ in range(run.n_experiences)]
-    shape = (1, *train.data.shape[1:])
-    orders = [_order_of_rotation(shape, angle) for angle in angles]
+    orders = [_order_of_rotation(_shape(train), angle) for angle in angles]
     moves = [_Reorder(order) for order in orders]
     blank = float(_transform(run)(torch.zeros(1, 1, 1)))
     return _stream_of_orders(run, train, test, moves, orders, blank)
@@ -240,7 +280,7 @@ def _stream_of_orders(
         pixels, which = orders[experience].unsqueeze(0), torch.zeros_like(classes)
         return replace(images, pixels=pixels, which=which, blank=blank), classes
 
-    return Stream(benchmark, samples, train.data[0].numel(), N_CLASSES)
+    return Stream(benchmark, samples, _shape(train), N_CLASSES)
 
 
 def _ordered_samples(

@@ -106,6 +106,7 @@ class FastData(SupervisedPlugin):
 
 def experience_rows(stream: Stream, experience: Any) -> TensorRows:
     """The samples of one of the stream's experiences."""
+    assert stream.samples is not None
     x, y = stream.samples(experience.origin_stream.name, experience.current_experience)
     return TensorRows(x, y, torch.full_like(y, experience.task_label))
 

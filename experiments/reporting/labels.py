@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ import pandas as pd
 from experiments.results.statistics import varied_settings
 from experiments.settings.run import RunSettings
 from experiments.settings.unset import UNSET
+from experiments.settings.values import is_own
 
 LABELS = {
     "naive": "Naive",
@@ -30,9 +31,17 @@ BENCHMARKS = {"split": "Split", "permuted": "Permuted", "rotated": "Rotated"}
 DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
 
+SHA256 = re.compile("[0-9a-f]{64}")
+
+
 def method_label(method: str) -> str:
     """A method's name in words; a method without one is called as in `runs.csv`."""
     return LABELS.get(method, method)
+
+
+def method_of(row: Mapping[str, Any], column: str = "method") -> str:
+    """The method of a row in words; of a logger's file, which has no settings, as it is there."""
+    return str(row[column]) if pd.isna(row["epochs"]) else method_label(row[column])
 
 
 def method_place(method: str) -> int:
@@ -44,6 +53,8 @@ def method_place(method: str) -> int:
 def stream_title(benchmark: str, dataset: str, scenario: str) -> str:
     """A stream's title: `Permuted MNIST, domain-incremental`."""
     name = f"{BENCHMARKS.get(benchmark, benchmark)} {DATASETS.get(dataset, dataset)}"
+    if is_own(benchmark):
+        name = benchmark
     return f"{name}, {scenario}-incremental"
 
 
@@ -69,7 +80,9 @@ def setting_text(value: Any) -> str:
     """The value of a setting; nothing where it has none."""
     if value is None or pd.isna(value):
         return ""
-    return number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return number(value)
+    return value[:8] if SHA256.fullmatch(str(value)) else str(value)
 
 
 def wrapped(text: str, width: int) -> str:
@@ -92,7 +105,7 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
     several = cells.groupby("method")["fisher_type"].nunique()
     labels = {}
     for cell in cells.to_dict("records"):
-        words = [method_label(cell["method"])]
+        words = [method_of(cell)]
         if several[cell["method"]] > 1 and pd.notna(cell["fisher_type"]):
             words.append(cell["fisher_type"])
         set_ = [n for n in varied if pd.notna(cell[n]) and cell[n] != UNSET.get(n)]
@@ -124,7 +137,7 @@ def run_labels(cells: Sequence[RunSettings]) -> dict[str, str]:
 def _setting(name: str, value: Any) -> str:
     """Format a setting: a word alone; a number with the setting's name."""
     if isinstance(value, str):
-        return value
+        return setting_text(value)
     return f"{in_words(name)} {setting_text(value)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 

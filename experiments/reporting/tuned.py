@@ -13,7 +13,7 @@ from experiments.reporting.figures.over_lambda import lines_of, over_lambda
 from experiments.reporting.figures.style import MOST_LINES
 from experiments.reporting.labels import cell_labels, number, stream_title
 from experiments.reporting.terminal import print_table
-from experiments.settings.run import STREAM
+from experiments.settings.run import STREAM, in_file_name
 
 
 def draw_tuned(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -33,7 +33,10 @@ def draw_tuned(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         titles = [f"{i + 1} to {i + len(p)}" for i, p in zip(starts, parts, strict=True)]
         panels = dict(zip(titles if len(parts) > 1 else [""], parts, strict=True))
         title = f"Accuracy over λ: {stream_title(*names)}, validation images"
-        yield f"lambda-{'-'.join(names)}", over_lambda(panels, title, ("average_accuracy",))
+        yield (
+            f"lambda-{'-'.join(map(in_file_name, names))}",
+            over_lambda(panels, title, ("average_accuracy",)),
+        )
 
 
 def print_tuned(table: pd.DataFrame, runs: pd.DataFrame, console: Console) -> None:

@@ -33,6 +33,9 @@ def write_environment(folder: Path, source: DataSource | None) -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "dataset": source and source.name,
         "dataset_checksum_md5": source and source.checksum,
+        "own_files_sha256": {
+            Path(file.path).name: file.sha256 for file in (source.files if source else ())
+        },
         "packages": {name: _version(name) for name in PACKAGES},
     }
     tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")

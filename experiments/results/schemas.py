@@ -111,7 +111,7 @@ _INTERVAL = {name: _number(nullable=True) for name in ("ci_low", "ci_high")}
 # Settings in which compared methods may differ; all others, except the seed, must be equal.
 METHOD_SETTINGS = (
     *("method", "fisher_type", "mode", "decay_factor", "normalize", "penalty_step", "ewc_lambda"),
-    *("importance_batch", "importance_order", "memory"),
+    *("importance_batch", "importance_order", "memory", "method_sha256"),
 )
 SHARED_SETTINGS = tuple(n for n in SETTING_NAMES if n not in (*METHOD_SETTINGS, "seed"))
 SUMMARY = pa.DataFrameSchema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,8 +65,13 @@ def varied_settings(runs: pd.DataFrame) -> list[str]:
     """The settings that tell cells of one method apart, besides Fisher type and lambda."""
     cells = as_given(runs.drop_duplicates("config_hash"))
     names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
-    by = cells.groupby(CELL[:4])
-    return [name for name in names if (by[name].nunique(dropna=False) > 1).any()]
+
+    def varies(name: str) -> bool:
+        # A file's hash tells nothing that its name does not, but for another version of it.
+        same = [*CELL[:4], "model"] if name == "model_sha256" else CELL[:4]
+        return bool((cells.groupby(same)[name].nunique(dropna=False) > 1).any())
+
+    return [name for name in names if varies(name)]
 
 
 def interval(values: np.ndarray[Any, Any], confidence: float = CONFIDENCE) -> dict[str, float]:
@@ -126,7 +132,8 @@ def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
     """Differences between methods, seed by seed, with their 95 % intervals.
 
     Our EWC less every other method but joint training, and every other less Naive, where the
-    settings that both have are the same. With several lambdas each, that is every pair.
+    settings that both have are the same. With several lambdas each, that is every pair. Of a
+    logger's file, whose names may mean anything, every cell less each that comes before it.
 
     Args:
         runs: Rows of `runs.csv`; only those with status `ok` count.
@@ -135,21 +142,29 @@ def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
         Rows of `comparisons.csv`.
     """
     done = runs[runs["status"] == "ok"]
+    if is_logged(done):
+        cells = [cell for _, cell in done.groupby("config_hash", sort=False)]
+        found = [row for a, b in itertools.combinations(cells, 2) for row in _pair(b, a)]
+        return pd.DataFrame(found, columns=list(COMPARISONS.columns))  # without settings
     done = done[~done["method"].isin([UPPER_BOUND])]
     others = [m for m in done["method"].unique() if m not in ("ewc", "naive")]
     pairs = [("ewc", other) for other in [*others, "naive"]] + [(m, "naive") for m in others]
-    rows = [row for pair in pairs for row in _pair(done, *pair)]
+    rows = [row for pair in pairs for row in _pair(*(done[done["method"] == m] for m in pair))]
     return frame(rows, COMPARISONS).sort_values(list(STREAM), kind="stable", ignore_index=True)
 
 
-def _pair(done: pd.DataFrame, method: str, other: str) -> Iterator[dict[str, Any]]:
-    """Rows of `comparisons.csv` for one method and another."""
-    mine, theirs = (done[done["method"] == name] for name in (method, other))
+def is_logged(runs: pd.DataFrame) -> bool:
+    """Whether runs are of a logger's file, which has no settings."""
+    return len(runs) > 0 and bool(runs["epochs"].isna().all())
+
+
+def _pair(mine: pd.DataFrame, theirs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of `comparisons.csv` for the runs of one method and those of another."""
     if mine.empty or theirs.empty:
         return
     # Where both have a penalty, its form is the same too; Naive has none.
     form = ["mode", "decay_factor"] if theirs["mode"].notna().any() else []
-    shared = [name for name in (*SHARED_SETTINGS, *form) if name in done]
+    shared = [name for name in (*SHARED_SETTINGS, *form) if name in mine]
     pairs = mine.merge(theirs, on=[*shared, "seed"], suffixes=("", "_theirs"))
     own = [*(name for name in METHOD_SETTINGS if name not in shared), "config_hash"]
     for _, pair in pairs.groupby(["config_hash", "config_hash_theirs"], sort=False):

@@ -17,8 +17,11 @@ from typing import Any, Literal
 import torch
 
 from ewc_plugin.fisher.scores import FisherType
+from experiments.settings.own import OPTIONS, OwnFile, OwnFunction, find_function
+from experiments.settings.own_benchmark import size_and_scenario
 from experiments.settings.run import (
     MAIN_METHODS,
+    OWN,
     WITH_ALL_CLASSES,
     WITH_FISHER,
     WITH_LAMBDA,
@@ -44,7 +47,15 @@ from experiments.settings.run import (
 )
 from experiments.settings.tuned import Tuned, chosen_lambda, read_tuned
 from experiments.settings.unset import UNSET
-from experiments.settings.values import Count, Lambda, Positive, Processes, Seed, check_values
+from experiments.settings.values import (
+    Count,
+    Lambda,
+    Positive,
+    Processes,
+    Seed,
+    check_values,
+    is_own,
+)
 
 OWN_SCENARIO: dict[Benchmark, Scenario] = {
     "split": "task",
@@ -112,6 +123,12 @@ class Job:
 
     compares = True  # whether the report compares ours with Avalanche's EWC
     left_out = ""  # message about combinations of the grid that are skipped
+    needs_images = True  # whether a run is on one of the datasets
+
+    @property
+    def own_files(self) -> tuple[OwnFile, ...]:
+        """The files of the functions that stand for a benchmark, model or method."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -163,8 +180,9 @@ class Grid(Job):
     """One run for each combination of the values below; equal combinations are one run."""
 
     methods: tuple[Method, ...] = axis(*MAIN_METHODS)
-    """No regularisation, Avalanche's EWC, ours, and all data at once (the upper bound). Besides,
-    through Avalanche's plugins: si, mas, lwf, replay, ewc+replay; and l2, F = 1 in our penalty."""
+    """naive (no regularisation), avalanche-ewc, ewc (ours), joint (all data at once, the upper
+    bound); through Avalanche's plugins si, mas, lwf, replay, ewc+replay; l2, F = 1 in our penalty;
+    FILE.py:FUNCTION, which returns a list of plugins. Also called --method."""
     fisher_type: tuple[FisherType, ...] = axis(FisherType.PREDICTED)
     """Labels that our Fisher averages over."""
     ewc_lambda: tuple[Lambda, ...] = axis()
@@ -198,7 +216,8 @@ class Grid(Job):
     optimizer_state: tuple[Literal["kept", "reset"], ...] = axis("kept", setting="optimizer_state")
     """Whether the optimizer's moments outlive an experience, as Avalanche has it."""
     model: tuple[Model, ...] = axis("mlp", setting="model")
-    """Fully connected or small convolutional network; task-incremental gets a head per task."""
+    """mlp, fully connected, or cnn, small and convolutional; task-incremental gets a head per task.
+    Or FILE.py:FUNCTION, which returns a module."""
     hidden_size: tuple[HiddenSize, ...] = axis(256, setting="hidden_size")
     """Units per hidden layer of the MLP."""
     hidden_layers: tuple[HiddenLayers, ...] = axis(1, setting="hidden_layers")
@@ -261,45 +280,86 @@ class Grid(Job):
         yield from {cell.run_id: cell for cell in self._combinations(dataset)}.values()
 
     def _combinations(self, dataset: Dataset) -> Iterator[RunSettings]:
+        own = {name: self._own(name) for name in OWN}
         for seed, (benchmark, scenario) in product(self.seeds, self.streams):
+            images = dataset if benchmark not in own["benchmark"] else "own"
             where_empty = {
-                "epochs": DEFAULT_EPOCHS[benchmark, dataset],
-                "batch_size": DEFAULT_BATCH_SIZE[dataset],
-                "learning_rate": DEFAULT_LEARNING_RATE[dataset],
+                "epochs": DEFAULT_EPOCHS.get((benchmark, images), RunSettings.epochs),
+                "batch_size": DEFAULT_BATCH_SIZE.get(images, RunSettings.batch_size),
+                "learning_rate": DEFAULT_LEARNING_RATE.get(images, RunSettings.learning_rate),
             }
             placed = [one.name for one in _axes(self) if one.metadata["setting"]]
             names = [name for name in placed if name != "loss"]
             for settings in self._spanned(names, where_empty):
+                settings |= {
+                    "benchmark": benchmark,
+                    "dataset": images,
+                    "scenario": scenario,
+                    "data_path": self.data_path,
+                }
+                if function := own["benchmark"].get(benchmark):
+                    settings |= self._of_own_benchmark(function, settings["n_experiences"])
                 if settings["model"] != "mlp":
-                    settings |= _MLP_ONLY
-                if scenario == "task":
+                    settings |= _of_other_model(own["model"].get(settings["model"]))
+                if settings["scenario"] == "task":
                     settings["head"] = None
                 base = RunSettings(
-                    benchmark,
-                    dataset,
-                    scenario,
-                    "naive",
-                    seed,
+                    method="naive",
+                    seed=seed,
                     validation=self.validation,
                     eval_every=None if self.eval_every == 1 else self.eval_every,
-                    data_path=self.data_path,
                     device=self.device,
                     **settings,
                 )
                 for method in self.methods:
-                    yield from self._of_method(base, method)
+                    yield from self._of_method(base, method, own["method"].get(method))
 
-    def _of_method(self, base: RunSettings, method: Method) -> Iterator[RunSettings]:
+    def _of_own_benchmark(self, function: OwnFunction, n_experiences: int) -> dict[str, Any]:
+        """The settings that follow from what the function returns for the first seed."""
+        n, scenario = size_and_scenario(function, self.seeds[0], n_experiences, self.validation)
+        default = type(self).experiences
+        if "n_experiences" not in function.parameters and self.experiences != default:
+            raise function.error("have an argument `n_experiences`, since --experiences is set")
+        return {
+            **_named(function),
+            "n_experiences": n,
+            "scenario": scenario,
+            "data_path": "classic",
+        }
+
+    def _of_method(
+        self, base: RunSettings, method: Method, own: OwnFunction | None
+    ) -> Iterator[RunSettings]:
         """The runs of a method, each with what it has a choice of; `base` is Naive's."""
         names = [n for n, methods in _CHOICES.items() if method in methods]
+        fixed: dict[str, Any] = {"method": method}
+        if own is not None:
+            names, fixed = [n for n in _CHOICES if n in own.parameters], _named(own)
         if base.scenario == "class" and method not in WITH_ALL_CLASSES:
             names.append("loss")
-        finds_lambda = method in WITH_LAMBDA and not self.ewc_lambda
+        finds_lambda = "ewc_lambda" in names and not self.ewc_lambda
         for settings in self._spanned(names, {"ewc_lambda": 0.0, "importance_batch": None}):
             decays = self.decay_factor if settings.get("mode") == "online" else ()
             for decay_factor in decays or (None,):
-                run = replace(base, method=method, **settings, decay_factor=decay_factor)
+                run = replace(base, **fixed, **settings, decay_factor=decay_factor)
                 yield replace(run, ewc_lambda=self.own_lambda(run)) if finds_lambda else run
+
+    def _own(self, setting: str) -> dict[str, OwnFunction]:
+        """The functions of the user's own that a setting names, by its values."""
+        axis_name = "methods" if setting == "method" else setting
+        values = getattr(self, axis_name, ())
+        return {value: find_function(setting, value) for value in values if is_own(value)}
+
+    @property
+    def needs_images(self) -> bool:  # type: ignore[override]
+        """Whether a benchmark is one of the names."""
+        return not all(is_own(benchmark) for benchmark, _ in self.streams)
+
+    @property
+    def own_files(self) -> tuple[OwnFile, ...]:
+        """The files of all own functions."""
+        functions = [one for name in OWN for one in self._own(name).values()]
+        return tuple(dict.fromkeys(one.file for one in functions))
 
     def _spanned(
         self, names: Iterable[str], where_empty: dict[str, Any]
@@ -314,6 +374,20 @@ class Grid(Job):
             spanned[setting] = [None if v == UNSET.get(setting) else v for v in plain]
         for values in product(*spanned.values()):
             yield dict(zip(spanned, values, strict=True))
+
+
+def _named(function: OwnFunction) -> dict[str, str]:
+    """The settings that name a function."""
+    return {function.setting: function.name, f"{function.setting}_sha256": function.file.sha256}
+
+
+def _of_other_model(function: OwnFunction | None) -> dict[str, Any]:
+    """The settings of a model that is no MLP; an own one has those that it has arguments for."""
+    if function is None:
+        return _MLP_ONLY
+    unused = [name for name in OPTIONS["model"] if name not in function.parameters]
+    # The grid's defaults: labels then name them beside an MLP's only where that has others.
+    return _named(function) | {name: getattr(Grid, name)[0] for name in unused}
 
 
 def _axes(grid: Grid) -> list[Any]:
@@ -375,28 +449,34 @@ class Sweep(Grid):
     """A grid over any settings, on one benchmark or several."""
 
     benchmark: tuple[Benchmark, ...] = axis("permuted")
-    """Split MNIST has some of the digits in each experience; permuted and rotated MNIST have all,
-    the pixels permuted, or the images rotated by an angle of the seed's, anew in each."""
+    """split has some of the digits in each experience; permuted and rotated have all, with the
+    pixels permuted, or the images rotated by an angle of the seed's, anew in each. Or
+    FILE.py:FUNCTION, which returns an Avalanche benchmark."""
     scenario: tuple[Scenario, ...] = axis()
     """As the benchmarks' own commands have it; only split MNIST has a class-incremental one. Empty:
-    task-incremental split MNIST, domain-incremental permuted and rotated MNIST."""
+    task-incremental split MNIST, domain-incremental permuted and rotated MNIST. A benchmark of
+    yours has the scenario of its labels."""
 
     name = "sweep"
 
     @property
     def streams(self) -> list[tuple[Benchmark, Scenario]]:
-        """Every benchmark in every scenario that it has."""
+        """Every benchmark in every scenario that it has; an own one's is known from its labels."""
         return [
             (benchmark, scenario)
             for benchmark in self.benchmark
-            for scenario in self.scenario or (OWN_SCENARIO[benchmark],)
+            for scenario in self._scenarios(benchmark)
             if scenario != "class" or benchmark == "split"
         ]
+
+    def _scenarios(self, benchmark: Benchmark) -> tuple[Scenario, ...]:
+        own: tuple[Scenario, ...] = (OWN_SCENARIO.get(benchmark, "domain"),)
+        return own if is_own(benchmark) else self.scenario or own
 
     @property
     def left_out(self) -> str:  # type: ignore[override]
         """Says so where a benchmark has no such scenario."""
-        without = [name for name in self.benchmark if name != "split"]
+        without = [name for name in self.benchmark if not (name == "split" or is_own(name))]
         if without and "class" in self.scenario:
             names = " and ".join(without).capitalize()
             verbs = ("has", "it is") if len(without) == 1 else ("have", "they are")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -13,19 +14,24 @@ from experiments.settings.values import (
     Between,
     Count,
     Lambda,
+    NameOrFile,
     OneOf,
     Positive,
     Seed,
     check_values,
+    is_own,
 )
 
-Benchmark = Literal["split", "permuted", "rotated"]
+Benchmark = Annotated[str, NameOrFile(("split", "permuted", "rotated"))]
 Scenario = Literal["task", "domain", "class"]
-Method = Literal[
-    "naive", "avalanche-ewc", "ewc", "joint", "si", "mas", "lwf", "l2", "replay", "ewc+replay"
-]
+METHODS = (
+    *("naive", "avalanche-ewc", "ewc", "joint"),
+    *("si", "mas", "lwf", "l2", "replay", "ewc+replay"),
+)
+Method = Annotated[str, NameOrFile(METHODS)]
 Dataset = Literal["mnist", "digits", "fashion-mnist"]
-Model = Literal["mlp", "cnn"]
+AnyDataset = Literal["mnist", "digits", "fashion-mnist", "own"]  # that of an own benchmark
+Model = Annotated[str, NameOrFile(("mlp", "cnn"))]
 Optimizer = Literal["adam", "sgd"]
 DataPath = Literal["fast", "classic"]
 FisherName = Annotated[str, OneOf(FisherType)]
@@ -55,7 +61,7 @@ class RunSettings:
     """Everything that decides what one run computes; the same settings give the same rows."""
 
     benchmark: Benchmark
-    dataset: Dataset
+    dataset: AnyDataset
     scenario: Scenario
     method: Method
     seed: Seed
@@ -87,6 +93,10 @@ class RunSettings:
     head: Literal["cosine"] | None = None  # unset, a linear layer
     memory: Count | None = None  # samples that replay keeps
     eval_every: Count | None = None  # experiences between evaluations on all; unset, 1
+    # Of the files of own functions, FILE.py:FUNCTION without folders; unset for names.
+    benchmark_sha256: str | None = None
+    model_sha256: str | None = None
+    method_sha256: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -100,8 +110,8 @@ class RunSettings:
     @property
     def run_id(self) -> str:
         """Return the run's name: a readable prefix and a unique hash."""
-        name = f"{self.benchmark}-{self.dataset}-{self.scenario}-{self.method}"
-        return f"{name}-{self.config_hash}-s{self.seed}"
+        names = map(in_file_name, (self.benchmark, self.dataset, self.scenario, self.method))
+        return f"{'-'.join(names)}-{self.config_hash}-s{self.seed}"
 
     @property
     def stream(self) -> RunSettings:
@@ -116,6 +126,8 @@ class RunSettings:
             n_experiences=self.n_experiences,
             validation=self.validation,
             pixels=self.pixels,
+            data_path="classic" if self.benchmark_sha256 else "fast",
+            benchmark_sha256=self.benchmark_sha256,
         )
 
     def evaluated_after(self, train_exp: int) -> range:
@@ -131,6 +143,7 @@ class RunSettings:
         return range(train_exp, train_exp + 1)
 
 
+OWN = ("benchmark", "model", "method")  # settings that may name a function in a file
 FLOATS = ("ewc_lambda", "decay_factor", "learning_rate", "dropout")
 
 
@@ -144,6 +157,11 @@ def hash_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def in_file_name(name: str) -> str:
+    """The name of a benchmark or method, such as `my file.py:plugins`, for the name of a file."""
+    return re.sub(r"[^A-Za-z0-9+]+", "-", name.replace(".py:", "-"))[:40] if is_own(name) else name
+
+
 def require(condition: object, name: str, rule: str, value: Any) -> None:
     """Raise a `ValueError` that names a setting, what it must be, and its value."""
     if not condition:
@@ -152,6 +170,17 @@ def require(condition: object, name: str, rule: str, value: Any) -> None:
 
 def _check_together(run: RunSettings) -> None:
     """Check what depends on several settings."""
+    for name in OWN:
+        _check_own(name, getattr(run, name), getattr(run, f"{name}_sha256"))
+    if is_own(run.benchmark):
+        require(run.dataset == "own", "dataset", "own on an own benchmark", run.dataset)
+        rule = "classic on an own benchmark, whose samples are Avalanche's"
+        require(run.data_path == "classic", "data_path", rule, run.data_path)
+        require(run.pixels is None, "pixels", "normalized on an own benchmark", run.pixels)
+    else:
+        require(run.dataset != "own", "dataset", f"images for {run.benchmark}", run.dataset)
+    if is_own(run.model):
+        require(run.head is None, "head", "linear with an own model", run.head)
     if run.benchmark == "split":
         rule = f"a divisor of {N_CLASSES} classes: 1, 2, 5 or 10"
         require(N_CLASSES % run.n_experiences == 0, "experiences", rule, run.n_experiences)
@@ -172,6 +201,16 @@ def _check_together(run: RunSettings) -> None:
             require(run.data_path == "fast", "data_path", f"fast with `{name}`", run.data_path)
 
 
+def _check_own(name: str, value: str, sha256: str | None) -> None:
+    """Check that a file has a hash and no folders, and that a name has neither."""
+    if is_own(value):
+        require(not re.search(r"[/\\]", value), name, "a file without folders", value)
+        is_hash = re.fullmatch("[0-9a-f]{64}", sha256 or "")
+        require(is_hash, f"{name}_sha256", f"that of {value}, 64 hexadecimal digits", sha256)
+    else:
+        require(sha256 is None, f"{name}_sha256", f"unset for {value}", sha256)
+
+
 def _check_method(run: RunSettings) -> None:
     """Check that a method has what it needs, and nothing that it would not look at."""
     if run.method in WITH_LAMBDA:
@@ -188,6 +227,8 @@ def _check_method(run: RunSettings) -> None:
     else:
         rule = "unset in mode separate"
         require(run.decay_factor is None, "decay_factor", rule, run.decay_factor)
+    if is_own(run.method):  # its function may have an argument for it, or none
+        return
     has_memory = run.method in WITH_MEMORY
     rule = f"{'given' if has_memory else 'unset'} for {run.method}"
     require((run.memory is not None) == has_memory, "memory", rule, run.memory)

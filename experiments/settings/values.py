@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,12 +55,37 @@ class OneOf:
         return ", ".join(str(member.value) for member in self.kind)
 
 
+@dataclass(frozen=True)
+class NameOrFile:
+    """Names, or `FILE.py:FUNCTION` for a function of the user's own, in an `Annotated`.
+
+    Attributes:
+        names: The names.
+    """
+
+    names: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.names or is_own(value)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)}, FILE.py:FUNCTION"
+
+
+def is_own(value: str) -> bool:
+    """Whether a setting's value names a function in a file."""
+    return re.fullmatch(r".+\.py:[^\W\d]\w*", value) is not None
+
+
 Count = Annotated[int, Between(1, 10**6)]
 CountOrNone = Annotated[int, Between(0, 10**6)]  # where 0 means none at all
 Seed = Annotated[int, Between(0, 2**32 - 1)]
 Positive = Annotated[float, Between(0, 1e6, open_low=True)]
 Lambda = Annotated[float, Between(0, 1e30)]  # a larger one overflows float32 with any gradient
 Processes = Annotated[int, Between(1, 1024)]
+
+
+NAMES = (OneOf, NameOrFile)
 
 
 @functools.cache
@@ -100,7 +126,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether an annotation allows a value."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        ranges = [m for m in arguments[1:] if isinstance(m, (Between, OneOf))]
+        ranges = [m for m in arguments[1:] if isinstance(m, (Between, *NAMES))]
         return fits(value, arguments[0]) and all(value in some for some in ranges)
     if origin in UNION_TYPES:
         return any(fits(value, argument) for argument in arguments)
@@ -122,7 +148,7 @@ def allowed(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         ranges = [str(m) for m in arguments[1:] if isinstance(m, Between)]
-        names = [f"one of {m}" for m in arguments[1:] if isinstance(m, OneOf)]
+        names = [f"one of {m}" for m in arguments[1:] if isinstance(m, NAMES)]
         return names[0] if names else ", ".join([allowed(arguments[0]), *ranges])
     if origin in UNION_TYPES:
         return " or ".join(allowed(argument) for argument in arguments)

@@ -43,7 +43,7 @@ from experiments.settings.tuned import (
     tuned_content,
 )
 from experiments.settings.unset import given, used
-from experiments.settings.values import Count, Lambda, Seed
+from experiments.settings.values import Count, Lambda, Seed, is_own
 from experiments.sweeps import exit_status
 from experiments.sweeps.jobs import make_runs, prepare
 from experiments.sweeps.lambda_search import MOST_VALUES, WORSE, Arm, Search, search
@@ -74,7 +74,7 @@ class Tune(Sweep):
         super().__post_init__()
         require(len(self.ewc_lambda) < 2, "ewc_lambda", "one value, or empty", self.ewc_lambda)
         require(0.0 not in self.ewc_lambda, "ewc_lambda", "above 0", self.ewc_lambda)
-        some = [method for method in self.methods if method in WITH_LAMBDA]
+        some = [method for method in self.methods if method in WITH_LAMBDA or is_own(method)]
         require(some, "methods", f"among {', '.join(WITH_LAMBDA)}", ", ".join(self.methods))
 
     def _check_chosen_lambda(self) -> None:
@@ -90,7 +90,7 @@ class Tune(Sweep):
         return [
             Arm(replace(cell, validation=True, eval_every=cell.n_experiences), self.seeds)
             for cell in super(Tune, one_seed).cells(dataset)
-            if cell.method in WITH_LAMBDA
+            if cell.ewc_lambda is not None
         ]
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
@@ -101,7 +101,7 @@ class Tune(Sweep):
     @property
     def left_out(self) -> str:  # type: ignore[override]
         """What `sweep` leaves out, and methods without a lambda."""
-        without = [method for method in self.methods if method not in WITH_LAMBDA]
+        without = [m for m in self.methods if not (m in WITH_LAMBDA or is_own(m))]
         line = f"{', '.join(without)}: left out, as they have no lambda." if without else ""
         return " ".join(filter(None, (super().left_out, line)))
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from experiments.results.provenance import code_hash
+from experiments.settings.own import OwnFile, changed_file
 from experiments.sweeps import worker
 from experiments.sweeps.worker import Event, Report
 
@@ -141,6 +142,7 @@ class Dask:
 
     Args:
         address: Of the scheduler, such as tcp://host:8786.
+        files: Own files, which every worker must have in the same place.
 
     Raises:
         ValueError: It can't be reached, or `distributed` is not installed.
@@ -149,7 +151,7 @@ class Dask:
     capacity = math.inf
     report = staticmethod(worker.report_to_cluster)
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, files: tuple[OwnFile, ...] = ()) -> None:
         try:
             from distributed import Client
         except ImportError:
@@ -170,7 +172,7 @@ class Dask:
         self._seen = time.monotonic()  # when there was a worker
         self._looked = self._seen
         try:
-            self._check_workers(address)
+            self._check_workers(address, files)
         except BaseException:
             self._client.close()
             raise
@@ -194,7 +196,7 @@ class Dask:
         while not self._events.empty():
             yield self._events.get()
 
-    def _check_workers(self, address: str) -> None:
+    def _check_workers(self, address: str, files: tuple[OwnFile, ...]) -> None:
         """Wait for a worker; refuse those that can't make our runs or have other code."""
         try:
             self._client.wait_for_workers(1, timeout=WORKER_TIMEOUT_S)
@@ -209,6 +211,12 @@ class Dask:
                 raise ValueError(
                     f"`scheduler` must have workers with this code ({code_hash()}), got {name} "
                     f"with {answer!r}: start it in this checkout."
+                )
+        for name, answer in self._client.run(changed_file, files, on_error="return").items():
+            if answer:
+                raise ValueError(
+                    f"`scheduler` must have workers with the same own files, got {name}, where "
+                    f"{answer}: copy the file there."
                 )
 
     def _look_for_workers(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
-from experiments.data.sources import DataSource, find_data
+from experiments.data.sources import DataSource, find_data, own_data
 from experiments.results import schemas, statistics, tables
 from experiments.results.environment import write_environment
 from experiments.results.store import Store
@@ -35,10 +36,17 @@ def prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataS
     Raises:
         SystemExit: It is a dry run, which is done.
     """
-    source = find_data(job.dataset, job.data_root)
+    if job.needs_images:
+        source = replace(find_data(job.dataset, job.data_root), files=job.own_files)
+    else:
+        source = own_data(job.own_files)
     for note in filter(None, (source.note, job.left_out)):
         console.print(f"NOTE: {note}", style="bold yellow", markup=False, soft_wrap=True)
     cells = list(job.cells(source.name))
+    if source.files:
+        from experiments.training.own_check import check_own  # it imports Avalanche
+
+        check_own(cells, source)
     if job.dry_run:
         show_plan(job, cells, console)
         raise SystemExit(0)

@@ -13,7 +13,8 @@ from experiments.data.sources import DataSource
 from experiments.results.provenance import NOT_RECORDED, code_hash
 from experiments.results.record import RunResult, failed
 from experiments.results.store import Store
-from experiments.settings.run import RunSettings
+from experiments.settings.own import OwnFile
+from experiments.settings.run import OWN, RunSettings
 from experiments.sweeps import worker
 from experiments.sweeps.dry_run import expected_time
 from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess, WorkerDiedError
@@ -75,6 +76,7 @@ def sweep(
     if not tasks:
         return rows
     if wanted and not mix_code:
+        _check_own_files(store, cells)
         _check_code(store, {cell.run_id for cell in wanted})
     expected = expected_time(wanted, store.results()[1], processes)
     console.print(
@@ -101,7 +103,7 @@ def sweep(
         return executor.submit(worker.run_cell, code, cell, source, path, logs, executor.report)
 
     with Display(wanted, console) as display:
-        executors = _open_executors(min(processes, len(tasks)), scheduler, display)
+        executors = _open_executors(min(processes, len(tasks)), scheduler, source.files, display)
         try:
             for outcome in Dispatcher(tasks, executors, submit, display).outcomes():
                 if isinstance(outcome, RunResult):
@@ -115,6 +117,22 @@ def sweep(
     return rows
 
 
+def _check_own_files(store: Store, cells: Sequence[RunSettings]) -> None:
+    """Refuse to add runs to those of another version of the same own function."""
+    runs = store.results()[1]
+    for name in OWN:
+        mine = {(getattr(c, name), getattr(c, f"{name}_sha256")) for c in cells}
+        for value in {value for value, sha256 in mine if sha256}:
+            hashes = sorted(sha256 for other, sha256 in mine if other == value)
+            others = runs[runs[name].eq(value) & ~runs[f"{name}_sha256"].isin(hashes)]
+            if len(others):
+                raise ValueError(
+                    f"`out` must hold runs of {value} as it is (SHA-256 {hashes[0][:8]}...), got "
+                    f"{store.folder} with {len(others)} runs of the file as it was: name another "
+                    "folder, or add to it by --mix-code."
+                )
+
+
 def _check_code(store: Store, wanted: set[str]) -> None:
     runs = store.results()[1]
     kept = runs.loc[~runs["run_id"].isin(wanted), "code_hash"].fillna(NOT_RECORDED)
@@ -126,9 +144,11 @@ def _check_code(store: Store, wanted: set[str]) -> None:
         )
 
 
-def _open_executors(processes: int, scheduler: str | None, display: Display) -> list[Executor]:
+def _open_executors(
+    processes: int, scheduler: str | None, files: tuple[OwnFile, ...], display: Display
+) -> list[Executor]:
     if scheduler is not None:
-        return [Dask(scheduler)]
+        return [Dask(scheduler, files)]
     if processes == 1:
         return [InProcess(display.update)]
     return [OneProcess() for _ in range(processes)]

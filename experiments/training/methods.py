@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from avalanche.core import BasePlugin
 from avalanche.training.losses import MaskedCrossEntropy
 from avalanche.training.plugins import (
     LwFPlugin,
@@ -19,7 +20,9 @@ from avalanche.training.utils import ParamData
 from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
+from experiments.data.streams import Stream
 from experiments.data.tensor_path import FISHER_BATCH
+from experiments.settings.own import OPTIONS, OwnFile, function_of
 from experiments.settings.run import RunSettings
 from experiments.training.avalanche_ewc import BuiltinEWC, in_order
 
@@ -86,15 +89,18 @@ class MethodPlugins:
     Attributes:
         early: Those that need Avalanche's own data sets, before the fast data path replaces them.
         late: Those that it feeds.
+        criterion: The loss of the method; None for that of the settings.
     """
 
     early: tuple[Any, ...] = ()
     late: tuple[Any, ...] = ()
+    criterion: Any = None
 
     @property
     def every(self) -> tuple[Any, ...]:
         """All of them."""
-        return self.early + self.late
+        loss = () if self.criterion is None else (self.criterion,)
+        return self.early + self.late + loss
 
 
 def criterion_of(settings: RunSettings) -> nn.Module | CurrentClasses:
@@ -102,8 +108,41 @@ def criterion_of(settings: RunSettings) -> nn.Module | CurrentClasses:
     return CurrentClasses() if settings.loss_classes == "current" else nn.CrossEntropyLoss()
 
 
+def own_method(settings: RunSettings, stream: Stream, files: Sequence[OwnFile]) -> MethodPlugins:
+    """The plugins that an own function returns; one of them that is a loss too is the criterion.
+
+    Args:
+        settings: Of the run.
+        stream: Of the run.
+        files: Of own functions.
+
+    Returns:
+        The plugins, which see Avalanche's own data sets.
+
+    Raises:
+        ValueError: They are no list of plugins with one loss at most.
+    """
+    function = function_of("method", settings.method, settings.method_sha256, files)
+    plugins = function(
+        **{name: getattr(settings, name) for name in OPTIONS["method"]},
+        n_classes=stream.n_outputs,
+        benchmark=stream.benchmark,
+    )
+    if not isinstance(plugins, (list, tuple)):
+        raise function.error("return a list of plugins", f", got {type(plugins).__name__}")
+    for plugin in plugins:
+        if not isinstance(plugin, BasePlugin):
+            rule = "return a list of Avalanche plugins"
+            raise function.error(rule, f", got one of {type(plugin).__name__}")
+    losses = [plugin for plugin in plugins if callable(plugin)]
+    if len(losses) > 1 or (losses and settings.loss_classes is not None):
+        raise function.error("return one loss at most, and none with --loss current")
+    others = tuple(plugin for plugin in plugins if plugin not in losses)
+    return MethodPlugins(early=others, criterion=losses[0] if losses else None)
+
+
 def method_plugins(settings: RunSettings) -> MethodPlugins:
-    """The plugins of the run's method, new; its strength is `ewc_lambda`, whatever they call it."""
+    """The plugins of a method by name, new; its strength is `ewc_lambda`, whatever it is called."""
     match settings.method:
         case "avalanche-ewc":
             return MethodPlugins(late=(BuiltinEWC(settings),))

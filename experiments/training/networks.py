@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from avalanche.models import CosineLinear, MultiHeadClassifier, MultiTaskModule, SimpleMLP
 from torch import Tensor, nn
 
 from experiments.data.streams import Stream
-from experiments.settings.run import N_CLASSES, RunSettings
+from experiments.settings.own import OwnFile, function_of
+from experiments.settings.run import RunSettings
 
 
 class MultiHead(MultiTaskModule):
@@ -36,10 +39,23 @@ class Scale(nn.Module):
 COSINE_SCALE = 10.0
 
 
-def make_model(run: RunSettings, stream: Stream) -> nn.Module:
-    """The run's network, initialised from the global RNG."""
-    per_head = stream.classes_per_experience
-    n_classes = N_CLASSES if run.scenario == "class" else per_head
+def make_model(run: RunSettings, stream: Stream, files: Sequence[OwnFile] = ()) -> nn.Module:
+    """The run's network, initialised from the global RNG.
+
+    Args:
+        run: Settings.
+        stream: Of the run.
+        files: Of own functions.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: The network can't take the stream's samples, or an own function returns none.
+    """
+    n_classes = stream.n_outputs
+    if run.model_sha256:
+        return _own(run, stream, files)
     features, n_features = _FEATURES[run.model](run, stream)
     if run.scenario == "task":
         return MultiHead(features, n_features, n_classes)
@@ -48,9 +64,23 @@ def make_model(run: RunSettings, stream: Stream) -> nn.Module:
     return nn.Sequential(features, nn.Linear(n_features, n_classes))
 
 
+def _own(run: RunSettings, stream: Stream, files: Sequence[OwnFile]) -> nn.Module:
+    function = function_of("model", run.model, run.model_sha256, files)
+    model = function(
+        n_classes=stream.n_outputs,
+        benchmark=stream.benchmark,
+        hidden_size=run.hidden_size,
+        hidden_layers=run.hidden_layers,
+        dropout=run.dropout,
+    )
+    if not isinstance(model, nn.Module):
+        raise function.error("return an `nn.Module`", f", got {type(model).__name__}")
+    return model
+
+
 def _mlp(run: RunSettings, stream: Stream) -> tuple[nn.Module, int]:
     mlp: Any = SimpleMLP(
-        input_size=stream.image_size,
+        input_size=math.prod(stream.shape),
         hidden_size=run.hidden_size,
         hidden_layers=run.hidden_layers,
         drop_rate=run.dropout,
@@ -59,8 +89,10 @@ def _mlp(run: RunSettings, stream: Stream) -> tuple[nn.Module, int]:
 
 
 def _cnn(run: RunSettings, stream: Stream) -> tuple[nn.Module, int]:
+    if len(stream.shape) != 3:
+        raise ValueError(f"`model` must be mlp for samples of the shape {stream.shape}, got cnn.")
     layers = nn.Sequential(
-        nn.Conv2d(1, 32, kernel_size=3, padding=1),
+        nn.Conv2d(stream.shape[0], 32, kernel_size=3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(32, 64, kernel_size=3, padding=1),

@@ -34,7 +34,13 @@ from experiments.training.checkpoint import (
     write_checkpoint,
 )
 from experiments.training.loggers import Logs
-from experiments.training.methods import MethodPlugins, criterion_of, method_plugins, state_bytes
+from experiments.training.methods import (
+    MethodPlugins,
+    criterion_of,
+    method_plugins,
+    own_method,
+    state_bytes,
+)
 from experiments.training.networks import make_model
 
 EVAL_BATCH = 1000
@@ -104,7 +110,7 @@ class Run:
         stream = shared_stream(settings, self.source)
         RNGManager.set_random_seeds(settings.seed)
         strategy, watch = self._strategy(stream)
-        experiences = stream.benchmark.train_stream  # which may make them on access
+        experiences = stream.train_stream  # which may make them on access
         joint = settings.method == "joint"
         if checkpoint and not can_be_stored(self.method):
             say(f"{settings.run_id}: no checkpoint holds its method; stopped, it starts anew.")
@@ -119,7 +125,8 @@ class Run:
             self._evaluate(strategy, stream, UNTRAINED)
         last = settings.n_experiences - 1
         for i in range(self._trained_through() + 1, 1 if joint else last + 1):
-            self._train(strategy, watch, experiences if joint else experiences[i])
+            for part in [experiences] if joint else stream.parts(i):
+                self._train(strategy, watch, part)
             trained = last if joint else i
             accuracy = self._evaluate(strategy, stream, trained)
             if checkpoint and trained < last:
@@ -152,16 +159,20 @@ class Run:
 
     def _strategy(self, stream: Stream) -> tuple[Any, _Watch]:
         settings = self.settings
-        self.model = model = make_model(settings, stream)
+        self.model = model = make_model(settings, stream, self.source.files)
         optimizer = OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate)
         fast = FastData(stream) if settings.data_path == "fast" else None
-        self.method = method_plugins(settings)
+        self.method = (
+            own_method(settings, stream, self.source.files)
+            if settings.method_sha256
+            else method_plugins(settings)
+        )
         watch = _Watch(settings.iterations)
         template = JointTraining if settings.method == "joint" else Naive
         strategy = template(
             model=model,
             optimizer=optimizer,
-            criterion=criterion_of(settings),
+            criterion=self.method.criterion or criterion_of(settings),
             train_mb_size=settings.batch_size,
             # With a number of iterations, more epochs than they can fill: the last one is stopped.
             train_epochs=settings.epochs
@@ -197,7 +208,7 @@ class Run:
         """Add the rows of an evaluation; return the accuracies by experience."""
         start = time.perf_counter()
         wanted = self.settings.evaluated_after(train_exp)
-        tested = stream.benchmark.test_stream
+        tested = stream.test_stream
         if n_left_out := self.settings.n_experiences - len(wanted):
             tested = tested[wanted.start : wanted.stop]
         results = strategy.eval(tested)

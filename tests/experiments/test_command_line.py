@@ -57,7 +57,7 @@ BAD_INPUT = [
     ("split-mnist --learning-rate 0", "`learning_rate` must be a finite number, above 0"),
     ("split-mnist --scenario class", "`ewc_lambda` must be given for avalanche-ewc"),
     ("split-mnist --out /proc/nothing", "`out` must be a folder that can be written to"),
-    ("split-mnist --methods ewx", "invalid choice 'ewx' for argument '--methods'"),
+    ("split-mnist --methods ewx", "`methods` must be one of naive, avalanche-ewc"),
     ("split-mnist --fisher-type exakt", "invalid choice 'exakt' for argument '--fisher-type'"),
     ("permuted-mnist --scenario class", "invalid choice 'class' for argument '--scenario'"),
     ("sweep --scenario class", "`scenario` must be one that the benchmark has"),

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import BrokenExecutor, Future
+from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 
 import pandas as pd
@@ -16,14 +17,16 @@ import psutil
 import pytest
 from rich.console import Console
 
+from experiments.__main__ import main
 from experiments.data.sources import find_data
 from experiments.results import schemas, tables
 from experiments.results.provenance import code_hash
 from experiments.results.store import PARTS, Store
 from experiments.settings.grids import PermutedMnist
+from experiments.settings.own import find_function
 from experiments.sweeps import sweep as sweep_module
 from experiments.sweeps import worker
-from experiments.sweeps.executors import OneProcess
+from experiments.sweeps.executors import Dask, OneProcess
 from experiments.sweeps.queue import Task
 from experiments.sweeps.sweep import MAX_ATTEMPTS, WorkerDiedError, sweep
 from experiments.sweeps.worker import TaskError
@@ -245,10 +248,7 @@ def cluster(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Dask's, on what it sees of the machine
 def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
     file, workers = cluster
-    deadline = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    address = json.loads(file.read_text())["address"]
+    address = json.loads(wait_for(file).read_text())["address"]
     wanted = cells(seeds=(0, 1, 2, 3), epochs=(3,))
     whole = run_here(wanted, tmp_path / "whole")
     store = CountingStore(tmp_path / "cluster")
@@ -265,6 +265,34 @@ def test_a_dask_cluster_that_loses_a_worker_loses_no_run(tmp_path, cluster):
     assert store.added == Counter({cell.run_id: 1 for cell in wanted})
     assert_same_results(store, whole)
     assert {path.name for path in logs.folder.iterdir()} == {cell.run_id for cell in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's, on what it sees of the machine
+def test_workers_of_a_cluster_need_the_same_own_files(tmp_path, cluster):
+    address = json.loads(wait_for(cluster[0]).read_text())["address"]
+    own = tmp_path / "own.py"
+    own.write_text("def plugins():\n    return []\n")
+    file = find_function("method", f"{own}:plugins").file
+    for wrong, said in (
+        (replace(file, sha256="0" * 64), "is not the file that the command began with"),
+        (replace(file, path=str(tmp_path / "elsewhere.py")), "can't be read here"),
+    ):
+        with pytest.raises(ValueError, match="workers with the same own files") as error:
+            Dask(address, (wrong,))
+        assert said in str(error.value)
+    quick = ["--dataset", "digits", "--experiences", "2", "--hidden-size", "8", "--epochs", "1"]
+    options = [*quick, "--methods", "naive", f"{own}:plugins", "--scheduler", address]
+    assert main(["sweep", *options, "--out", str(tmp_path / "out")]) == 0
+    accuracy = tables.load(tmp_path / "out")["accuracy"].groupby("method")["accuracy"]
+    assert accuracy.mean()["own.py:plugins"] == accuracy.mean()["naive"]
+
+
+def wait_for(file):
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return file
 
 
 def command(folder, *arguments):

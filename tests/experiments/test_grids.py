@@ -134,7 +134,7 @@ def test_every_setting_can_stand_in_a_file(tmp_path):
             "ewc_lamda = [1]",
             "`ewc_lamda` is not a setting of sweep (in {}); did you mean ewc_lambda?",
         ),
-        ('method = "ewc"', "`method` is not a setting of sweep (in {}); did you mean methods?"),
+        ('mehtod = "ewc"', "`mehtod` is not a setting of sweep (in {}); did you mean methods?"),
         ('methods = ["ewx"]', "`methods` in {} must be one of naive, avalanche-ewc, ewc, joint"),
         ('methods = ["naive", "--force"]', "`methods` in {} must be one of naive"),
         ("epochs = true", "`epochs` in {} must be a whole number, >= 1 and <= 100000, got True"),

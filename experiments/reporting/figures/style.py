@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ METHOD_COLOURS = {
     "replay": _light("indigo"),
     "ewc+replay": _light("wine"),
 }
+OTHER_COLOURS = [_light(name) for name in ("pink", "sky", "yellow", "wine", "brown")]
 FISHER_COLOURS = {
     "predicted": _light("green"),  # the default, hence the colour of our EWC
     "empirical": _light("yellow"),
@@ -108,11 +110,12 @@ def colour_of(method: str, fisher_type: Any = None) -> str:
         fisher_type: Likewise; anything but a known type counts as none.
 
     Returns:
-        A colour in hexadecimal; grey for a method that has none of its own.
+        A colour in hexadecimal; a method that is not ours has one of `OTHER_COLOURS` by its name.
     """
     if method == "ewc" and fisher_type in FISHER_COLOURS:
         return FISHER_COLOURS[fisher_type]
-    return METHOD_COLOURS.get(method, _light("grey"))
+    other = OTHER_COLOURS[zlib.crc32(method.encode()) % len(OTHER_COLOURS)]
+    return METHOD_COLOURS.get(method, other)
 
 
 def shades(colour: str, n: int) -> list[str]:
