@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.reporting.labels import (
     in_words,
-    method_label,
+    method_of,
     method_place,
     number,
     setting_text,
@@ -95,7 +95,7 @@ def _cell(rows: pd.DataFrame, varied: Sequence[str], best: Mapping[str, set[str]
     values = {m: done[m].dropna().to_numpy(float) for m in UNITS}
     config_hash = str(first["config_hash"])
     return Cell(
-        method=method_label(first["method"]),
+        method=method_of(first),
         fisher_type=setting_text(first["fisher_type"]),
         ewc_lambda=float("nan") if pd.isna(first["ewc_lambda"]) else float(first["ewc_lambda"]),
         settings={in_words(name): setting_text(first[name]) for name in varied},

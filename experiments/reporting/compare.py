@@ -15,7 +15,8 @@ from rich.console import Console
 
 from experiments.reporting.folders import given_or_newest
 from experiments.reporting.terminal import print_checks, print_comparisons
-from experiments.results import statistics, tables
+from experiments.results import statistics
+from experiments.results.logged import load_results, logged_note
 from experiments.results.provenance import mixed_code
 
 
@@ -24,7 +25,7 @@ class Compare:
     """Print which method is better in a results folder, and by how much."""
 
     folder: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder of results. Unset: your newest below runs/."""
+    """Folder of results, or file of `TidyCSVLogger`. Unset: your newest below runs/."""
     checks: bool = False
     """Print each equality with Avalanche's EWC too, not only how many hold."""
 
@@ -42,7 +43,7 @@ def run(settings: Compare) -> pd.DataFrame:
         ValueError: The folder holds neither runs to compare nor checks.
     """
     folder, console = given_or_newest(settings.folder, "runs", "checks"), Console()
-    found = tables.load(folder)
+    found = load_results(folder)
     if not {"runs", "checks"} & set(found):
         raise ValueError(f"`folder` must hold runs.csv or checks.csv, got {folder}.")
     comparisons = pd.DataFrame()
@@ -51,8 +52,8 @@ def run(settings: Compare) -> pd.DataFrame:
         if comparisons.empty:
             console.print("No two methods have the same seeds and settings.")
         print_comparisons(comparisons, console)
-        if mixed := mixed_code(found["runs"]):
-            console.print(f"NOTE: {mixed}", style="bold yellow", soft_wrap=True)
+        if note := mixed_code(found["runs"]) or logged_note(found["runs"]):
+            console.print(f"NOTE: {note}", style="bold yellow", soft_wrap=True)
     if "checks" in found:
         print_checks(found["checks"], console, all_of_them=settings.checks)
     return comparisons

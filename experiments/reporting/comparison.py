@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.labels import lambda_text, method_label, stream_title
+from experiments.reporting.labels import lambda_text, method_of, stream_title
 from experiments.results.statistics import LOWER_IS_BETTER
 
 STREAM = ("benchmark", "dataset", "scenario")
@@ -30,7 +30,7 @@ def side(row: Mapping[str, Any], prefix: str = "") -> str:
     Returns:
         Such as `EWC, per sample (predicted), λ = 30`.
     """
-    words = method_label(row[f"{prefix}method"])
+    words = method_of(row, f"{prefix}method")
     if pd.notna(row[f"{prefix}fisher_type"]):
         words += f" ({row[f'{prefix}fisher_type']})"
     if pd.notna(row[f"{prefix}ewc_lambda"]):
@@ -69,6 +69,8 @@ SENTENCES = {
 def answers(comparisons: pd.DataFrame) -> Iterator[str]:
     """A sentence per stream: our EWC beside Avalanche's, or beside Naive where that is missing.
 
+    Without our EWC, a sentence on each pair of methods.
+
     Args:
         comparisons: Rows of `comparisons.csv`.
 
@@ -83,6 +85,8 @@ def answers(comparisons: pd.DataFrame) -> Iterator[str]:
             pairs = ours[ours["other_method"] == other]
             if len(pairs):
                 break
+        else:
+            pairs = rows
         title = stream_of(rows.iloc[0])
         if len(pairs) > MOST_SENTENCES:
             yield f"{title}: {len(pairs)} pairs of settings, see the table."
@@ -100,6 +104,8 @@ MOST_SENTENCES = 3
 
 def shared_settings(row: Mapping[str, Any]) -> str:
     """Return the settings that distinguish comparisons of the same stream."""
+    if pd.isna(row["epochs"]):  # of a logger's file
+        return f"{row['n_experiences']} experiences"
     network = (
         f"{row['hidden_layers']}x{row['hidden_size']}" if row["model"] == "mlp" else row["model"]
     )

@@ -21,7 +21,8 @@ from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, interval_text, summary_cells
 from experiments.reporting.folders import given_or_newest
 from experiments.reporting.labels import in_words, setting_text
-from experiments.results import statistics, tables
+from experiments.results import statistics
+from experiments.results.logged import load_results, logged_note
 from experiments.results.provenance import mixed_code
 
 POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
@@ -32,7 +33,7 @@ class Table:
     """Print the summary of a results folder, or its comparison with Avalanche or a paper."""
 
     folder: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder of results. Unset: your newest below runs/."""
+    """Folder of results, or file of `TidyCSVLogger`. Unset: your newest below runs/."""
     of: Literal["summary", "comparisons", "checks", "reproduce"] = "summary"
     """What to print: methods side by side; paired differences; equalities with Avalanche's EWC; a
     published experiment beside its number."""
@@ -85,14 +86,14 @@ def table_of(folder: str | Path, of: str) -> SummaryTable:
         ValueError: The folder does not hold it.
     """
     names, make = MADE_FROM[of]
-    found = tables.load(folder)
+    found = load_results(folder)
     if missing := set(names) - set(found):
         files = " and ".join(f"{name}.csv" for name in names)
         raise ValueError(
             f"`folder` must hold {files}, got {folder} without {', '.join(sorted(missing))}."
         )
-    if "runs" in names and (mixed := mixed_code(found["runs"])):
-        print(f"NOTE: {mixed}", file=sys.stderr)  # the table itself may go into a file
+    if "runs" in names and (note := mixed_code(found["runs"]) or logged_note(found["runs"])):
+        print(f"NOTE: {note}", file=sys.stderr)  # the table itself may go into a file
     return make(*(found[name] for name in names))
 
 

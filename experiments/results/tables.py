@@ -92,8 +92,15 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         TableError: The file is not a table of the schema.
     """
     path = folder / str(schema.name)
-    if not path.exists():
-        return empty(schema)
+    return read_file(path, schema) if path.exists() else empty(schema)
+
+
+def read_file(path: Path, schema: Schema) -> pd.DataFrame:
+    """The table in a file of any name, checked.
+
+    Raises:
+        TableError: The file is not a table of the schema.
+    """
     texts = {name: str for name, c in schema.columns.items() if c.dtype.type is str}
     try:
         text = path.read_text(encoding="utf-8")

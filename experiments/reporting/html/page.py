@@ -36,6 +36,7 @@ from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
 from experiments.results import schemas, statistics, tables
+from experiments.results.logged import load_results, logged_files, logged_note
 from experiments.results.provenance import mixed_code
 
 NO_DITHER = Image.Dither.NONE
@@ -54,7 +55,8 @@ class Report:
     """Write one self-contained HTML page about results folders."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders with tables; those below them count as well. Unset: your newest below runs/."""
+    """Folders with tables, and those below them; or files of `TidyCSVLogger`. Unset: your newest
+    below runs/."""
     out: Path = Path("runs/report/report.html")
     """The page."""
     figures: Path | None = None
@@ -96,7 +98,7 @@ class Folder:
     differences_picture: Picture | None = None
     streams: Sequence[StreamPart] = ()
     n_runs: int = 0
-    mixed: str = ""
+    note: str = ""
     troubles: PageTable | None = None
     checks: PageTable | None = None
     runs: PageTable | None = field(default=None, repr=False)
@@ -134,11 +136,13 @@ def run(settings: Report) -> Path:
 
 
 def _with_tables(folder: Path) -> list[Path]:
-    """The folder and all below it, as far as they hold tables.
+    """A file of a logger; or the folder and all below it, as far as they hold tables.
 
     Raises:
         ValueError: None does.
     """
+    if folder.is_file():
+        return [folder]
     found = sorted({file.parent for file in folder.rglob("*.csv")})
     if not found:
         raise ValueError(f"`folders` must hold result tables (*.csv), got {folder}.")
@@ -164,8 +168,9 @@ def _render(folders: Sequence[Folder]) -> str:
 
 def _folder(path: Path, index: int, figures: Path | None) -> Folder:
     known = {str(s.name) for s in schemas.SCHEMAS.values() if (path / str(s.name)).exists()}
-    has_runs = known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
-    hidden = HIDDEN if has_runs else ()
+    logged = [file.name for file in logged_files(path)]
+    has_runs = logged or known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
+    hidden = (*HIDDEN, *logged) if has_runs else ()
     common: dict[str, Any] = {
         "id": f"f{index}",
         "name": path.as_posix(),
@@ -181,7 +186,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
     }
     if not has_runs:
         return Folder(**common)
-    found = tables.load(path)
+    found = load_results(path)
     runs, accuracy = found["runs"], found["accuracy"]
     draw = Draw(common["id"], figures and figures / _slug(path.as_posix()))
     comparisons = statistics.paired_differences(runs)
@@ -195,7 +200,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
         differences_picture=draw(figure, "differences", "") if figure else None,
         streams=list(_streams(runs, accuracy, draw)),
         n_runs=len(runs),
-        mixed=mixed_code(runs),
+        note=mixed_code(runs) or logged_note(runs),
         troubles=page_tables.trouble_table(runs),
         checks=None if checks is None else page_tables.checks_page_table(checks),
         runs=page_tables.runs_table(runs),
