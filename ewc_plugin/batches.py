@@ -7,6 +7,7 @@ plain values (such as strings) of the same length. Everything else is shared by 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def as_pytree(batch: Batch) -> Batch:
     return batch
 
 
+def _is_flat(batch: Batch) -> bool:
+    """Whether a batch is a tuple of tensors: a pytree takes three times as long."""
+    return type(batch) is tuple and all(isinstance(item, Tensor) for item in batch)
+
+
+def _mapped(
+    function: Callable[[Any], Any], batch: Batch, is_leaf: Callable[[Any], bool] | None = None
+) -> Batch:
+    if _is_flat(batch):
+        return tuple(map(function, batch))
+    return tree_map(function, batch, is_leaf=is_leaf)
+
+
 def n_samples(batch: Batch) -> int:
     """Number of samples of a batch.
 
@@ -50,8 +64,7 @@ def n_samples(batch: Batch) -> int:
         >>> n_samples((torch.zeros(3, 2), torch.zeros(3)))
         3
     """
-    flat = type(batch) is tuple and all(isinstance(item, Tensor) for item in batch)
-    leaves = batch if flat else tree_flatten(batch)[0]  # a pytree takes three times as long
+    leaves = batch if _is_flat(batch) else tree_flatten(batch)[0]
     sizes = {leaf.size(0) for leaf in leaves if has_samples(leaf)}
     if len(sizes) != 1:
         raise ValueError(
@@ -79,7 +92,7 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
             return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
         return leaf
 
-    return tree_map(part, batch, is_leaf=lambda node: _is_plain_list(node, N))
+    return _mapped(part, batch, lambda node: _is_plain_list(node, N))
 
 
 def copied(batch: Batch) -> Batch:
@@ -90,7 +103,7 @@ def copied(batch: Batch) -> Batch:
             return leaf.clone()
         return leaf.copy() if _is_array(leaf) else leaf
 
-    return tree_map(copy, batch)
+    return _mapped(copy, batch)
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -139,8 +152,15 @@ def _fits(a: Any, b: Any, sizes: tuple[int, int]) -> bool:
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:
     """Return leaves and structure; a list of one plain value per sample is one leaf."""
+    if _is_flat(batch):
+        return list(batch), _flat_tree(len(batch))
     N = n_samples(batch)
     return tree_flatten(batch, is_leaf=lambda node: _is_plain_list(node, N))
+
+
+@lru_cache(64)
+def _flat_tree(n_items: int) -> Any:
+    return tree_flatten((0,) * n_items)[1]
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -225,7 +245,7 @@ def _without_graph(batch: Batch) -> Batch:
             return leaf.clone()
         return leaf.detach() if leaf.requires_grad else leaf
 
-    return tree_map(constant, batch)
+    return _mapped(constant, batch)
 
 
 def rechunk(

@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -20,22 +21,26 @@ _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value,
 class ModelState:
     """A snapshot of what a forward pass may change: attributes, their lists and dicts, buffers.
 
+    Attributes:
+        modules: All of them.
+        parameters: All of them, each once.
+        buffers: All of them, each once.
+
     Args:
-        model: Its state now is what `restore` puts back.
-        parameters: Whether the values of the parameters are part of it.
+        model: Its state now is what `restore` puts back, parameters included.
     """
 
-    def __init__(self, model: nn.Module, *, parameters: bool = False) -> None:
-        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._attributes = [(vars(m), dict(vars(m))) for m in modules]
-        values = [
-            (name, v) for _, saved in self._attributes for name, v in saved.items() if _mutable(v)
-        ]
-        self._containers = [
-            (v, v.copy()) for name, v in values if not isinstance(v, Tensor) and name not in _HOOKS
-        ]
-        tensors = [v for _, v in values if isinstance(v, Tensor)]
-        tensors += [*model.buffers(), *(model.parameters() if parameters else ())]
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
+        modules = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
+        self._attributes = _Dicts([vars(m) for m in modules])
+        values = [(k, v) for saved in self._attributes.saved for k, v in saved.items()]
+        containers = [v for k, v in values if k not in _HOOKS and isinstance(v, list | dict | set)]
+        self._dicts = _Dicts([v for v in containers if isinstance(v, dict)])
+        self._others = [(v, v.copy()) for v in containers if not isinstance(v, dict)]
+        tensors = [v for _, v in values if isinstance(v, Tensor) and type(v) is not nn.Parameter]
+        tensors += [*self.buffers, *self.parameters]
         self._tensors = [(t, t.detach().clone()) for t in tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
 
@@ -46,30 +51,47 @@ class ModelState:
             values: Compare every tensor with its saved value, instead of its version counter, which
                 batch normalisation does not raise.
         """
-        for now, saved in self._attributes:
-            if _same(now, saved):
-                continue
+        for now, saved in self._attributes.changed():
             for name in [name for name in now if name not in saved]:
                 del now[name]
             for name, value in saved.items():
                 if now.get(name, self) is not value:
                     now[name] = value
-        for container, content in self._containers:
-            if not _same(container, content):
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+        for container, entries in self._dicts.changed():
+            container.clear()
+            container.update(entries)
+        for other, items in self._others:
+            if not _same(other, items):
+                other.clear()
+                (other.extend if isinstance(other, list) else other.update)(items)
         for i, (tensor, value) in enumerate(self._tensors):
-            changed = tensor._version != self._versions[i]
-            if changed or (values and not torch.equal(tensor, value)):
+            written = tensor._version != self._versions[i]
+            if written or (values and not torch.equal(tensor, value)):
                 with torch.no_grad():
                     tensor.copy_(value)
                 self._versions[i] = tensor._version
 
 
-def _mutable(value: Any) -> bool:
-    return isinstance(value, list | dict | set) or (
-        isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    )
+class _Dicts:
+    """Dicts and their copies, compared all at once in C: there are thousands of entries."""
+
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self.now, self.saved = dicts, [each.copy() for each in dicts]
+
+    def changed(self) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+        """Return each dict that has other keys or values than its copy, with the copy."""
+        if _same_dicts(self.now, self.saved):
+            return []
+        pairs = zip(self.now, self.saved, strict=True)
+        return [(now, saved) for now, saved in pairs if not _same_dicts([now], [saved])]
+
+
+def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bool:
+    if list(map(len, dicts)) != list(map(len, others)):
+        return False
+    keys = map(is_, chain.from_iterable(dicts), chain.from_iterable(others))
+    of_one, of_other = (chain.from_iterable(map(dict.values, each)) for each in (dicts, others))
+    return all(keys) and all(map(is_, of_one, of_other))
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -77,14 +99,18 @@ def _readable(tensor: Tensor) -> bool:
     return has_values and not tensor.is_meta and not tensor.is_inference()
 
 
-def _same(container: Any, content: Any) -> bool:
-    if len(container) != len(content):
+def _all_same(dicts: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether all dicts have the same keys and values, compared in C: there are thousands."""
+    if list(map(len, dicts)) != list(map(len, others)):
         return False
-    if isinstance(container, dict):
-        values = map(is_, container.values(), content.values())
-        return all(map(is_, container, content)) and all(values)
+    keys = map(is_, chain.from_iterable(dicts), chain.from_iterable(others))
+    of_one, of_other = (chain.from_iterable(map(dict.values, each)) for each in (dicts, others))
+    return all(keys) and all(map(is_, of_one, of_other))
+
+
+def _same(container: Any, content: Any) -> bool:
     if isinstance(container, list):
-        return all(map(is_, container, content))
+        return len(container) == len(content) and all(map(is_, container, content))
     return bool(container == content)
 
 
@@ -119,11 +145,11 @@ def evaluating(model: nn.Module) -> Iterator[ModelState]:
             rnn = any(isinstance(module, nn.RNNBase) for module in modules)
             stack.enter_context(torch.backends.cudnn.flags(enabled=not rnn))
         # A layer that merges its weights in eval() does not get them back to the last bit.
-        before = ModelState(model, parameters=True) if overridden else None
+        before = ModelState(model) if overridden else None
         state = None
         try:
             model.eval()
-            state = ModelState(model, parameters=True)
+            state = ModelState(model)
             yield state
         finally:
             if state is not None:

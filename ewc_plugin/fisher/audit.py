@@ -8,7 +8,7 @@ from torch import Tensor
 from ewc_plugin.batches import Batch, n_samples, take
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import is_half, outputs_agree
-from ewc_plugin.fisher.per_sample import add_gradient_squares, vmap_squares, zeros
+from ewc_plugin.fisher.per_sample import gradient_squares, vmap_squares
 from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.tracing.layer_calls import Watch
@@ -77,8 +77,7 @@ class Auditor:
         """Names of the parameters whose squares in the chunk differ from the loop's."""
         assert watch.logits is not None
         vectors = torch.stack(watch.vectors)  # [S, C]
-        reference = zeros(call.params)
-        add_gradient_squares(reference, call, alone, vectors)
+        reference = gradient_squares(call, alone, vectors)
         got: Sums = {}
         by_vmap = {n: p for n, p in call.params.items() if served[n].engine == "vmap"}
         if by_vmap:
@@ -91,11 +90,16 @@ class Auditor:
                 got[name] = torch.zeros_like(reference[name])
         half = is_half(watch.logits, call.params)
         relative, floor = _HALF if half else _TOLERANCES.get(watch.logits.dtype, _HALF)
+        excess = {
+            name: _excess(squares, reference[name], relative) for name, squares in got.items()
+        }
+        if all(value <= 0 for value in excess.values()):  # False for NaN
+            return []
         largest = max(float(t.max()) for t in reference.values() if t.numel())
         return [
             name
-            for name, squares in got.items()
-            if not _close(squares, reference[name], relative, floor * largest)
+            for name in got
+            if not excess[name] <= floor * largest * reference[name].numel() ** 0.5
         ]
 
     def spend(self, seconds: float) -> None:
@@ -105,8 +109,8 @@ class Auditor:
         self._spent += seconds
 
 
-def _close(got: Tensor, expected: Tensor, relative: float, floor: float) -> bool:
-    """Whether squares are the loop's. Overwrites `got`: fresh memory costs most of the time."""
+def _excess(got: Tensor, expected: Tensor, relative: float) -> float:
+    """Return by how much squares differ from the loop's beyond a relative tolerance."""
+    # Overwrites `got`: fresh memory costs most of the time.
     difference = got.to(expected.dtype).sub_(expected).abs_().sum()
-    allowed = relative * expected.sum() + floor * expected.numel() ** 0.5
-    return bool(difference <= allowed)
+    return float(difference - relative * expected.sum())

@@ -103,16 +103,29 @@ def loop_squares(call: ModelCall, batch: Batch, logits: Tensor, vectors: Tensor)
     return sums
 
 
-def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
-    """Add sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C]."""
-    if logits.requires_grad:
-        for s, v in enumerate(vectors):
-            grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
-            for name, grad in zip(call.params, grads, strict=True):
-                if grad is not None:
-                    dense = (grad.to_dense() if grad.is_sparse else grad).to(sums[name].dtype)
-                    sums[name].addcmul_(dense, dense)
-    return sums
+def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: Tensor) -> None:
+    """Add sum_s (J^T v_s)^2 of one sample, from its logits [1, C] and vectors [S, C].
+
+    A parameter without an entry in `sums` gets one: fresh memory is written once.
+    """
+    for s, v in enumerate(vectors if logits.requires_grad else ()):
+        grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
+        for (name, p), grad in zip(call.params.items(), grads, strict=True):
+            if grad is None:
+                continue
+            dense = (grad.to_dense() if grad.is_sparse else grad).to(sum_dtype(p))
+            if name in sums:
+                sums[name].addcmul_(dense, dense)
+            else:
+                sums[name] = dense.square()
+
+
+def gradient_squares(call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
+    """The same of one sample alone, 0 for a parameter that its logits do not depend on."""
+    sums: Sums = {}
+    add_gradient_squares(sums, call, logits, vectors)
+    unread = {name: p for name, p in call.params.items() if name not in sums}
+    return sums | zeros(unread)
 
 
 def check_backward_is_linear(call: ModelCall, batch: Batch, v: Tensor) -> None:

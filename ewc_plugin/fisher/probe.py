@@ -27,7 +27,7 @@ from ewc_plugin.fisher.outputs import (
     is_half,
     outputs_agree,
 )
-from ewc_plugin.fisher.per_sample import add_gradient_squares, zeros
+from ewc_plugin.fisher.per_sample import gradient_squares
 from ewc_plugin.fisher.rules.base import Sums, device_kind
 from ewc_plugin.fisher.tracing.capture import Capture
 from ewc_plugin.fisher.tracing.layer_calls import (
@@ -162,22 +162,26 @@ class Probe:
             min(_MODEL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest.values()),
             min(_CALL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest[name] for name in sums),
         )
-        expected = expected or self.reference
-        return {name for name in sums if not self._close(sums[name], expected[name], noise)}
+        if expected is None:
+            largest, expected = self._largest, self.reference
+        else:
+            largest = _maxima(expected)
+        return {
+            name
+            for name in sums
+            if not self._close(sums[name], expected[name], largest[name], noise)
+        }
 
     @cached_property
     def _largest(self) -> dict[str, float]:
-        return {
-            name: float(total.max()) if total.numel() else 0.0
-            for name, total in self.reference.items()
-        }
+        return _maxima(self.reference)
 
-    def _close(self, got: Tensor, expected: Tensor, noise: float) -> bool:
+    def _close(self, got: Tensor, expected: Tensor, largest: float, noise: float) -> bool:
         if not got.numel():
             return True
         low, high = got.sub_(expected).aminmax()
         tolerance = 0.1 if self.half else 0.01
-        return bool(torch.maximum(-low, high) <= tolerance * expected.max() + noise)
+        return max(-float(low), float(high)) <= tolerance * largest + noise
 
     def fitting_chunk(self, one_vector: bool) -> int:
         """Largest power-of-two batch whose traced layer outputs stay near cache size."""
@@ -192,6 +196,10 @@ class Probe:
         fitting = max(room, 2 * weights) * SAMPLES // max(1, entries)
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
+
+
+def _maxima(sums: Sums) -> dict[str, float]:
+    return {name: float(t.max()) if t.numel() else 0.0 for name, t in sums.items()}
 
 
 def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
@@ -228,13 +236,13 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
     in_graph = parameters_in_graph(alone)
     reached = frozenset(name for name, p in call.params.items() if id(p) in in_graph)
     try:
-        reference = add_gradient_squares(zeros(call.params), call, alone, v[:1])
+        reference = gradient_squares(call, alone, v[:1])
     except RuntimeError:
         if untraced:
             raise
         untraced = "its forward pass is run again in the backward pass"
         alone = call.sample_logits(batch, 0)
-        reference = add_gradient_squares(zeros(call.params), call, alone, v[:1])
+        reference = gradient_squares(call, alone, v[:1])
     seen = Probe(samples, v, reference, half, reached, untraced=untraced, single=single)
     alone = alone.detach()
     if call.single_sample == "copies":
@@ -310,7 +318,7 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
     """Run the first sample alone: return its trace, its logits and why tracing failed, if so."""
     try:
         names = {id(p): name for name, p in call.params.items()}
-        with Capture(call.model, names, None, 1) as capture:
+        with Capture(call.state, names, None, 1) as capture:
             alone = call.sample_logits(copied(batch), 0)
         return tuple(capture.trace.calls), alone, ""
     except SamplesInteractError:
@@ -335,7 +343,7 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
     """Return the logits, the trace, and whether the model modified its input in place."""
     names = {id(p): name for name, p in call.params.items()}
     batch = copied(batch)
-    with Capture(call.model, names, on_gradient, n_samples(batch)) as capture:
+    with Capture(call.state, names, on_gradient, n_samples(batch)) as capture:
         logits = call.logits(batch)
     leaves = [leaf for leaf in tree_leaves(batch) if has_samples(leaf)]
     return logits, capture.trace, any(leaf._version for leaf in leaves)

@@ -12,6 +12,7 @@ expanded to the shape in which it meets the batch, with a tap behind the expansi
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ewc_plugin.contexts import ModelState
 from ewc_plugin.fisher.rules.base import LayerCall, LayerRule
 from ewc_plugin.fisher.rules.broadcast import ELEMENTWISE, Broadcast
 from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
@@ -38,6 +40,7 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "div", "pow", "and", "or")
 _EXPANDED_ENTRIES = 2**14
 
 
+@lru_cache(1024)
 def changes_first(func: Any) -> bool:
     """Whether a function writes to its first argument."""
     name = getattr(func, "__name__", "")
@@ -77,7 +80,7 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(
-        self, model: nn.Module, names: dict[int, str], on_gradient: OnGradient | None, N: int
+        self, model: ModelState, names: dict[int, str], on_gradient: OnGradient | None, N: int
     ) -> None:
         super().__init__()
         self._N = N  # samples in the batch
@@ -87,12 +90,12 @@ class Capture(TorchFunctionMode):
         self._order: Tensor | None = None  # of packed sequences
         self._hooks: list[RemovableHandle] = []
         self._lineage: Lineage  # made on entering, once the layers with a rule are known
-        device = next(model.parameters()).device
+        device = model.parameters[0].device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
     def __enter__(self) -> "Capture":
         """Also hooks the layers that have a registered rule, which covers the functions in them."""
-        for module in self._model.modules():
+        for module in self._model.modules:
             if isinstance(module, nn.RNNBase):
                 self._hooks.append(module.register_forward_pre_hook(self._keep_order))
             if squares := LAYER_RULES.get(type(module)):

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ewc_plugin.contexts import ModelState
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.rules.broadcast import ELEMENTWISE
 
@@ -99,14 +100,14 @@ class Lineage:
     A tensor that is changed in place afterwards counts as coming from the batch.
     """
 
-    def __init__(self, model: nn.Module, names: dict[int, str]) -> None:
+    def __init__(self, model: ModelState, names: dict[int, str]) -> None:
         self._known: dict[int, tuple[Tensor, int, Source | None]] = {}  # None: a constant
-        for p in model.parameters():
+        for p in model.parameters:
             if name := names.get(id(p)):
                 self._learn(p, Source(p, {name: p}))
             elif not p.requires_grad:
                 self._learn(p, None)
-        for buffer in model.buffers():
+        for buffer in model.buffers:
             self._learn(buffer, None)
 
     def source(self, t: Any) -> Source | None:
