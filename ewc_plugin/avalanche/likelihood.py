@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -117,6 +118,10 @@ def known_likelihood(strategy: Any) -> Likelihood | None:
 
 
 def _by_type(criterion: Any) -> Likelihood | None:
+    if isinstance(criterion, partial) and not criterion.args:
+        function = criterion.func
+        if inspect.isroutine(function) and function in _KNOWN:
+            return _KNOWN[function](SimpleNamespace(**criterion.keywords))
     for known, likelihood in _KNOWN.items():
         if criterion is known or (inspect.isclass(known) and _is_a(criterion, known)):
             return likelihood(criterion)
@@ -213,8 +218,10 @@ def _same(left: Any, right: Any) -> bool:
 def _is_softmax(strategy: Any, outputs: Any, logits: Tensor, y: Any) -> bool:
     """Return whether the criterion's gradient is c_n (softmax(o_n) - onehot(y_n)) with c_n > 0.
 
-    Then it depends on the outputs through log softmax(o_n)[y_n] alone. A callable is tried with
-    every class, a template's `criterion()` with the labels of the mini-batch.
+    Then it is a weighted sum of log softmax(o_n)[y_n], if c_n is the same for other outputs: that
+    of a focal loss, or of one with a margin, is not. A callable is tried with every class, a
+    template's `criterion()` with the labels of the mini-batch; both with random outputs of two
+    scales and with the model's own.
     """
     N, C = logits.shape
     by_template = overrides(strategy, "criterion")
@@ -224,26 +231,50 @@ def _is_softmax(strategy: Any, outputs: Any, logits: Tensor, y: Any) -> bool:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for i in range(2 if by_template else max(2, -(-C // N))):
-        trial = torch.randn(N, C, generator=generator).to(logits.device, dtype).requires_grad_()
         labels = y if by_template else _labels_like(y, (torch.arange(N) + i * N) % C, C)
         if (target := _one_hot(labels, C)) is None:
             return False
-        with left_as_it_was(strategy), untouched_randomness(), torch.enable_grad():
-            try:
-                strategy.mb_output = with_logits(outputs, trial)
-                loss = (
-                    strategy.criterion() if by_template else criterion(strategy.mb_output, labels)
-                )
-                (gradient,) = torch.autograd.grad(loss.sum(), trial)
-            except Exception:  # whatever a user's code raises on outputs of this shape
+        trials = [scale * torch.randn(N, C, generator=generator) for scale in (1, 2)]
+        if bool(logits.isfinite().all()):
+            trials.append(logits)
+        factors = []
+        for o in trials:
+            trial = o.detach().to(logits.device, dtype).requires_grad_()
+            with left_as_it_was(strategy), untouched_randomness(), torch.enable_grad():
+                try:
+                    strategy.mb_output = with_logits(outputs, trial)
+                    loss = (
+                        strategy.criterion()
+                        if by_template
+                        else criterion(strategy.mb_output, labels)
+                    )
+                    (gradient,) = torch.autograd.grad(loss.sum(), trial)
+                except Exception:  # whatever a user's code raises on outputs of this shape
+                    return False
+            c = _factors(gradient, trial.detach(), target)
+            if c is None:
                 return False
-        labelled = target.sum(1) > 0
-        direction = torch.where(labelled[:, None], trial.detach().softmax(1) - target, 0)
-        c = (gradient * direction).sum(1) / direction.square().sum(1).clamp(min=1e-30)
-        error = (gradient - c[:, None] * direction).abs()
-        if not bool((c[labelled] > 0).all()) or float(error.max()) > 1e-4 * float(c.max()):
+            factors.append(c)
+        c = torch.stack(factors)  # [trials, N], NaN where there is no label or hardly a gradient
+        largest, least = c.nan_to_num(-torch.inf).amax(0), c.nan_to_num(torch.inf).amin(0)
+        if bool((largest > 1.01 * least).any()):
             return False
     return True
+
+
+def _factors(gradient: Tensor, outputs: Tensor, target: Tensor) -> Tensor | None:
+    """Return c_n [N] of a criterion's gradient, NaN where it has no digits; None: it has none."""
+    labelled = target.sum(1) > 0
+    direction = torch.where(labelled[:, None], outputs.softmax(1) - target, 0)
+    sizes = direction.square().sum(1)
+    c = (gradient * direction).sum(1) / sizes.clamp(min=1e-30)
+    known = labelled & (sizes > 1e-6)
+    error = (gradient - c[:, None] * direction)[known | ~labelled].abs()
+    if not bool((c[known] > 0).all()) or (
+        error.numel() and float(error.max()) > 1e-4 * float(c.max())
+    ):
+        return None
+    return c.masked_fill(~known, torch.nan)
 
 
 def _labels_like(y: Any, labels: Tensor, C: int) -> Any:

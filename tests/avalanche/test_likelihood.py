@@ -1,5 +1,6 @@
 """What the outputs mean is read off the criterion, before anything is trained, or refused."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -61,12 +62,39 @@ class Wrapped(nn.Module):
         return 3 * F.cross_entropy(outputs, y, reduction="sum")
 
 
-class Focal(nn.Module):
-    """A function of log p(y) alone, so the outputs are logits."""
+class Focal(nn.CrossEntropyLoss):
+    """A function of log p(y) alone, that weighs a sample by its own p(y)."""
 
     def forward(self, outputs, y):
         log_p = outputs.log_softmax(1).gather(1, y[:, None])
         return -((1 - log_p.exp()).square() * log_p).mean()
+
+
+def rarely_focal(outputs, y):
+    """Focal for one class alone."""
+    losses = F.cross_entropy(outputs, y, reduction="none")
+    return torch.where(y == 3, (1 - (-losses).exp()).square() * losses, losses).mean()
+
+
+def with_margin(outputs, y):
+    return F.cross_entropy(outputs - 0.35 * F.one_hot(y, 4), y)
+
+
+def generalized(outputs, y):
+    return ((1 - outputs.softmax(1).gather(1, y[:, None]) ** 0.7) / 0.7).mean()
+
+
+def poly_one(outputs, y):
+    losses = F.cross_entropy(outputs, y, reduction="none")
+    return (losses + 1 - (-losses).exp()).mean()
+
+
+def bounded(outputs, y):
+    return F.cross_entropy(outputs.clamp(-3, 3), y)
+
+
+def weighted(outputs, y):
+    return F.cross_entropy(outputs, y, weight=torch.tensor([1.0, 2, 3, 4]).to(outputs))
 
 
 class Counting(nn.Module):
@@ -98,7 +126,8 @@ CROSS_ENTROPIES = {
     "probabilities": (nn.CrossEntropyLoss(), soft),
     "wrapped in a module": (Wrapped(), int),
     "wrapped in a function": (as_lambda, int),
-    "focal": (Focal(), int),
+    "weighted by a function": (weighted, int),
+    "a function with its options": (partial(F.cross_entropy, label_smoothing=0.1), int),
     "own, of one-hot targets": (one_hot_loss, lambda label: F.one_hot(torch.tensor(label), 4)),
 }
 
@@ -245,6 +274,17 @@ REFUSED = {
         int,
         "does not say what the model's outputs mean",
     ),
+    **{
+        name: (network, criterion, {}, int, "does not say what the model's outputs mean")
+        for name, criterion in {
+            "focal": Focal(),
+            "focal for one class": rarely_focal,
+            "an additive margin": with_margin,
+            "generalized cross entropy": generalized,
+            "poly": poly_one,
+            "bounded outputs": bounded,
+        }.items()
+    },
     "a class that is ignored": (network, ignoring_a_class, {}, int, "`ignoring_a_class` does"),
     "another part of the output": (TwoParts, of_features, {}, int, "`of_features` does not"),
     "a tuple": (
