@@ -1,8 +1,11 @@
 """Running sums of squared gradients over the data; chunks that fail are computed again."""
 
+from __future__ import annotations
+
 import math
 import time
 import warnings
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +23,25 @@ from ewc_plugin.fisher.scores import ScoreError
 from ewc_plugin.fisher.tracing.layer_calls import Watch
 
 _RECENT_ENTRIES = 2**20  # input entries stored for recomputation, at least
+
+
+class AuditError(ValueError):
+    """An audit failed when sums that may be wrong can no longer be computed again."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is done otherwise when recent inputs are computed again.
+
+    Attributes:
+        limit: Samples per chunk; None: as before.
+        may_join: Whether batches may still be joined.
+        served: The parameters that have another engine now.
+    """
+
+    limit: int | None = None
+    may_join: bool = True
+    served: dict[str, Served] = field(default_factory=dict)
 
 
 class Accumulator:
@@ -91,29 +113,32 @@ class Accumulator:
 
     def add(self, chunk: Chunk) -> None:
         """Add the squares of a chunk, split into parts if the model or memory requires it."""
-        N = n_samples(chunk.batch)
-        if len(chunk.sizes) > 1 and not self.may_join:
-            for part in chunk.split():
-                self.add(part)
-            return
-        if (step := self.limit) < N:  # fixed here: a part that runs out of memory lowers the limit
-            for start in range(0, N, step):
-                self.add(chunk.part(start, start + step))
-            return
-        self._inputs.append(chunk)
-        repeat = self._attempt(chunk, N)
-        # Once `_attempt` has returned, the memory of a failed attempt is free again.
-        if repeat:
-            self._repeat_recent()
-            return
-        self.N += N
-        self._input_entries += n_entries(chunk.batch)
-        if self._input_entries > self._most_entries:
-            self._merge_recent()
+        waiting = [chunk]
+        while waiting:
+            chunk = waiting.pop(0)
+            if len(parts := self._parts(chunk)) > 1:
+                waiting = parts + waiting
+                continue
+            change = self._attempt(chunk)
+            # Once `_attempt` has returned, the memory of a failed attempt is free again.
+            if change is None:
+                self._keep(chunk)
+            else:
+                self._apply(change)
+                waiting = [*self._drop_recent(), chunk, *waiting]
 
-    def _attempt(self, chunk: Chunk, N: int) -> bool:
-        """Add one chunk; return whether it must be computed again in another way."""
-        joined = len(chunk.sizes) > 1
+    def _parts(self, chunk: Chunk) -> list[Chunk]:
+        """Return the parts of a chunk that may be computed at once, as far as is known now."""
+        if len(chunk.sizes) > 1 and not self.may_join:
+            return chunk.split()
+        N, limit = n_samples(chunk.batch), self.limit
+        if limit >= N:
+            return [chunk]
+        return [chunk.part(start, start + limit) for start in range(0, N, limit)]
+
+    def _attempt(self, chunk: Chunk) -> _Change | None:
+        """Add one chunk to the recent sums; return what must change if that failed."""
+        N, joined = n_samples(chunk.batch), len(chunk.sizes) > 1
         watch = self.auditor.watch(N, must=self._must_audit(chunk, joined))
         try:
             ignored = add_chunk(
@@ -125,23 +150,33 @@ class Accumulator:
                 self._recent,
                 watch,
             )
-            if watch is not None and not self._holds(chunk, watch, joined):
-                return True
-            self._recent_ignored += ignored
-            return False
-        except RuntimeError as error:
-            if out_of_memory(error) and N > 1:
-                self.limit = (N + 1) // 2
-                return True
-            if out_of_memory(error) or not joined:
-                raise
-        except ScoreError:
+            change = None if watch is None else self._audit(chunk, watch, joined)
+        except (ScoreError, AuditError):
             raise
-        except Exception:  # whatever a model's code raises on more samples than the loader gives
+        except Exception as error:  # whatever a model's code raises
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                if N == 1:
+                    raise
+                return _Change(limit=(N + 1) // 2)
             if not joined:
                 raise
-        self.may_join = False
-        return True
+            return _Change(may_join=False)  # more samples than the loader gives
+        if change is None:
+            self._recent_ignored += ignored
+        return change
+
+    def _apply(self, change: _Change) -> None:
+        self.limit = change.limit or self.limit
+        self.may_join &= change.may_join
+        self.served |= change.served
+
+    def _keep(self, chunk: Chunk) -> None:
+        """Store a chunk whose squares are among the recent sums."""
+        self._inputs.append(chunk)
+        self.N += n_samples(chunk.batch)
+        self._input_entries += n_entries(chunk.batch)
+        if self._input_entries > self._most_entries:
+            self._merge_recent()
 
     def _must_audit(self, chunk: Chunk, joined: bool) -> bool:
         if not self.auditor.count or (joined and not self._audited_joined):
@@ -151,8 +186,8 @@ class Accumulator:
             return True
         return False
 
-    def _holds(self, chunk: Chunk, watch: Watch, joined: bool) -> bool:
-        """Audit a chunk; return False if it must be computed again in another way."""
+    def _audit(self, chunk: Chunk, watch: Watch, joined: bool) -> _Change | None:
+        """Compare one sample of a chunk with the loop; return what must change if they differ."""
         started = time.perf_counter()
         index = self.N + watch.n
         alone = self.call.sample_logits(chunk.batch, watch.n)
@@ -163,16 +198,15 @@ class Accumulator:
                     f"of {n_samples(chunk.batch)}: {INTERACT}"
                 )
             self._check_nothing_merged("samples of several batches interact", "chunk_size=1")
-            self.may_join = False
             # Batches of the loader's may interact too, where nobody has looked: the loop compares
             # every sample alone with its batch.
-            self.served = dict.fromkeys(self.served, Served("loop", "joined samples interact"))
-            return False
+            loop = dict.fromkeys(self.served, Served("loop", "joined samples interact"))
+            return _Change(may_join=False, served=loop)
         names = self.auditor.differing(self.call, self.served, chunk.batch, watch, alone)
         self.auditor.spend(time.perf_counter() - started)
         if not names:
             self._audited_joined |= joined
-            return True
+            return None
         self._check_nothing_merged(
             f"the squares of sample {index} for {', '.join(names)} are not those of the sample "
             "loop",
@@ -183,12 +217,11 @@ class Accumulator:
             "loop, which serves these parameters now: slower, and exact.",
             stacklevel=2,
         )
-        self.served |= dict.fromkeys(names, Served("loop", "an audit found other squares"))
-        return False
+        return _Change(served=dict.fromkeys(names, Served("loop", "an audit found other squares")))
 
     def _check_nothing_merged(self, what: str, remedy: str) -> None:
         if self._sums:
-            raise ValueError(
+            raise AuditError(
                 f"An audit found, after {self.N} samples, that {what}, so the Fisher so far may be "
                 f"wrong. Pass {remedy}."
             )
@@ -204,17 +237,15 @@ class Accumulator:
         self._inputs, self._input_entries = [], 0
         self._generator_state = self.label_scores.generator.get_state()
 
-    def _repeat_recent(self) -> None:
-        """Drop the recent sums, and add their inputs once more."""
+    def _drop_recent(self) -> list[Chunk]:
+        """Set the recent sums to zero; return their inputs, to be computed again."""
         inputs, self._inputs, self._input_entries = self._inputs, [], 0
         for total in self._recent.values():
             total.zero_()
         self._recent_ignored = 0
         self.label_scores.generator.set_state(self._generator_state)
-        # The last chunk has not been added to N yet.
-        self.N -= sum(n_samples(chunk.batch) for chunk in inputs[:-1])
-        for chunk in inputs:
-            self.add(chunk)
+        self.N -= sum(n_samples(chunk.batch) for chunk in inputs)
+        return inputs
 
 
 class _LazyZeros(dict[str, Tensor]):

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from ewc_plugin.fisher import accumulate
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 from ewc_plugin.fisher.tracing.layer_calls import TracedCall
 from support.problems import mlp
@@ -706,3 +707,28 @@ def test_a_linear_hook_is_no_obstacle_to_several_vectors():
     batches = [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)]
     expected = loop_fisher(net, *batches[0], "exact")
     assert relative_error(diagonal_fisher(net, batches, "exact"), expected) < 1e-12
+
+
+class ScaledByOutliers(nn.Module):
+    """Samples that interact where one of them is an outlier."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(x) * x.max().clamp(min=5.0)
+
+
+def test_an_audit_that_fails_too_late_is_an_error(monkeypatch):
+    monkeypatch.setattr(accumulate, "_RECENT_ENTRIES", 1)
+    watch = accumulate.Auditor.watch
+    monkeypatch.setattr(
+        accumulate.Auditor, "watch", lambda self, N, must: watch(self, N, must=True)
+    )
+    x = normal(20, 6).clamp(-3, 3)
+    x[16:, 0] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    with pytest.raises(
+        ValueError, match="An audit found, after 16 samples, .*interact.*chunk_size=1"
+    ):
+        diagonal_fisher(built(ScaledByOutliers), in_batches(1, x), chunk_size=4)
