@@ -28,10 +28,29 @@ class SamplesInteractError(ValueError):
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Any:
-    """The outputs for a tensor, a tuple (x, ...), or a mapping of keyword arguments and labels."""
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key not in _LABELS})
-    return model(batch if isinstance(batch, Tensor) else batch[0])
+    """The outputs for a tensor, a tuple (x, ...), or a mapping of keyword arguments and labels.
+
+    Args:
+        model: Any.
+        batch: Its inputs, and what else belongs to the samples.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        TypeError: The model does not take such inputs.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{key: value for key, value in batch.items() if key not in _LABELS})
+        return model(batch if isinstance(batch, Tensor) else batch[0])
+    except TypeError as error:
+        if not isinstance(batch, Mapping) and isinstance(batch[0], Tensor):
+            raise  # the model's own
+        raise TypeError(
+            f"`model` does not take the inputs of {_described(batch)}: {error}. Pass `forward`, "
+            "which maps (model, batch) to logits [N, C]."
+        ) from error
 
 
 def found_targets(batch: Batch) -> Tensor | None:

@@ -732,3 +732,15 @@ def test_an_audit_that_fails_too_late_is_an_error(monkeypatch):
         ValueError, match="An audit found, after 16 samples, .*interact.*chunk_size=1"
     ):
         diagonal_fisher(built(ScaledByOutliers), in_batches(1, x), chunk_size=4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        ({"pixels": normal(4, 6)}, r"a mapping with \['pixels'\]"),
+        ((["a", "b", "c", "d"], LABELS[:4]), "a tuple of list, Tensor"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_named(batch, what):
+    with pytest.raises(TypeError, match=f"`model` does not take the inputs of {what}.*`forward`"):
+        diagonal_fisher(built(lambda: nn.Linear(6, 4)), [batch])
