@@ -11,8 +11,10 @@ from ewc_plugin.batches import Batch, n_samples
 _LABELS = ("labels", "label", "task_labels", "targets_task_labels")  # of a mapping, not inputs
 
 # Largest difference of an output between two equal computations: relative to the largest output of
-# its class, and to the largest of all. Rounding depends on the batch.
-_TOLERANCES = {torch.float64: (1e-6, 1e-11), torch.float32: (2e-3, 4e-6)}
+# its class, and to the largest of all. Rounding depends on the batch: in float32 on a CPU it was
+# 2e-7 to 8e-6 of a class in convolutional, recurrent and attention networks, and 1.4e-5 in a
+# chaotic one of 50 layers.
+_TOLERANCES = {torch.float64: (1e-6, 1e-11), torch.float32: (2e-4, 4e-6)}
 _ELSEWHERE = (1e-2, 1e-4)  # float32 on devices that may use TF32 or similar
 _HALF = (0.1, 0.03)
 

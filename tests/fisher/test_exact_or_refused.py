@@ -744,3 +744,18 @@ def test_an_audit_that_fails_too_late_is_an_error(monkeypatch):
 def test_inputs_that_the_model_does_not_take_are_named(batch, what):
     with pytest.raises(TypeError, match=f"`model` does not take the inputs of {what}.*`forward`"):
         diagonal_fisher(built(lambda: nn.Linear(6, 4)), [batch])
+
+
+class SlightlyInteracting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(x) * (1 + 1e-3 * x.mean())
+
+
+def test_a_slight_interaction_is_refused_in_float32():
+    model = built(SlightlyInteracting).float()
+    with pytest.raises(ValueError, match="samples interact"):
+        diagonal_fisher(model, in_batches(4, normal(12, 6).float() + 1))
