@@ -16,10 +16,12 @@ from experiments.results.store import Store
 from experiments.settings.own import OwnFile
 from experiments.settings.run import OWN, RunSettings
 from experiments.sweeps import worker
+from experiments.sweeps.cluster import Dask
 from experiments.sweeps.dry_run import expected_time
-from experiments.sweeps.executors import Dask, Executor, InProcess, OneProcess, WorkerDiedError
+from experiments.sweeps.executors import Executor, InProcess, OneProcess
 from experiments.sweeps.progress import Display
 from experiments.sweeps.queue import Task, next_task
+from experiments.sweeps.worker import OtherCodeError, WorkerDiedError
 from experiments.training.loggers import Logs
 
 POLL_S = 0.25
@@ -207,7 +209,7 @@ class Dispatcher:
         executor, task = self.running.pop(future)
         try:
             yield future.result()
-        except BrokenExecutor:
+        except (BrokenExecutor, CancelledError):
             self.built.pop(executor, None)
             self.attempts[task] += 1
             if self.attempts[task] == MAX_ATTEMPTS:
@@ -215,16 +217,13 @@ class Dispatcher:
                 return
             self.display.say(f"{task.cell.run_id}: its process died; it is tried again.")
             self.waiting.insert(0, task)
-        except CancelledError:
-            raise WorkerDiedError(
-                "the scheduler gave up its tasks; finished runs are stored: the same command "
-                "goes on from there."
-            ) from None
+        except OtherCodeError as error:
+            raise WorkerDiedError(str(error)) from None
         except Exception as error:  # of the executor: a run's own is in its row
             yield _lost(task, f"{type(error).__name__}: {error}")
 
 
 def _lost(task: Task, reason: str) -> RunResult:
     if task.check:
-        raise WorkerDiedError(f"the checks on {task.cell.run_id}'s stream failed: {reason}.")
+        raise WorkerDiedError(f"the checks on {task.cell.run_id}'s stream failed: {reason}")
     return failed(task.cell, reason)

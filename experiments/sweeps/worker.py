@@ -42,6 +42,15 @@ _parent: Connection | None = None  # where a worker process reports its progress
 _one_run = threading.Lock()  # runs of one process would share its global random numbers
 
 
+class WorkerDiedError(ChildProcessError):
+    """Workers were lost, or can't make the runs; finished runs are stored."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}; finished runs are stored: the same command goes on from there."
+        )
+
+
 class TaskError(RuntimeError):
     """A task raised an error in a worker process; the message names its type."""
 
@@ -58,8 +67,10 @@ def serve(parent: Connection) -> None:
             function, arguments = parent.recv()
             try:
                 answer = ("result", function(*arguments))
+            except OtherCodeError as error:
+                answer = ("error", error)
             except Exception as error:
-                answer = ("error", f"{type(error).__name__}: {error}")
+                answer = ("error", TaskError(f"{type(error).__name__}: {error}"))
             parent.send(answer)
     except (EOFError, OSError):  # the parent has ended
         os._exit(1)
