@@ -1,6 +1,6 @@
 """Networks and engines of the Fisher benchmark: ours, plain PyTorch, and other libraries.
 
-An engine is a function of a `Task`; it prepares whatever it needs and returns a function that
+An engine is a function of a `Problem`; it prepares whatever it needs and returns a function that
 computes the diagonal Fisher (mean over samples) as {parameter name: tensor} each time it is called.
 A library is imported where it is used, so that an absent one only costs its own row.
 """
@@ -24,7 +24,7 @@ CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What is to be computed.
 
     Attributes:
@@ -188,7 +188,7 @@ NETWORKS = {
 }
 
 
-def make_task(network: str, kind: str, *, samples: int, device: str = "cpu") -> Task:
+def make_problem(network: str, kind: str, *, samples: int, device: str = "cpu") -> Problem:
     """The network with random weights and inputs, the same on each call."""
     spec = NETWORKS[network]
     torch.manual_seed(0)
@@ -197,20 +197,20 @@ def make_task(network: str, kind: str, *, samples: int, device: str = "cpu") -> 
     x = x.to(device)
     with torch.no_grad():
         y = torch.cat([model(part).argmax(1) for part in x.split(spec.batch_size)])
-    return Task(model, x, y, kind, spec.batch_size)
+    return Problem(model, x, y, kind, spec.batch_size)
 
 
 # Ours, and what plain PyTorch offers.
 
 
-def gradient_pass(task: Task) -> Callable[[], Fisher]:
+def gradient_pass(problem: Problem) -> Callable[[], Fisher]:
     """One forward and backward over the samples, its gradients summed: the unit of all times."""
 
     def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
-        for x, y in task.batches():
-            loss = F.cross_entropy(task.model(x), y, reduction="sum")
-            grads = torch.autograd.grad(loss, list(task.named().values()))
+        sums = {name: torch.zeros_like(p) for name, p in problem.named().items()}
+        for x, y in problem.batches():
+            loss = F.cross_entropy(problem.model(x), y, reduction="sum")
+            grads = torch.autograd.grad(loss, list(problem.named().values()))
             for total, grad in zip(sums.values(), grads, strict=True):
                 total += grad
         return sums
@@ -218,40 +218,40 @@ def gradient_pass(task: Task) -> Callable[[], Fisher]:
     return run
 
 
-def ours(task: Task) -> Callable[[], Fisher]:
+def ours(problem: Problem) -> Callable[[], Fisher]:
     """`diagonal_fisher` with its defaults."""
-    return lambda: diagonal_fisher(task.model, [(task.x, task.y)], task.kind)
+    return lambda: diagonal_fisher(problem.model, [(problem.x, problem.y)], problem.kind)
 
 
-def sample_loop(task: Task) -> Callable[[], Fisher]:
+def sample_loop(problem: Problem) -> Callable[[], Fisher]:
     """One sample and one label at a time, as the definition reads."""
 
     def run() -> Fisher:
-        params = task.named()
+        params = problem.named()
         sums = {name: torch.zeros_like(p) for name, p in params.items()}
-        for n in range(len(task.x)):
-            log_p = F.log_softmax(task.model(task.x[n : n + 1]), 1)[0]
-            labels = range(CLASSES) if task.kind == "exact" else [int(task.y[n])]
+        for n in range(len(problem.x)):
+            log_p = F.log_softmax(problem.model(problem.x[n : n + 1]), 1)[0]
+            labels = range(CLASSES) if problem.kind == "exact" else [int(problem.y[n])]
             for c in labels:
-                weight = float(log_p[c].detach().exp()) if task.kind == "exact" else 1.0
+                weight = float(log_p[c].detach().exp()) if problem.kind == "exact" else 1.0
                 grads = torch.autograd.grad(log_p[c], list(params.values()), retain_graph=True)
                 for total, grad in zip(sums.values(), grads, strict=True):
                     total.add_(grad.square(), alpha=weight)
-        return {name: total / len(task.x) for name, total in sums.items()}
+        return {name: total / len(problem.x) for name, total in sums.items()}
 
     return run
 
 
-def vmap_grad(task: Task, *, compiled: bool = False) -> Callable[[], Fisher]:
+def vmap_grad(problem: Problem, *, compiled: bool = False) -> Callable[[], Fisher]:
     """`torch.func`'s per-sample gradients, as its tutorial has them."""
     from torch.func import functional_call, grad, vmap
 
-    if task.kind != "predicted":
+    if problem.kind != "predicted":
         raise NotOfferedError("one label per sample")
-    params = {name: p.detach() for name, p in task.named().items()}
+    params = {name: p.detach() for name, p in problem.named().items()}
 
     def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(task.model, p, (x[None],)), y[None])
+        return F.cross_entropy(functional_call(problem.model, p, (x[None],)), y[None])
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
 
@@ -260,24 +260,24 @@ def vmap_grad(task: Task, *, compiled: bool = False) -> Callable[[], Fisher]:
 
     call = torch.compile(squares) if compiled else squares
     # Per-sample gradients of a chunk are held at once.
-    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in params.values())))
+    size = max(1, min(problem.batch_size, 2**26 // sum(p.numel() for p in params.values())))
 
     def run() -> Fisher:
         sums = {name: torch.zeros_like(p) for name, p in params.items()}
-        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
             with torch.no_grad():
                 for name, total in call(params, x, y).items():
                     sums[name] += total
-        return {name: total / len(task.x) for name, total in sums.items()}
+        return {name: total / len(problem.x) for name, total in sums.items()}
 
     return run
 
 
-def vmap_compiled(task: Task) -> Callable[[], Fisher]:
+def vmap_compiled(problem: Problem) -> Callable[[], Fisher]:
     """The same through `torch.compile`."""
-    if len(task.named()) > 50:
+    if len(problem.named()) > 50:
         raise NotOfferedError("networks that compile in minutes")
-    return vmap_grad(task, compiled=True)
+    return vmap_grad(problem, compiled=True)
 
 
 # Other libraries.
@@ -292,76 +292,76 @@ def without_inplace(model: nn.Module) -> nn.Module:
     return model
 
 
-def avalanche(task: Task) -> Callable[[], Fisher]:
+def avalanche(problem: Problem) -> Callable[[], Fisher]:
     """Avalanche's importances at batch 128: squares of mini-batch means."""
     from avalanche.training.plugins import EWCPlugin
 
-    if task.kind != "predicted":
+    if problem.kind != "predicted":
         raise NotOfferedError("the criterion's labels")
-    model = deepcopy(task.model)
-    x, y = task.x.cpu(), task.y.cpu()
+    model = deepcopy(problem.model)
+    x, y = problem.x.cpu(), problem.y.cpu()
     dataset = [(x[n], int(y[n]), 0) for n in range(len(x))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plugin = EWCPlugin(1.0)
 
     def run() -> Fisher:
         importances = plugin.compute_importances(
-            model, nn.CrossEntropyLoss(), optimizer, dataset, task.x.device, 128
+            model, nn.CrossEntropyLoss(), optimizer, dataset, problem.x.device, 128
         )
         return {name: value.data for name, value in importances.items()}
 
     return run
 
 
-def backpack(task: Task) -> Callable[[], Fisher]:
+def backpack(problem: Problem) -> Callable[[], Fisher]:
     """`SumGradSquared`, and `DiagGGNExact` for all classes."""
     from backpack import backpack as extensions
     from backpack import extend
     from backpack.extensions import DiagGGNExact, SumGradSquared
 
-    model = extend(without_inplace(task.model))
+    model = extend(without_inplace(problem.model))
     criterion = extend(nn.CrossEntropyLoss(reduction="sum"))
-    exact = task.kind == "exact"
+    exact = problem.kind == "exact"
 
     def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
-        for x, y in task.batches():
+        sums = {name: torch.zeros_like(p) for name, p in problem.named().items()}
+        for x, y in problem.batches():
             model.zero_grad()
             with extensions(DiagGGNExact() if exact else SumGradSquared()):
                 criterion(model(x), y).backward()
             for name, p in model.named_parameters():
                 sums[name] += p.diag_ggn_exact if exact else p.sum_grad_squared
-        return {name: total / len(task.x) for name, total in sums.items()}
+        return {name: total / len(problem.x) for name, total in sums.items()}
 
     return run
 
 
-def opacus(task: Task) -> Callable[[], Fisher]:
+def opacus(problem: Problem) -> Callable[[], Fisher]:
     """Per-sample gradients from module hooks."""
     from opacus import GradSampleModule
 
-    if task.kind != "predicted":
+    if problem.kind != "predicted":
         raise NotOfferedError("one label per sample")
-    model = GradSampleModule(without_inplace(task.model), loss_reduction="sum")
+    model = GradSampleModule(without_inplace(problem.model), loss_reduction="sum")
     model.train()  # its hooks are off in eval mode
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in model.parameters())))
+    size = max(1, min(problem.batch_size, 2**26 // sum(p.numel() for p in model.parameters())))
 
     def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in task.named().items()}
-        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+        sums = {name: torch.zeros_like(p) for name, p in problem.named().items()}
+        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
             model.zero_grad(set_to_none=True)
             F.cross_entropy(model(x), y, reduction="sum").backward()
             for name, p in model._module.named_parameters():
                 sums[name] += p.grad_sample.square().sum(0)
-        return {name: total / len(task.x) for name, total in sums.items()}
+        return {name: total / len(problem.x) for name, total in sums.items()}
 
     return run
 
 
-def asdfghjkl(task: Task) -> Callable[[], Fisher]:
+def asdfghjkl(problem: Problem) -> Callable[[], Fisher]:
     """ASDL; its package on PyPI is called asdfghjkl and imported as asdl."""
     from asdl import (
         FISHER_EMP,
@@ -372,21 +372,21 @@ def asdfghjkl(task: Task) -> Callable[[], Fisher]:
         get_fisher_maker,
     )
 
-    model = deepcopy(task.model)
-    kind = FISHER_EXACT if task.kind == "exact" else FISHER_EMP
-    config = FisherConfig(fisher_type=kind, fisher_shapes=SHAPE_DIAG, data_size=len(task.x),
+    model = deepcopy(problem.model)
+    kind = FISHER_EXACT if problem.kind == "exact" else FISHER_EMP
+    config = FisherConfig(fisher_type=kind, fisher_shapes=SHAPE_DIAG, data_size=len(problem.x),
                           loss_type=LOSS_CROSS_ENTROPY)  # fmt: skip
     maker = get_fisher_maker(model, config)
 
     def run() -> Fisher:
-        for i, (x, y) in enumerate(task.batches()):
+        for i, (x, y) in enumerate(problem.batches()):
             dummy = maker.setup_model_call(model, x)
-            if task.kind == "exact":
+            if problem.kind == "exact":
                 maker.setup_logits_repr(dummy)
             else:
                 maker.setup_loss_call(F.cross_entropy, dummy, y, reduction="sum")
             maker.forward_and_backward(accumulate=i > 0)
-        result = {name: torch.zeros_like(p) for name, p in task.named().items()}
+        result = {name: torch.zeros_like(p) for name, p in problem.named().items()}
         for path, module in model.named_modules():
             diagonal = getattr(getattr(module, "fisher", None), "diag", None)
             for role in ("weight", "bias"):
@@ -399,21 +399,21 @@ def asdfghjkl(task: Task) -> Callable[[], Fisher]:
     return run
 
 
-def nngeometry(task: Task) -> Callable[[], Fisher]:
+def nngeometry(problem: Problem) -> Callable[[], Fisher]:
     """The diagonal of its Fisher matrix."""
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatDiag
     from torch.utils.data import DataLoader, TensorDataset
 
-    if task.kind != "exact":
+    if problem.kind != "exact":
         raise NotOfferedError("all classes")
-    model = deepcopy(task.model)
-    loader = DataLoader(TensorDataset(task.x, task.y), batch_size=task.batch_size)
+    model = deepcopy(problem.model)
+    loader = DataLoader(TensorDataset(problem.x, problem.y), batch_size=problem.batch_size)
 
     def run() -> Fisher:
-        fim = FIM(model, loader, PMatDiag, variant="classif_logits", device=task.x.device)
+        fim = FIM(model, loader, PMatDiag, variant="classif_logits", device=problem.x.device)
         flat, result, start = fim.get_diag(), {}, 0
-        for name, p in task.named().items():
+        for name, p in problem.named().items():
             result[name] = flat[start : start + p.numel()].view_as(p)
             start += p.numel()
         return result
@@ -421,23 +421,27 @@ def nngeometry(task: Task) -> Callable[[], Fisher]:
     return run
 
 
-def laplace(task: Task) -> Callable[[], Fisher]:
+def laplace(problem: Problem) -> Callable[[], Fisher]:
     """The empirical Fisher of laplace-torch, through its curvlinops backend."""
     from laplace.curvature.curvlinops import CurvlinopsEF
 
-    if task.kind != "predicted":
+    if problem.kind != "predicted":
         raise NotOfferedError("one label per sample")
-    backend = CurvlinopsEF(deepcopy(task.model), "classification")
-    size = max(1, min(task.batch_size, 2**26 // sum(p.numel() for p in task.model.parameters())))
+    backend = CurvlinopsEF(deepcopy(problem.model), "classification")
+    size = max(
+        1, min(problem.batch_size, 2**26 // sum(p.numel() for p in problem.model.parameters()))
+    )
 
     def run() -> Fisher:
-        total = torch.zeros(sum(p.numel() for p in task.model.parameters()), device=task.x.device)
-        for x, y in zip(task.x.split(size), task.y.split(size), strict=True):
+        total = torch.zeros(
+            sum(p.numel() for p in problem.model.parameters()), device=problem.x.device
+        )
+        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
             total += backend.diag(x, y)[1]
-        parts = total.split([p.numel() for p in task.model.parameters()])
+        parts = total.split([p.numel() for p in problem.model.parameters()])
         return {
-            name: part.view_as(p) / len(task.x)
-            for (name, p), part in zip(task.named().items(), parts, strict=True)
+            name: part.view_as(p) / len(problem.x)
+            for (name, p), part in zip(problem.named().items(), parts, strict=True)
         }
 
     return run
@@ -448,13 +452,13 @@ class Engine:
     """One way to compute the Fisher.
 
     Attributes:
-        prepare: Maps a task to the function that is timed.
+        prepare: Maps a problem to the function that is timed.
         package: As it is installed; empty for what needs nothing more.
         slow: Measured on fewer samples, where what a call costs once hardly counts.
         exact: Claims to be exact per sample.
     """
 
-    prepare: Callable[[Task], Callable[[], Fisher]]
+    prepare: Callable[[Problem], Callable[[], Fisher]]
     package: str = ""
     slow: bool = False
     exact: bool = True

@@ -47,8 +47,8 @@ from experiments.timing.fisher_engines import (
     Engine,
     Fisher,
     NotOfferedError,
-    Task,
-    make_task,
+    Problem,
+    make_problem,
     relative_error,
     sample_loop,
 )
@@ -191,8 +191,8 @@ def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dic
             engine, network, kind, settings, reference
         )
         if row["status"] in ("ok", "wrong values", "approximation"):
-            task = make_task(network, kind, samples=samples, device=settings.device)
-            timed[name] = engine.prepare(task), samples
+            problem = make_problem(network, kind, samples=samples, device=settings.device)
+            timed[name] = engine.prepare(problem), samples
     _time(timed, rows, settings)
     if OURS in rows:
         rows[OURS]["relative_error_float64"] = _float64_error(
@@ -210,19 +210,19 @@ def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dic
     return list(rows.values())
 
 
-def _double(task: Task) -> Task:
-    x = task.x.double() if task.x.is_floating_point() else task.x
-    return replace(task, model=deepcopy(task.model).double(), x=x)
+def _double(problem: Problem) -> Problem:
+    x = problem.x.double() if problem.x.is_floating_point() else problem.x
+    return replace(problem, model=deepcopy(problem.model).double(), x=x)
 
 
 def _reference(network: str, kind: str, device: str) -> Fisher:
-    task = make_task(network, kind, samples=_ERROR_SAMPLES, device=device)
-    return sample_loop(_double(task))()
+    problem = make_problem(network, kind, samples=_ERROR_SAMPLES, device=device)
+    return sample_loop(_double(problem))()
 
 
 def _float64_error(network: str, kind: str, reference: Fisher, device: str) -> float:
-    task = make_task(network, kind, samples=_ERROR_SAMPLES, device=device)
-    return relative_error(ENGINES[OURS].prepare(_double(task))(), reference)
+    problem = make_problem(network, kind, samples=_ERROR_SAMPLES, device=device)
+    return relative_error(ENGINES[OURS].prepare(_double(problem))(), reference)
 
 
 def _try(
@@ -234,8 +234,8 @@ def _try(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other libraries' own
-            task = make_task(network, kind, samples=_ERROR_SAMPLES, device=settings.device)
-            result = engine.prepare(task)()
+            problem = make_problem(network, kind, samples=_ERROR_SAMPLES, device=settings.device)
+            result = engine.prepare(problem)()
     except NotOfferedError as error:
         return "not offered", f"only {error}", None
     except Exception as error:  # whatever a library raises on a network that it can't do
@@ -308,10 +308,10 @@ def _peak_here(network: str, kind: str, engine: str, device: str) -> float:
     warnings.simplefilter("ignore")
     spec = NETWORKS[network]
     samples = spec.slow_samples if ENGINES[engine].slow else spec.samples
-    task = make_task(network, kind, samples=samples, device=device)
-    few = replace(task, x=task.x[:1], y=task.y[:1])
+    problem = make_problem(network, kind, samples=samples, device=device)
+    few = replace(problem, x=problem.x[:1], y=problem.y[:1])
     ENGINES[engine].prepare(few)()  # imports, and whatever is allocated once per process
-    call = ENGINES[engine].prepare(task)
+    call = ENGINES[engine].prepare(problem)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = float(torch.cuda.memory_allocated())

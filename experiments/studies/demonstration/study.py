@@ -82,7 +82,7 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskData:
     """Pixels [N, P] in 0-1 and classes [N], for training and testing."""
 
     x: Tensor
@@ -122,13 +122,13 @@ def run(settings: Demonstration) -> pd.DataFrame:
     return curves
 
 
-def make_tasks(source: DataSource, n: int, seed: int) -> list[Task]:
+def make_tasks(source: DataSource, n: int, seed: int) -> list[TaskData]:
     """The images as they are, then n - 1 permutations of their pixels."""
     train, test = load_images(source)
     x, test_x = train.images().flatten(1), test.images().flatten(1)
     random = np.random.RandomState(seed)
     orders = [np.arange(x.size(1)), *(random.permutation(x.size(1)) for _ in range(n - 1))]
-    return [Task(x[:, o], train.targets, test_x[:, o], test.targets) for o in orders]
+    return [TaskData(x[:, o], train.targets, test_x[:, o], test.targets) for o in orders]
 
 
 def make_network(n_pixels: int, hidden_size: int) -> nn.Sequential:
@@ -157,7 +157,7 @@ def train_all(settings: Demonstration, source: DataSource, seed: int) -> Iterato
 
 def _train_task(
     model: nn.Module,
-    tasks: list[Task],
+    tasks: list[TaskData],
     task: int,
     settings: Demonstration,
     seed: int,
@@ -199,7 +199,7 @@ def _draw(x: Tensor, n: int, generator: torch.Generator) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
+def _evaluate(model: nn.Module, task: TaskData) -> dict[str, float]:
     logits = model.eval()(task.test_x)
     return {
         "loss": float(F.cross_entropy(logits, task.test_y)),
