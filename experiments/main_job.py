@@ -16,7 +16,7 @@ from experiments.reporting.terminal import (
     print_troubles,
 )
 from experiments.results import schemas, statistics, tables
-from experiments.results.environment import write_environment
+from experiments.results.environment import keep_environment
 from experiments.results.provenance import mixed_code, provenance
 from experiments.results.store import Store
 from experiments.settings.grids import Job
@@ -79,8 +79,7 @@ def write_report(
         accuracy, runs = store.write_tables()
         summary = statistics.summarise(runs)
         tables.write(summary, store.folder, schemas.SUMMARY)
-        if store.n_added or not (store.folder / "environment.json").exists():
-            write_environment(store.folder, source)
+        keep_environment(store.folder, source, store.n_added)
         files = plot_all(accuracy, runs, store.folder / "plots")
         comparisons = statistics.paired_differences(runs)
         if job.compares and len(comparisons):

@@ -18,6 +18,18 @@ from experiments.results import tables
 PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pandas", "scipy")
 
 
+def keep_environment(folder: Path, source: DataSource, n_added: int) -> None:
+    """Write `environment.json` unless it is that of the folder's rows already.
+
+    Args:
+        folder: Of the results.
+        source: The data.
+        n_added: Rows that this command has added.
+    """
+    if n_added or not (folder / "environment.json").exists():
+        write_environment(folder, source)
+
+
 def write_environment(folder: Path, source: DataSource | None) -> None:
     """Write what the numbers were computed with to `environment.json`; None: data were drawn."""
     environment = {

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from experiments.data.sources import DataSource, find_data, own_data
 from experiments.results import schemas, statistics, tables
-from experiments.results.environment import write_environment
+from experiments.results.environment import keep_environment
 from experiments.results.store import Store
 from experiments.settings.grids import Job
 from experiments.settings.run import RunSettings
@@ -104,8 +104,7 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
     with store.lock:
         _, runs = store.write_tables()
         tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
-        if store.n_added or not (store.folder / "environment.json").exists():
-            write_environment(store.folder, source)
+        keep_environment(store.folder, source, store.n_added)
     mine = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
     exit_status.note(mine)
     return mine, store.folder
