@@ -82,7 +82,7 @@ def parse(command: str, kind: type, arguments: list[str], description: str | Non
         if given.count(option) > 1:
             raise ValueError(f"`--{option}` must be given once, got {given.count(option)} times.")
     file = _value_of("--config", arguments)
-    grouped = _grouped(kind, _read(Path(file), command, kind) if file else {})
+    grouped = _grouped(kind, {} if file is None else _read(file, command, kind))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -242,31 +242,32 @@ def write_ascii_if_needed(stream: Any) -> None:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        if argument.partition("=")[0] == option:
-            return argument.partition("=")[2] or following
+    for argument, following in zip(arguments, [*arguments, None][1:], strict=True):
+        name, given, value = argument.partition("=")
+        if name == option:
+            return value if given else following
     return None
 
 
-def _read(file: Path, command: str, kind: type) -> dict[str, Any]:
+def _read(file: str, command: str, kind: type) -> dict[str, Any]:
     """The settings in a TOML file, each of the type that the dataclass declares."""
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"`config` must be a readable TOML file, got {shown(str(file))} ({reason})."
+            f"`config` must be a readable TOML file, got {shown(file)} ({reason})."
         ) from None
     hints = {name: hint for name, hint in hints_of(kind).items() if name != "config"}
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = _setting(key.replace("-", "_"), kind)
         if name not in hints:
-            raise unknown(key, f"a setting of {command} (in {file})", hints)
+            raise unknown(key, f"a setting of {command} (in {shown(file)})", hints)
         if name in values:
-            raise ValueError(f"`{name}` must be given once in {file}, got both spellings.")
+            raise ValueError(f"`{name}` must be given once in {shown(file)}, got both spellings.")
         values[name] = _typed(value, hints[name])
-        check_value(f"`{key}` in {file}", values[name], hints[name])
+        check_value(f"`{key}` in {shown(file)}", values[name], hints[name])
     return values
 
 

@@ -7,6 +7,7 @@ run, its file takes precedence. Several processes may share a folder: a writer t
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from experiments.results.files import folder_lock, replace_file, sweep_leftovers
 from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult
 from experiments.settings.unset import used
+from experiments.settings.values import shown
 
 PARTS = "parts"  # the folder of the finished runs' files
 DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
@@ -49,9 +51,11 @@ class Store:
                 sweep_leftovers(folder, folder / PARTS)
                 replace_file(folder / PARTS / "writable", "")
                 (folder / PARTS / "writable").unlink()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a name with a zero byte, a ValueError
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"`out` must be a folder that can be written to, got {folder} ({error.strerror})."
+                f"`out` must be a folder that can be written to, got {shown(str(folder))} "
+                f"({reason})."
             ) from None
 
     def finished(self) -> set[str]:
@@ -68,12 +72,17 @@ class Store:
         run_id = result.record["run_id"]
         with self.lock:
             replace_file(self.folder / PARTS / f"{run_id}.json", json.dumps(asdict(result)))
-            self.checkpoint(run_id).unlink(missing_ok=True)
+            self.drop_checkpoint(run_id)
         self.n_added += 1
 
     def checkpoint(self, run_id: str) -> Path:
         """Return the path of a run's checkpoint."""
         return self.folder.resolve() / PARTS / f"{run_id}.checkpoint"
+
+    def drop_checkpoint(self, run_id: str) -> None:
+        """Delete a run's checkpoint; one that stays, such as a folder of that name, is no harm."""
+        with contextlib.suppress(OSError):
+            self.checkpoint(run_id).unlink()
 
     def results(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """All rows of the folder; only files that are new since the last call are read.
@@ -223,7 +232,10 @@ def _read_parts(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[Path,
     return list(parts.values()), damaged
 
 
-_NOT_A_RESULT = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+_NOT_A_RESULT = (
+    *(ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError),
+    IsADirectoryError,
+)
 
 
 def _reason(error: Exception) -> str:

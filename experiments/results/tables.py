@@ -41,14 +41,36 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
     """The table with the schema's types.
 
     Raises:
-        TableError: It does not fit the schema.
+        TableError: It does not fit the schema, or a value is not one of its column's type.
     """
     try:
-        return schema.validate(table)
+        checked = schema.validate(table)
     except pa.errors.SchemaErrors as errors:
         raise TableError(_problem(errors.schema_errors[0], table, schema)) from errors
     except pa.errors.SchemaError as error:
         raise TableError(_problem(error, table, schema)) from error
+    for name in checked:
+        _check_unchanged(table[name], checked[name], table, schema)
+    return checked
+
+
+def _check_unchanged(
+    before: pd.Series, after: pd.Series, table: pd.DataFrame, schema: Schema
+) -> None:
+    """Raise a `TableError` where a column's type has changed a value, such as 1.5 to 1."""
+    if before.dtype == after.dtype:
+        return
+    given = before.notna().to_numpy()
+    changed = before[given].to_numpy(object) != after[given].to_numpy(object)
+    for value, row in zip(before[given][changed], before.index[given][changed], strict=True):
+        raise TableError(
+            f"`{before.name}` of {_where(table, row)} in {schema.name} can't be "
+            f"{shown(str(value))} (its type is {schema.columns[str(before.name)].dtype})"
+        )
+
+
+def _where(table: pd.DataFrame, row: Any) -> str:
+    return f"row {row}" if "run_id" not in table else f"{table['run_id'].loc[row]}"
 
 
 def _problem(error: pa.errors.SchemaError, table: pd.DataFrame, schema: Schema) -> str:
@@ -61,7 +83,7 @@ def _problem(error: pa.errors.SchemaError, table: pd.DataFrame, schema: Schema) 
     if not isinstance(cases, pd.DataFrame):  # about the column as a whole
         return f"`{error.schema.name}` in {schema.name} can't be {cases}"
     place = cases["index"].iloc[-1]
-    where = f"row {place}" if "run_id" not in table else f"{table['run_id'].loc[place]}"
+    where = _where(table, place)
     if code in (Reason.DUPLICATES, Reason.SERIES_CONTAINS_DUPLICATES):
         return f"{schema.name} has the same row of {where} twice: not unique"
     rule = str(getattr(error.check, "error", None) or error.check)

@@ -140,6 +140,8 @@ def fits(value: Any, hint: Any) -> bool:
         return value is None
     if issubclass(hint, Enum):
         return value in list(hint)  # a string enum's values, too
+    if hint is str:
+        return type(value) is str and value.strip() != ""
     return type(value) is hint if hint in _WORDS else isinstance(value, hint)
 
 
@@ -163,7 +165,7 @@ def allowed(hint: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value for a message, not longer than a line."""
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -175,7 +177,7 @@ _WORDS = {
     int: "a whole number",
     float: "a finite number",
     bool: "true or false",
-    str: "a string",
+    str: "a string that is not empty",
     type(None): "unset",
     None: "unset",
 }

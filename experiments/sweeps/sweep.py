@@ -93,7 +93,7 @@ def sweep(
     )
     if force:
         for cell in wanted:
-            store.checkpoint(cell.run_id).unlink(missing_ok=True)
+            store.drop_checkpoint(cell.run_id)
 
     code = code_hash()
 

@@ -36,7 +36,12 @@ def can_be_stored(method: MethodPlugins) -> bool:
 
 
 def write_checkpoint(
-    path: Path, settings: RunSettings, source: DataSource, strategy: Any, progress: State
+    path: Path,
+    settings: RunSettings,
+    source: DataSource,
+    strategy: Any,
+    progress: State,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Put the state of a run between two experiences on the disk.
 
@@ -46,6 +51,7 @@ def write_checkpoint(
         source: Its data.
         strategy: Its strategy.
         progress: Plain values that the run restores on resuming.
+        say: Called with a line where the file can't be written, without which the run goes on.
     """
     state = {
         "of": _identity(settings, source),
@@ -56,8 +62,12 @@ def write_checkpoint(
     file = io.BytesIO()
     torch.save(state, file)
     content = file.getvalue()
-    with folder_lock(path.parent):
-        replace_file(path, hashlib.sha256(content).digest() + content)
+    try:
+        with folder_lock(path.parent):
+            replace_file(path, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        reason = error.strerror or error
+        say(f"{settings.run_id}: its checkpoint can't be written ({reason}); the run goes on.")
 
 
 def read_checkpoint(
@@ -79,16 +89,27 @@ def read_checkpoint(
     """
     try:
         stored = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        reason = error.strerror or error
+        say(f"{settings.run_id}: its checkpoint can't be read ({reason}); the run starts anew.")
         return None
     checksum, content = stored[:CHECKSUM_BYTES], stored[CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         say(f"{settings.run_id}: its checkpoint is damaged; the run starts anew.")
         return None
-    state: State = torch.load(io.BytesIO(content), map_location=settings.device, weights_only=True)
+    try:
+        state: State = torch.load(
+            io.BytesIO(content), map_location=settings.device, weights_only=True
+        )
+        of = dict(state["of"])
+    except Exception:  # it was sealed by something else; torch raises errors of many types
+        say(f"{settings.run_id}: its checkpoint is none of ours; the run starts anew.")
+        return None
     mine = _identity(settings, source)
-    if state["of"] != mine:
-        other = [name for name, value in mine.items() if state["of"].get(name) != value]
+    if of != mine:
+        other = [name for name, value in mine.items() if of.get(name) != value]
         say(f"{settings.run_id}: its checkpoint is of another {other[0]}; the run starts anew.")
         return None
     return state

@@ -130,7 +130,7 @@ class Run:
             trained = last if joint else i
             accuracy = self._evaluate(strategy, stream, trained)
             if checkpoint and trained < last:
-                write_checkpoint(checkpoint, settings, self.source, strategy, self._progress())
+                write_checkpoint(checkpoint, settings, self.source, strategy, self._progress(), say)
             observe(trained + 1, float(np.mean([a for j, a in accuracy.items() if j <= trained])))
 
     def _progress(self) -> dict[str, Any]:

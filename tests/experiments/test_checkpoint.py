@@ -1,10 +1,14 @@
 """A run that was killed between two experiences goes on to the last bit."""
 
+import hashlib
+import io
+
 import pytest
 import torch
 
 from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.sources import find_data
+from experiments.results.store import Store
 from experiments.settings.run import RunSettings
 from experiments.training.checkpoint import can_be_stored, read_checkpoint
 from experiments.training.methods import MethodPlugins
@@ -108,6 +112,31 @@ def test_a_checkpoint_of_other_settings_data_or_bytes_is_not_used(tmp_path):
         path.write_bytes(damaged)
         assert read_checkpoint(path, cell, DIGITS) is None
     assert run(cell, DIGITS, checkpoint=path).rows == run(cell, DIGITS).rows
+
+
+@pytest.mark.parametrize("content", [None, [1], {"of": None}, {"progress": {}}, b"not from torch"])
+def test_a_checkpoint_that_something_else_sealed_is_said_and_not_used(tmp_path, content):
+    path, lines, file = tmp_path / "checkpoint", [], io.BytesIO()
+    if isinstance(content, bytes):
+        file.write(content)
+    else:
+        torch.save(content, file)
+    path.write_bytes(hashlib.sha256(file.getvalue()).digest() + file.getvalue())
+    assert read_checkpoint(path, settings(), DIGITS, lines.append) is None
+    assert "its checkpoint is none of ours; the run starts anew" in lines[0]
+
+
+def test_a_folder_in_a_checkpoints_place_costs_the_checkpoint_alone(tmp_path):
+    cell, store, lines = settings(), Store(tmp_path), []
+    path = store.checkpoint(cell.run_id)
+    path.mkdir()
+    result = run(cell, DIGITS, checkpoint=path, say=lines.append)
+    assert result.rows == run(cell, DIGITS).rows
+    assert "its checkpoint can't be read (Is a directory)" in lines[0]
+    assert all("its checkpoint can't be written (" in line for line in lines[1:])
+    assert len(lines) == cell.n_experiences
+    store.add(result)
+    assert store.finished() == {cell.run_id}
 
 
 def test_times_of_a_resumed_run_are_those_of_both_parts(tmp_path):

@@ -72,6 +72,9 @@ BAD_INPUT = [
     ("slpit-mnist", "`slpit-mnist` is not a command; did you mean split-mnist?"),
     ("sweep --config none.toml", "`config` must be a readable TOML file, got none.toml"),
     (f"sweep --config {'x' * 300}", "`config` must be a readable TOML file, got xxx"),
+    ("sweep --config= --quiet", "`config` must be a readable TOML file, got ''"),
+    ("sweep --out=", "`out` must be a string that is not empty or unset, got ''"),
+    ("sweep --scheduler=", "`scheduler` must be a string that is not empty or unset, got ''"),
     (
         f"split-mnist --scheduler tcp://127.0.0.1:9 {' '.join(TINY)}",
         "`scheduler` must be the address of a running Dask scheduler, got tcp://127.0.0.1:9",

@@ -213,6 +213,9 @@ EDITS = {
     "a text for a number": ("runs.csv", put("epochs", "x", row=1), "-s1 in runs.csv can't be x"),
     "a number out of range": ("runs.csv", put("train_s", -1), "-s0 in runs.csv can't be -1.0"),
     "a word of ours": ("runs.csv", put("status", "good"), "`status` of split-digits"),
+    "a part of an epoch": ("runs.csv", put("epochs", 1.5), "`epochs` of split"),
+    "a part of a sample": ("accuracy.csv", put("n_samples", 90.5), "`n_samples` of split"),
+    "another spelling": ("runs.csv", put("learning_rate", "1_000"), "`learning_rate` of split"),
     "no value": ("accuracy.csv", put("n_samples", None), "`n_samples` of split-digits"),
 }
 
@@ -269,6 +272,9 @@ PART_EDITS = {
     "column": lambda part: part["record"].update(new=1),
     "missing": lambda part: part["record"].pop("epochs"),
     "rows": lambda part: part.pop("rows"),
+    "part of an epoch": lambda part: part["record"].update(epochs=1.5),
+    "text": lambda part: part["record"].update(epochs="1"),
+    "part of a sample": lambda part: part["rows"][0].update(n_samples=90.5),
 }
 
 
