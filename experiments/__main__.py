@@ -78,9 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         write_ascii_if_needed(stream)
     try:
-        _run(arguments)
-    except SystemExit as stop:  # after --help, or a dry run
-        return int(stop.code or 0)
+        stop = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here rather than when Python ends: its disk may be full
     except KeyboardInterrupt:
         errors.print(INTERRUPTED, soft_wrap=True)
         return 130
@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except OSError as error:
+        if _is_lost(sys.stdout) and isinstance(error, BrokenPipeError):  # to `head`, say
+            return 128 + getattr(signal, "SIGPIPE", 13)
         where = f" {error.filename}" if error.filename else ""
         line = f"error: {error.strerror or error}{where}; what was finished is stored."
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -96,10 +98,30 @@ def main(arguments: list[str] | None = None) -> int:
         failures = exit_status.last_line()
     if failures:
         errors.print(failures, markup=False, highlight=False, soft_wrap=True)
-    return int(bool(failures))
+    return stop or int(bool(failures))
 
 
-def _run(arguments: list[str]) -> None:
+def _is_lost(stream: Any) -> bool:
+    """Whether a stream can't be written to; then let what it still holds go nowhere."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command; return the exit code of one that only prints, such as --help."""
+    try:
+        _run_command(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _run_command(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_help())
         return

@@ -1,6 +1,8 @@
 """Exit codes, last lines and terminals: a failure is a failure, and every stream takes words."""
 
 import io
+import os
+import signal
 import sys
 
 import pandas as pd
@@ -84,6 +86,29 @@ def test_a_stream_that_encodes_nothing_stays_as_it_is():
     write_ascii_if_needed(stream)
     stream.write("λ")
     assert stream.getvalue() == "λ"
+
+
+def test_a_reader_that_ended_is_no_error_message(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["--help"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_can_not_be_written_is_an_error_in_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["--help"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+
+
+def test_a_command_without_an_output_stream_works(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--help"]) == 0
 
 
 def test_a_corrupt_archive_never_becomes_the_digits(tmp_path, monkeypatch):
