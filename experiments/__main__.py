@@ -26,6 +26,7 @@ from rich.console import Console  # noqa: E402
 
 from experiments.command_line import parse, print_completion, unknown, write_ascii_if_needed  # noqa: E402
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep  # noqa: E402
+from experiments.settings.values import shown  # noqa: E402
 from experiments.sweeps import exit_status  # noqa: E402
 
 # Warnings to silence: a solver that only GEM needs; evaluators without loggers.
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if _is_lost(sys.stdout) and isinstance(error, BrokenPipeError):  # to `head`, say
             return 128 + getattr(signal, "SIGPIPE", 13)
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {shown(str(error.filename))}" if error.filename else ""
         line = f"error: {error.strerror or error}{where}; what was finished is stored."
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
         return 2
