@@ -193,15 +193,19 @@ def _writer(file: Any) -> csv.DictWriter[str]:
 
 def _read(path: Path) -> list[Row]:
     """Return the complete rows of a file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read()
-    lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    if text and tuple(lines.fieldnames or ()) != COLUMNS:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+        lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        ours = not text or tuple(lines.fieldnames or ()) == COLUMNS
+        rows = list(lines)
+    except (UnicodeDecodeError, csv.Error):  # such as a compressed file
+        ours = False
+    if not ours:
         raise ValueError(
             f"`path` must be a new file or one of `TidyCSVLogger`, got {path}, which has other "
             "columns. Choose another name."
         )
-    rows = list(lines)
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise ValueError(
@@ -212,11 +216,20 @@ def _read(path: Path) -> list[Row]:
 
 
 def _replace(path: Path, rows: list[Row]) -> None:
-    """Write the file anew by rename, so that a kill leaves the old file or the new one."""
+    """Write the file anew by rename, so that a kill leaves the old file or the new one.
+
+    What a kill leaves of the new one has the same name each time, so the next write takes it along.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = _writer(file)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.ewc-plugin.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = _writer(file)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

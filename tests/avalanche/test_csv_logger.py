@@ -1,6 +1,7 @@
 """The logger that any Avalanche user can have: what its file holds, also after a kill."""
 
 import csv
+import gzip
 import io
 import pickle
 import signal
@@ -186,6 +187,21 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     learner.eval(bench.test_stream)
     assert keys(path) == [(-1, 0), (-1, 1), (0, 0), (0, 1), (1, 0), (7, 0), (7, 1)]
     assert path.read_text().startswith(whole[: whole[:-1].rindex("\n") + 1])
+
+
+def test_what_a_kill_left_of_a_new_file_goes_and_other_files_stay(tmp_path):
+    for name in (".accuracy.csv.ewc-plugin.tmp", "accuracy.csv.123.tmp"):
+        (tmp_path / name).write_text("half")
+    logged(tmp_path / "accuracy.csv").eval(benchmark().test_stream)
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy.csv", "accuracy.csv.123.tmp"}
+    assert len(tables.load(tmp_path)["accuracy"])
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    path = tmp_path / "accuracy.csv"
+    path.write_bytes(gzip.compress(b"run_id"))
+    with pytest.raises(ValueError, match="`path` must be a new file or one of"):
+        TidyCSVLogger(path, "a", seed=0)
 
 
 def test_a_checkpoint_may_be_older_than_the_file(tmp_path):

@@ -26,7 +26,6 @@ DIGITS = find_data("digits", None)
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch):
     monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(module, "WORKER_TIMEOUT_S", 3.0)
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.1)
 
 
@@ -39,7 +38,7 @@ def cluster():
 
 
 def in_time(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     return condition()
@@ -73,8 +72,9 @@ def test_an_address_without_a_scheduler_is_refused(address):
     assert len(one_line_of(error)) < 1200
 
 
-def test_a_cluster_without_a_worker_is_refused_after_a_while(cluster):
-    with pytest.raises(ValueError, match="`scheduler` must have a worker, got .* none for 3 s"):
+def test_a_cluster_without_a_worker_is_refused_after_a_while(cluster, monkeypatch):
+    monkeypatch.setattr(module, "WORKER_TIMEOUT_S", 1.0)
+    with pytest.raises(ValueError, match="`scheduler` must have a worker, got .* none for 1 s"):
         Dask(cluster.scheduler_address)
 
 
@@ -112,20 +112,21 @@ def test_a_later_worker_of_other_code_gets_no_run_and_is_named(cluster, monkeypa
         executor.close()
 
 
-def test_the_run_of_a_lost_worker_is_given_up_and_others_are_waited_for(cluster):
+def test_the_run_of_a_lost_worker_is_given_up_and_others_are_waited_for(cluster, monkeypatch):
     cluster.scale(1)
     executor = Dask(cluster.scheduler_address)
     future = executor.submit(time.sleep, 3)
     try:
         cluster.scale(0)
         assert in_time(lambda: list(executor.events()) or future.cancelled())
-        assert wait([future], timeout=5).done
+        assert wait([future], timeout=60).done
         assert executor.capacity == 0
         cluster.scale(1)
         assert in_time(lambda: list(executor.events()) or executor.capacity)
         assert executor.submit(abs, -3).result() == 3
+        monkeypatch.setattr(module, "WORKER_TIMEOUT_S", 1.0)
         cluster.scale(0)
-        with pytest.raises(WorkerDiedError, match="has had no worker for 3 s"):
+        with pytest.raises(WorkerDiedError, match="has had no worker for 1 s"):
             in_time(lambda: list(executor.events()))
     finally:
         executor.close()
@@ -141,7 +142,7 @@ def test_a_worker_without_signs_of_life_counts_as_lost(cluster, monkeypatch):
         assert not executor._is_alive("b", {**state, "status": "paused"})
         running = {"task_counts": {"executing": 1}}
         assert executor._is_alive("b", {**state, "status": "paused", "metrics": running})
-        monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 100)
         assert not executor._is_alive("a", state)
         assert executor._is_alive("a", {**state, "last_seen": 2.0})
     finally:
