@@ -255,7 +255,10 @@ def _check_parts(parts: list[dict[str, Any]]) -> None:
     for values, schema in ((records, schemas.RUNS), (rows, schemas.ACCURACY)):
         if unknown := {key for value in values for key in value} - schema.columns.keys():
             raise ValueError(f"{schema.name} has no column {sorted(unknown)[0]}")
-    check_runs(tables.frame(records, schemas.RUNS), tables.frame(rows, schemas.ACCURACY))
+    check_runs(
+        tables.frame(records, schemas.RUNS, strict=True),
+        tables.frame(rows, schemas.ACCURACY, strict=True),
+    )
 
 
 def _sorted(old: pd.DataFrame, new: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

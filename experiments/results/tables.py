@@ -32,16 +32,22 @@ def empty(schema: Schema) -> pd.DataFrame:
     return pd.DataFrame(columns=[n for n, c in columns if c.required or n not in LOGGER_COLUMNS])
 
 
-def frame(rows: Iterable[dict[str, Any]], schema: Schema) -> pd.DataFrame:
+def frame(rows: Iterable[dict[str, Any]], schema: Schema, *, strict: bool = False) -> pd.DataFrame:
     """The rows as a table, columns in the schema's order and types; checked."""
-    return check(pd.DataFrame(list(rows), columns=list(empty(schema))), schema)
+    return check(pd.DataFrame(list(rows), columns=list(empty(schema))), schema, strict=strict)
 
 
-def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
+def check(table: pd.DataFrame, schema: Schema, *, strict: bool = False) -> pd.DataFrame:
     """The table with the schema's types.
 
+    Args:
+        table: Of values of those types, or of others that stand for them, such as 1.0 for 1.
+        schema: Its columns.
+        strict: Refuse a value that a column's type changes, such as 1.5 to 1, as in a file that
+            was edited.
+
     Raises:
-        TableError: It does not fit the schema, or a value is not one of its column's type.
+        TableError: It does not fit the schema.
     """
     try:
         checked = schema.validate(table)
@@ -49,7 +55,7 @@ def check(table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
         raise TableError(_problem(errors.schema_errors[0], table, schema)) from errors
     except pa.errors.SchemaError as error:
         raise TableError(_problem(error, table, schema)) from error
-    for name in checked:
+    for name in checked if strict else ():
         _check_unchanged(table[name], checked[name], table, schema)
     return checked
 
@@ -142,7 +148,7 @@ def read_file(path: Path, schema: Schema) -> pd.DataFrame:
             table = pd.DataFrame(map(used, table.to_dict("records")), columns=table.columns)
         measured = [name for name in MEASUREMENT if name in table]
         table = table.assign(**{n: table[n].astype(object).fillna(NOT_RECORDED) for n in measured})
-        return check(table, schema)[[name for name in schema.columns if name in table]]
+        return check(table, schema, strict=True)[[name for name in schema.columns if name in table]]
     except (TableError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
 
