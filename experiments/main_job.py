@@ -93,7 +93,7 @@ def write_report(
         print_comparisons(comparisons[comparisons["config_hash"].isin(mine)], console)
     if numerical:
         print_checks(checks, console)
-    exit_status.note(runs[runs["config_hash"].isin(mine)])
+    exit_status.note(runs[runs["config_hash"].isin(mine)], [cell.run_id for cell in cells])
     if mixed := mixed_code(runs):
         console.print(f"NOTE: {mixed}", style="bold yellow", soft_wrap=True)
     troubles = Console(stderr=True) if job.quiet else console

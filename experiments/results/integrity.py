@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.results.metrics import METRICS, continual_metrics
-from experiments.results.provenance import content_digest
+from experiments.results.provenance import NOT_RECORDED, content_digest
 from experiments.results.schemas import ACCURACY, SETTING_NAMES
 from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
@@ -45,6 +45,8 @@ def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
         own = rows.get(run_id, accuracy.iloc[:0])
         _check_rows(record, settings, own)
         digest = record.get("digest")
+        if pd.isna(digest) and record.get("code_hash", NOT_RECORDED) != NOT_RECORDED:
+            raise TableError(f"{run_id} has no digest, which every run with a code hash has")
         if pd.notna(digest) and digest != content_digest(record, own.to_dict("records")):
             raise TableError(f"a value of {run_id} is not the one that was stored (its digest)")
 

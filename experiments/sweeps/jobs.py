@@ -106,5 +106,5 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
         tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
         keep_environment(store.folder, source, store.n_added)
     mine = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
-    exit_status.note(mine)
+    exit_status.note(mine, [cell.run_id for cell in cells] if make else ())
     return mine, store.folder

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.command_line import write_ascii_if_needed
 from experiments.data.sources import CorruptDataError, find_data
+from experiments.results.store import Store
 from experiments.sweeps import exit_status
 
 QUICK = ["sweep", "--dataset", "digits", "--methods", "naive", "--hidden-size", "8"]
@@ -61,6 +63,20 @@ def test_a_failed_run_ends_the_command_with_1_and_its_reason(tmp_path, monkeypat
     assert "1 of 1 runs did not end well;" in shown.err.splitlines()[-1]
     assert "failed: RuntimeError: no luck" in shown.err.splitlines()[-1]
     assert f"1 runs and 0 checks begin, 1 at a time; results go to {tmp_path}." in shown.out
+
+
+def test_a_result_that_was_taken_away_is_no_success(tmp_path, monkeypatch, capsys):
+    add = Store.add
+
+    def add_and_take_away(store, result):
+        add(store, result)
+        shutil.rmtree(store.folder)
+
+    monkeypatch.setattr(Store, "add", add_and_take_away)
+    assert main([*QUICK, "--out", str(tmp_path / "out")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: 1 of 1 runs did not end well; ")
+    assert last.endswith("gone: its file was taken from the folder")
 
 
 def test_a_terminal_without_utf8_gets_ascii(tmp_path, monkeypatch):

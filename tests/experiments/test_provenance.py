@@ -90,6 +90,7 @@ def test_the_digest_survives_json_csv_and_the_order_of_rows(folder, result):
 
 
 EDITS = [
+    ("runs.csv", "digest", None),
     ("accuracy.csv", "loss", 0.5),
     ("accuracy.csv", "n_samples", 7),
     ("accuracy.csv", "accuracy", 0.123),
