@@ -1,25 +1,21 @@
 """Value and gradient of the penalty: through autograd, or straight into `.grad`.
 
 Without the additive constants, the value is sum S e^2 and its gradient 2 S e; e = theta - anchor +
-offset. Large parameters on a CPU go in blocks that fit its cache, because memory traffic is what
-limits this arithmetic; the others go together, operation by operation.
+offset. `Pairs` prepares the parameters that are plain tensors on a CPU; the others go together,
+operation by operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ewc_plugin.penalty.quadratic import Quadratic, as_real, compute_dtype
-
-Pair = tuple[Tensor, Quadratic]
-"""A parameter and its part of the penalty, in the same shape."""
-
-BLOCK = 1 << 17  # entries that go through the cache together
-_LARGE = 1 << 14  # smaller parameters: call overhead exceeds memory traffic
+from ewc_plugin.penalty.pairs import Pair, Pairs
+from ewc_plugin.penalty.quadratic import Quadratic, as_real
 
 
 class PenaltyFunction(torch.autograd.Function):
@@ -29,11 +25,11 @@ class PenaltyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, quadratics: Sequence[Quadratic], *thetas: Tensor) -> Tensor:
+    def forward(ctx: Any, pairs: Pairs, *thetas: Tensor) -> Tensor:
         """Sum of S e^2."""
-        ctx.quadratics = quadratics
+        ctx.quadratics = [q for _, q in pairs]
         ctx.save_for_backward(*thetas)
-        return value(list(zip(thetas, quadratics, strict=True)))
+        return value(pairs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,21 +56,15 @@ def traceable_value(pairs: Sequence[Pair]) -> Tensor:
 
 
 @torch.no_grad()
-def value(pairs: Sequence[Pair]) -> Tensor:
+def value(pairs: Pairs) -> Tensor:
     """The value, without the constants and without a graph."""
-    values = []
-    together = []
-    for theta, q in pairs:
-        if goes_in_blocks(theta, q):
-            values += [_sum_of_squares(e, S) for e, S in blocks(theta, q)]
-        else:
-            together.append((theta, q))
-    distances, weights = _distances(together)
-    return _total(values + [_sum_of_squares(e, S) for e, S in zip(distances, weights, strict=True)])
+    values = [_sum_of_squares(*both) for blocks in pairs.large for both in blocks.distances()]
+    values += [_sum_of_squares(group.distance(), group.S) for group in pairs.small]
+    return _total(values + _values(*_distances(pairs.others)))
 
 
 @torch.no_grad()
-def add_gradients_(pairs: Sequence[Pair], scale: float) -> Tensor:
+def add_gradients_(pairs: Pairs, scale: float) -> Tensor:
     """Add scale * gradient to each parameter's `.grad`.
 
     Args:
@@ -84,26 +74,29 @@ def add_gradients_(pairs: Sequence[Pair], scale: float) -> Tensor:
     Returns:
         The value sum S e^2, without the constants.
     """
-    values = []
-    together = []
-    for theta, q in pairs:
-        if not theta.requires_grad or not _make_dense_gradient(theta, q):
-            values.append(value([(theta, q)]))
-        elif goes_in_blocks(theta, q, theta.grad):
-            for e, S, grad in blocks(theta, q, theta.grad):
+    values, others = [], pairs.others
+    for blocks in pairs.large:
+        whole = _gradient(blocks.theta, blocks.quadratic)
+        if whole is not None and not whole.is_contiguous():
+            others.append((blocks.theta, blocks.quadratic))
+            continue
+        grads = () if whole is None else blocks.split(whole)
+        for (e, S), grad in zip_longest(blocks.distances(), grads):
+            if grad is not None:
                 grad.addcmul_(S, e, value=2 * scale)
-                values.append(_sum_of_squares(e, S))
-        else:
-            together.append((theta, q))
-    distances, weights = _distances(together)
-    halves = _products(distances, weights)
-    _add([theta for theta, _ in together], halves, 2 * scale)
-    values += [_sum_of_squares(e, S) for e, S in zip(distances, weights, strict=True)]
-    return _total(values)
+            values.append(_sum_of_squares(e, S))
+    for group in pairs.small:
+        e = group.distance()
+        torch.mul(group.S, e, out=group.change)
+        _add(group.pairs, group.changes, 2 * scale)
+        values.append(_sum_of_squares(e, group.S))
+    distances, weights = _distances(others)
+    _add(others, _products(distances, weights), 2 * scale)
+    return _total(values + _values(distances, weights))
 
 
-def _make_dense_gradient(theta: Tensor, q: Quadratic) -> bool:
-    """Make `.grad` a dense tensor, unless it is None and e = 0 everywhere.
+def _gradient(theta: Tensor, q: Quadratic) -> Tensor | None:
+    """The `.grad` to add to, which is made dense; None stays None if e = 0 everywhere.
 
     A gradient of zeros would not be the same as none: Adam would move the parameter by its old
     momentum, and weight decay would shrink it.
@@ -113,40 +106,17 @@ def _make_dense_gradient(theta: Tensor, q: Quadratic) -> bool:
         q: Its quadratic.
 
     Returns:
-        Whether there is a `.grad` to add to.
+        None for a parameter that needs no gradient, too.
     """
+    if not theta.requires_grad:
+        return None
     if theta.grad is None:
         if q.is_at_rest(theta):
-            return False
+            return None
         theta.grad = torch.zeros_like(theta)
     elif theta.grad.layout is not torch.strided:
         theta.grad = theta.grad.to_dense()  # the penalty moves all rows of an embedding
-    return True
-
-
-def goes_in_blocks(theta: Tensor, q: Quadratic, *more: Tensor | None) -> bool:
-    """Whether to process a parameter in blocks: large, on a CPU, contiguous, one dtype."""
-    return theta.numel() > _LARGE and all(
-        t is not None
-        and t.device.type == "cpu"
-        and t.dtype == compute_dtype(theta)
-        and t.is_contiguous()
-        for t in (theta, *q.tensors, *more)
-    )
-
-
-def blocks(theta: Tensor, q: Quadratic, *more: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-    """Yield e, S and the same piece of `more`, block by block. The memory of e is used again."""
-    scratch = torch.empty(min(BLOCK, theta.numel()), dtype=theta.dtype)
-    operands = [theta.detach(), q.anchor, q.fisher, *more]
-    if q.offset is not None:
-        operands.append(q.offset)
-    pieces = zip(*(t.view(-1).split(BLOCK) for t in operands if t is not None), strict=True)
-    for x, anchor, S, *rest in pieces:
-        e = torch.sub(x, anchor, out=scratch if len(x) == len(scratch) else scratch[: len(x)])
-        if q.offset is not None:
-            e.add_(rest.pop())
-        yield e, S, *rest
+    return theta.grad
 
 
 def _distances(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor]]:
@@ -175,22 +145,27 @@ def _sum_of_squares(e: Tensor, S: Tensor) -> Tensor:
     return e.square_().mul_(S).sum()
 
 
+def _values(distances: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    return [_sum_of_squares(e, S) for e, S in zip(distances, weights, strict=True)]
+
+
 def _total(values: list[Tensor]) -> Tensor:
     if len(values) == 1:
         return values[0]
     return torch.stack([v.to(values[0].device) for v in values]).sum()
 
 
-def _add(thetas: Sequence[Tensor], halves: Sequence[Tensor], factor: float) -> None:
-    """Add factor * half to `.grad`, rounded once."""
-    grads = [as_real(theta.grad) for theta in thetas if theta.grad is not None]
-    if not grads:
+def _add(pairs: Sequence[Pair], halves: Sequence[Tensor], factor: float) -> None:
+    """Add factor * half to each `.grad` that there is to add to, rounded once."""
+    grads = [_gradient(theta, q) for theta, q in pairs]
+    both = [(as_real(g), half) for g, half in zip(grads, halves, strict=True) if g is not None]
+    if not both:
         return
-    if any(grad.dtype == torch.float16 for grad in grads):
-        for grad, half in zip(grads, halves, strict=True):
+    if any(grad.dtype == torch.float16 for grad, _ in both):
+        for grad, half in both:
             grad.copy_(_rounded(grad + factor * half, grad))
     else:
-        torch._foreach_add_(grads, list(halves), alpha=factor)
+        torch._foreach_add_([grad for grad, _ in both], [half for _, half in both], alpha=factor)
 
 
 def _rounded(gradient: Tensor, theta: Tensor) -> Tensor:

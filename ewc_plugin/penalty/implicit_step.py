@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ewc_plugin.penalty.gradient import Pair, blocks, goes_in_blocks
 from ewc_plugin.penalty.options import checked_non_negative
+from ewc_plugin.penalty.pairs import Blocks, Pair, Pairs, SideBySide
 from ewc_plugin.penalty.quadratic import Quadratic, as_real
 
 
@@ -52,25 +52,44 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
         2.0
     """
     checked_non_negative("ewc_lambda", ewc_lambda)
-    quadratics = dict(pairs)
+    stiffness = {}
     for group in optimizer.param_groups:
         c = checked_non_negative("2 lr ewc_lambda", 2 * float(group["lr"]) * ewc_lambda)
-        if c < 1e-38:
-            continue  # underflows float32: no step
-        for parameter in group["params"]:
-            if parameter in quadratics and parameter.requires_grad:
-                _step(parameter, quadratics[parameter], 1 / c)
+        if c >= 1e-38:  # less underflows float32: no step
+            stiffness.update({p: 1 / c for p in group["params"] if p.requires_grad})
+    pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
+    for blocks in pairs.large:
+        if blocks.theta in stiffness:
+            _step_in_blocks(blocks, stiffness[blocks.theta])
+    others = pairs.others
+    for small in pairs.small:
+        first, *more = (stiffness.get(theta) for theta, _ in small.pairs)
+        if first is not None and all(value == first for value in more):
+            _step_together(small, first)
+        else:
+            others += small.pairs
+    for theta, q in others:
+        if theta in stiffness:
+            _step(theta, q, stiffness[theta])
+
+
+def _step_in_blocks(blocks: Blocks, stiffness: float) -> None:
+    """Theta -= e S / (stiffness + S), block by block."""
+    weight = torch.empty(0, dtype=blocks.theta.dtype)
+    for theta, (e, S) in zip(blocks.split(blocks.theta), blocks.distances(), strict=True):
+        torch.add(S, stiffness, out=weight.resize_(len(S)))
+        theta.addcmul_(e, torch.div(S, weight, out=weight), value=-1)
+
+
+def _step_together(small: SideBySide, stiffness: float) -> None:
+    """The same for small parameters, side by side."""
+    e, weight = small.distance(), torch.add(small.S, stiffness, out=small.change)
+    torch.div(small.S, weight, out=weight).mul_(e)
+    torch._foreach_sub_([theta for theta, _ in small.pairs], small.changes)
 
 
 def _step(parameter: Tensor, q: Quadratic, stiffness: float) -> None:
-    """Theta -= e S / (stiffness + S)."""
-    if goes_in_blocks(parameter, q):
-        weight = torch.empty(0, dtype=parameter.dtype)
-        for e, S, theta in blocks(parameter, q, parameter):
-            weight.resize_(len(e))
-            torch.add(S, stiffness, out=weight)
-            theta.addcmul_(e, torch.div(S, weight, out=weight), value=-1)
-        return
+    """The same for a parameter that is not prepared."""
     S, offset, anchor = q.loaded(parameter)
     theta = as_real(parameter)
     e = theta.to(S.dtype) - anchor

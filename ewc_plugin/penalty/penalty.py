@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc_plugin.penalty.gradient import (
-    Pair,
-    PenaltyFunction,
-    add_gradients_,
-    traceable_value,
-    value,
-)
+from ewc_plugin.penalty.gradient import PenaltyFunction, add_gradients_, traceable_value, value
 from ewc_plugin.penalty.options import (
     Mode,
     Normalization,
@@ -25,6 +19,7 @@ from ewc_plugin.penalty.options import (
     normalizer,
     parsed,
 )
+from ewc_plugin.penalty.pairs import Pairs
 from ewc_plugin.penalty.parameters import ModelFingerprint, canonical_parameters, checked_fisher
 from ewc_plugin.penalty.quadratic import Quadratic, Storage, as_real
 from ewc_plugin.penalty.state import Remembered, loaded_state
@@ -96,7 +91,7 @@ class QuadraticPenalty:
         self.history: list[Remembered] = []
         self._quadratics: dict[str, Quadratic] = {}
         self._fingerprint: ModelFingerprint | None = None
-        self._pairs: list[Pair] = []  # of the model that matches `_fingerprint`
+        self._pairs = Pairs([])  # of the model that matches `_fingerprint`
 
     def consolidate(self, model: nn.Module, fisher: Mapping[str, Tensor]) -> None:
         """Add an experience: store the model's parameters as theta* and `fisher` as their weights.
@@ -141,7 +136,7 @@ class QuadraticPenalty:
             self.history.append(Remembered({n: f.clone() for n, f in kept.items()}, anchor))
         self._quadratics = quadratics
         self.n_experiences += 1
-        self._fingerprint, self._pairs = None, []
+        self._fingerprint, self._pairs = None, Pairs([])
 
     def _folded(
         self, past: Quadratic | None, parameter: Tensor, fisher: Tensor | None
@@ -186,7 +181,7 @@ class QuadraticPenalty:
             return traceable_value(pairs) + self._constant
         if not torch.is_grad_enabled():
             return value(pairs) + self._constant
-        result: Tensor = PenaltyFunction.apply([q for _, q in pairs], *(p for p, _ in pairs))
+        result: Tensor = PenaltyFunction.apply(pairs, *(theta for theta, _ in pairs))
         return result + self._constant
 
     @torch.no_grad()
@@ -210,7 +205,7 @@ class QuadraticPenalty:
             return _zero(model)
         return add_gradients_(pairs, scale) + self._constant
 
-    def pairs(self, model: nn.Module | Mapping[str, Tensor]) -> list[Pair]:
+    def pairs(self, model: nn.Module | Mapping[str, Tensor]) -> Pairs:
         """Return each parameter that has a penalty, with its `Quadratic`.
 
         Args:
@@ -225,7 +220,7 @@ class QuadraticPenalty:
         if not isinstance(model, nn.Module | Mapping):
             raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if not self._quadratics:
-            return []
+            return Pairs([])
         if not isinstance(model, nn.Module) or torch.compiler.is_compiling():
             return self._pairs_of(model)
         if self._fingerprint is None or not self._fingerprint.matches(model):
@@ -233,9 +228,9 @@ class QuadraticPenalty:
             self._fingerprint = ModelFingerprint(model)
         return self._pairs
 
-    def _pairs_of(self, model: nn.Module | Mapping[str, Tensor]) -> list[Pair]:
+    def _pairs_of(self, model: nn.Module | Mapping[str, Tensor]) -> Pairs:
         named = canonical_parameters(model) if isinstance(model, nn.Module) else model
-        return [(named[name], q) for name, q in self._matched(named).items()]
+        return Pairs((named[name], q) for name, q in self._matched(named).items())
 
     def _matched(self, parameters: Mapping[str, Tensor]) -> dict[str, Quadratic]:
         """The quadratics in the shapes, types and devices of `parameters`."""
@@ -287,10 +282,10 @@ class QuadraticPenalty:
         quadratics, history = loaded_state(state, self.state_dict(), self.storage)
         self.n_experiences = state["n_experiences"]
         self._quadratics, self.history = quadratics, history
-        self._fingerprint, self._pairs = None, []
+        self._fingerprint, self._pairs = None, Pairs([])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_fingerprint": None, "_pairs": []}  # without the model
+        return {**vars(self), "_fingerprint": None, "_pairs": Pairs([])}  # without the model
 
 
 def _zero(model: nn.Module | Mapping[str, Tensor]) -> Tensor:
@@ -299,7 +294,7 @@ def _zero(model: nn.Module | Mapping[str, Tensor]) -> Tensor:
     return torch.zeros((), device=None if first is None else first.device)
 
 
-def _is_transformed(pairs: list[Pair]) -> bool:
+def _is_transformed(pairs: Pairs) -> bool:
     """Whether `torch.func` differentiates or maps over one of the parameters."""
     functorch = torch._C._functorch
     if any(functorch.is_functorch_wrapped_tensor(theta) for theta, _ in pairs):

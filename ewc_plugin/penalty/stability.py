@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ewc_plugin.penalty.gradient import Pair
+from ewc_plugin.penalty.pairs import Pair
 
 
 class DivergedError(ArithmeticError, RuntimeError):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin.penalty.gradient import BLOCK
+from ewc_plugin.penalty.implicit_step import implicit_step_
+from ewc_plugin.penalty.pairs import BLOCK
 from ewc_plugin.penalty.penalty import QuadraticPenalty
 from support.penalties import Unfolded, gradient_of, model, random_fisher, wander
 
@@ -73,6 +74,50 @@ def test_blocks_of_a_large_parameter_and_other_layouts_agree_with_autograd(layou
     added = penalty.add_gradient_(net, scale=1.0)
     assert float(added) == pytest.approx(float(value.detach()), rel=1e-12)
     assert torch.allclose(net.weight.grad.flatten(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 0.2)], ids=["one rate", "two rates"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_and_small_parameters_step_by_step_beside_float64(rates, dtype):
+    """One preparation serves gradients and implicit steps at parameters that move and change."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 3), nn.Linear(3, 2)).to(dtype)
+    penalty, past = QuadraticPenalty(), []
+    for t in range(2):
+        fisher = {n: torch.rand(p.shape, generator=generator) for n, p in net.named_parameters()}
+        if t == 0:  # no offset for one of the small ones
+            fisher["2.bias"].zero_()
+        penalty.consolidate(net, fisher)
+        past.append([
+            (f.double(), p.detach().double().clone())
+            for f, p in zip(fisher.values(), net.parameters(), strict=True)
+        ])
+        wander(net, generator)
+    *rest, last = net.parameters()
+    groups = [{"params": rest, "lr": rates[0]}, {"params": [last], "lr": rates[1]}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    for step in range(3):
+        wander(net, generator)
+        if step == 2:
+            net[0].weight.data = net[0].weight.data.t().contiguous().t()
+        net.zero_grad()
+        value = penalty.add_gradient_(net, scale=0.5)
+        expected_value = 0.0
+        for i, p in enumerate(net.parameters()):
+            theta = p.detach().double()
+            pulls = [(F[i][0], theta - F[i][1]) for F in past]
+            expected_value += 0.5 * sum(float((S * d * d).sum()) for S, d in pulls)
+            expected = sum(S * d for S, d in pulls)
+            tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+            assert torch.allclose(p.grad.double(), expected, rtol=tolerance, atol=tolerance)
+        assert 0.5 * float(value) == pytest.approx(expected_value, rel=tolerance)
+        before = [p.detach().double().clone() for p in net.parameters()]
+        implicit_step_(optimizer, penalty.pairs(net), ewc_lambda=3.0)
+        for i, (p, x) in enumerate(zip(net.parameters(), before, strict=True)):
+            c = 2 * 3.0 * (rates[1] if p is last else rates[0])
+            S = past[0][i][0] + past[1][i][0]
+            target = sum(F[i][0] * F[i][1] for F in past)
+            assert torch.allclose(p.double(), (x + c * target) / (1 + c * S), atol=tolerance)
 
 
 def test_parameter_where_it_was_left_gets_no_gradient():
