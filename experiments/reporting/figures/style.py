@@ -78,6 +78,7 @@ PENALTY_COLOURS = {
     "in the loss": _light("sky"),
     "implicit step": _light("wine"),
     "one compiled kernel": _light("grey"),
+    "one compiled kernel, with the value": _light("brown"),
     "Avalanche": _light("blue"),
 }
 STYLE: dict[str, Any] = {
