@@ -147,10 +147,12 @@ def gpt2() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    """A vision transformer of three layers."""
-    from transformers import ViTConfig, ViTForImageClassification
+    """A vision transformer of three layers, with a class token and LayerScale."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    return Pretrained(ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, **_SMALL)))
+    return Pretrained(
+        Dinov2ForImageClassification(Dinov2Config(image_size=32, patch_size=4, **_SMALL))
+    )
 
 
 @dataclass(frozen=True)

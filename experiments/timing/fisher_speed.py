@@ -139,7 +139,8 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
             rows += _measure(network, kind, settings)
     output = study_output(settings)
     table = output.table(_with_kept(pd.DataFrame(rows), output.folder), FISHER_SPEED)
-    output.figure(draw_speeds(table), "fisher_speed")
+    if table["multiple_of_gradient_pass"].notna().any():
+        output.figure(draw_speeds(table), "fisher_speed")
     names = ("network", "kind", "engine", "status", "multiple_of_gradient_pass", "peak_multiple")
     output.show(table[[*names, "relative_error"]], index=False)
     console.print(f"Table and figure: {output.folder}")
@@ -174,8 +175,11 @@ def _check(settings: FisherSpeedSettings) -> None:
 
 
 def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dict[str, object]]:
-    """Rows of one network and label type."""
-    reference = _reference(network, kind, settings.device)
+    """Rows of one network and label type; all are absent without the network's library."""
+    try:
+        reference, missing = _reference(network, kind, settings.device), ""
+    except ModuleNotFoundError as error:
+        reference, missing = {}, f"pip install {error.name}"
     rows: dict[str, dict[str, object]] = {}
     timed: dict[str, tuple[Callable[[], Fisher], int]] = {}
     for name in dict.fromkeys((UNIT, *settings.engines)):
@@ -187,12 +191,17 @@ def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dic
             "device": settings.device, "samples": samples, "rounds": settings.rounds,
         }  # fmt: skip
         rows[name] = row
+        if missing:
+            row["status"], row["note"] = "absent", missing
+            continue
         row["status"], row["note"], row["relative_error"] = _try(
             engine, network, kind, settings, reference
         )
         if row["status"] in ("ok", "wrong values", "approximation"):
             problem = make_problem(network, kind, samples=samples, device=settings.device)
             timed[name] = engine.prepare(problem), samples
+    if missing:
+        return list(rows.values())
     _time(timed, rows, settings)
     if OURS in rows:
         rows[OURS]["relative_error_float64"] = _float64_error(

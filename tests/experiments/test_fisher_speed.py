@@ -1,5 +1,7 @@
 """The Fisher benchmark's table: what its columns hold. Blind to how fast anything is."""
 
+import sys
+
 import pandas as pd
 import pytest
 
@@ -32,6 +34,16 @@ def test_table_holds_what_was_measured(tmp_path):
     stored = pd.read_csv(tmp_path / "fisher_speed.csv")
     assert stored[MULTIPLE].to_list()[:3] == pytest.approx(table[MULTIPLE].to_list()[:3])
     assert (tmp_path / "fisher_speed.png").stat().st_size > 10_000
+
+
+def test_network_whose_library_is_missing_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    settings = FisherSpeedSettings(
+        networks=("bert",), engines=(OURS,), kinds=("predicted",), memory=False, out=str(tmp_path)
+    )
+    table = run(settings)
+    assert list(table["status"]) == ["absent"] * 2
+    assert list(table["note"]) == ["pip install transformers"] * 2
 
 
 def test_a_machine_that_slows_down_changes_no_multiple(monkeypatch):
