@@ -7,9 +7,10 @@ that count, so that F = 1/N sum_n (sum_t J_nt^T v_nt)^2 with a vector v_nt at ea
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch
+from ewc_plugin.fisher.outputs import has_decoder
 from ewc_plugin.fisher.scores import FisherType, Scores, drawn_labels, label_scores, score_vectors
 
 _MOST_EXACT = 2**11  # vectors, each of which takes a backward pass
@@ -59,11 +60,49 @@ def find_class_dim(outputs: torch.Size, labels: torch.Size | None, class_dim: in
     return fitting[0]
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
-    """The attention mask of a mapping, or of one that a batch (mapping, labels) begins with."""
+def attention_mask(batch: Batch, *, of_decoder: bool = False) -> Tensor | None:
+    """The attention mask of a mapping, or of one that a batch (mapping, labels) begins with.
+
+    Args:
+        batch: Any.
+        of_decoder: Whether the outputs are those of a decoder, whose mask is another one.
+
+    Returns:
+        0 at padding and 1 elsewhere; None where there is none.
+
+    Raises:
+        ValueError: It has other values; or the mask is the encoder's alone, and nothing tells the
+            decoder's inputs.
+    """
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
+    if not isinstance(inputs, Mapping):
+        return None
+    name = "decoder_attention_mask" if of_decoder else "attention_mask"
+    mask = inputs.get(name)
+    if not isinstance(mask, Tensor):
+        known = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys()
+        if of_decoder and not known and inputs is batch and "attention_mask" in inputs:
+            raise ValueError(
+                "`positions` is needed: `model` has an encoder and a decoder, 'attention_mask' is "
+                "the encoder's, and the batch has neither 'labels' nor 'decoder_input_ids'. Pass "
+                "positions=f, where f maps a batch to the outputs' positions that count, or to "
+                "None where all do."
+            )
+        return None
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"{name!r} must be 0 at padding and 1 elsewhere, got {float(mask.min()):g} to "
+            f"{float(mask.max()):g}. An additive mask, or the numbers of sequences packed into one "
+            "row, do not say which positions have a score. Pass positions=f, where f maps a batch "
+            "to them, or to None where every position counts."
+        )
+    return mask
+
+
+def default_positions(model: nn.Module) -> Callable[[Batch], Tensor | None]:
+    """Map a batch to the mask of the outputs of `model`: the decoder's where it has one."""
+    of_decoder = has_decoder(model)
+    return lambda batch: attention_mask(batch, of_decoder=of_decoder)
 
 
 def counted_positions(
@@ -91,8 +130,9 @@ def counted_positions(
             raise ValueError(
                 f"`{name}` must have the shape {tuple(shape)} of the outputs without their class "
                 f"axis, got {tuple(found.shape)}. Pass {name}=f, where f maps a batch to them, or "
-                "to None where every position counts; `positions` is the batch's attention mask by "
-                "default."
+                "to None where every position counts; `positions` is the attention mask by "
+                "default. Where a model puts positions of its own before the inputs, cut them off "
+                "in `forward`."
             )
         part = found != (ignore_index if name == "targets" else 0)
         counted = part if counted is None else counted & part

@@ -15,6 +15,7 @@ from ewc_plugin.batches import Batch, draw_samples, not_empty, rechunk
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.accumulate import Accumulator
 from ewc_plugin.fisher.class_mean import ClassMeans
+from ewc_plugin.fisher.dense import default_positions
 from ewc_plugin.fisher.hugging_face import check_labels_are_shifted
 from ewc_plugin.fisher.label_scores import IGNORE_INDEX, LabelScores
 from ewc_plugin.fisher.mini_batch import batched_importances
@@ -91,7 +92,8 @@ def diagonal_fisher(
         ignore_index: The label of a sample, token or pixel without a score. Where labels are read
             it has none, and a sample without any is not counted in N.
         positions: Maps a batch to the positions of dense outputs that have a score, nonzero or
-            True, in the labels' shape; or to None: all. Default: "attention_mask" of a mapping.
+            True, in the labels' shape; or to None: all. Default: "attention_mask" of a
+            mapping; of a model with a decoder "decoder_attention_mask".
 
     Returns:
         One tensor per trainable parameter, by name: its shape and device, in float32 or the
@@ -161,7 +163,7 @@ def diagonal_fisher(
             targets,
             class_dim=class_dim,
             ignore_index=ignore_index,
-            positions=positions,
+            positions=positions or default_positions(model),
         )
         call, probed = probe(call, samples)
         if not label_scores.one_vector:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch
-from ewc_plugin.fisher.outputs import default_forward
+from ewc_plugin.fisher.dense import attention_mask
+from ewc_plugin.fisher.outputs import default_forward, has_decoder
 
 
 def causal_lm() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def masked_lm() -> dict[str, Any]:
     -100 at the tokens that are not to be predicted, as `DataCollatorForLanguageModeling` makes it.
 
     Returns:
-        `forward`, `targets`, `class_dim` and `positions`, as `causal_lm`.
+        `forward`, `targets` and `class_dim`, as `causal_lm`.
 
     Example:
         >>> masked_lm()["class_dim"]
@@ -56,7 +57,6 @@ def masked_lm() -> dict[str, Any]:
         "forward": default_forward_logits,
         "targets": _labels,
         "class_dim": -1,
-        "positions": lambda batch: _mapping(batch).get("attention_mask"),
     }
 
 
@@ -68,6 +68,11 @@ def default_forward_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _all_but_last(model: nn.Module, batch: Batch) -> Tensor:
+    if has_decoder(model):
+        raise ValueError(
+            f"`causal_lm` is for models without an encoder: {type(model).__name__} predicts each "
+            "label at its own position. Leave `causal_lm` out."
+        )
     return default_forward_logits(model, batch)[:, :-1]
 
 
@@ -78,7 +83,7 @@ def _next_tokens(batch: Batch) -> Tensor:
 
 
 def _both_are_tokens(batch: Batch) -> Tensor | None:
-    mask: Tensor | None = _mapping(batch).get("attention_mask")
+    mask = attention_mask(_mapping(batch))
     return None if mask is None else (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
 
 

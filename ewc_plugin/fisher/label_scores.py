@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ewc_plugin.batches import Batch, n_samples
 from ewc_plugin.fisher.dense import (
-    attention_mask,
     counted_positions,
     dense_vectors,
     find_class_dim,
@@ -31,7 +30,7 @@ class LabelScores:
         targets: Maps a batch to its labels; None: `batch[1]`, or "labels" of a mapping.
         class_dim: Axis of the classes in dense outputs; None: what the labels' shape says.
         ignore_index: Label of samples and positions that have no score.
-        positions: Maps a batch to the positions that have one; None: its attention mask.
+        positions: Maps a batch to the positions that have one, or to None: all.
 
     Attributes:
         one_vector: Whether each sample is known to have one vector, before any is made.
@@ -46,10 +45,10 @@ class LabelScores:
         *,
         class_dim: int | None = None,
         ignore_index: int = IGNORE_INDEX,
-        positions: Targets | None = None,
+        positions: Targets,
     ) -> None:
         self.fisher_type, self.n_draws, self.generator = fisher_type, n_draws, generator
-        self.targets, self.positions = targets or found_targets, positions or attention_mask
+        self.targets, self.positions = targets or found_targets, positions
         self.ignore_index = ignore_index
         self._class_dim = class_dim
         self.one_vector = n_draws == 1 and isinstance(fisher_type, FisherType)

@@ -1,6 +1,8 @@
 """The default inputs and targets of a model, and checks of its outputs and logits."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +46,10 @@ def default_forward(model: nn.Module, batch: Batch) -> Any:
     """
     try:
         if isinstance(batch, Mapping):
-            return model(**{key: value for key, value in batch.items() if key not in _LABELS})
+            left_out = set(_LABELS)
+            if _decoder_reads_labels(model, batch):
+                left_out.remove("labels")
+            return model(**{key: value for key, value in batch.items() if key not in left_out})
         return model(batch if isinstance(batch, Tensor) else batch[0])
     except TypeError as error:
         if not isinstance(batch, Mapping) and isinstance(batch[0], Tensor):
@@ -53,6 +58,28 @@ def default_forward(model: nn.Module, batch: Batch) -> Any:
             f"`model` does not take the inputs of {_described(batch)}: {error}. Pass `forward`, "
             "which maps (model, batch) to logits [N, C]."
         ) from error
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model has a decoder with inputs of its own, as those of `transformers` do."""
+    return any(
+        "decoder_input_ids" in _arguments(type(module).forward) for module in model.modules()
+    )
+
+
+def _decoder_reads_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the decoder's inputs are the shifted labels, as in the training of the model."""
+    labels = batch.get("labels")
+    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
+    return not given and isinstance(labels, Tensor) and labels.dim() > 1 and has_decoder(model)
+
+
+@lru_cache(256)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
 
 
 def found_targets(batch: Batch) -> Tensor | None:
