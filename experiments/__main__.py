@@ -9,7 +9,8 @@ import warnings
 from importlib import import_module
 from typing import Any, get_type_hints
 
-INTERRUPTED = "Interrupted. Finished runs are stored; the same command goes on from there."
+GOES_ON = "the same command goes on from what is stored."
+INTERRUPTED = f"Interrupted; {GOES_ON}"
 
 
 def _end_at_once(*_: Any) -> None:
@@ -91,8 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if _is_lost(sys.stdout) and isinstance(error, BrokenPipeError):  # to `head`, say
             return 128 + getattr(signal, "SIGPIPE", 13)
-        where = f" {shown(str(error.filename))}" if error.filename else ""
-        line = f"error: {error.strerror or error}{where}; what was finished is stored."
+        path = error.filename2 or error.filename  # of a rename: where to
+        where = f" {shown(str(path))}" if path else ""
+        line = f"error: {error.strerror or error}{where}; {GOES_ON}"
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
         return 2
     finally:

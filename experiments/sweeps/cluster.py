@@ -102,8 +102,9 @@ class Dask:
         while not self._usable:
             self._look()
             if self._code and len(self._code) == len(self._asked) and not self._usable:
+                files = " and the same own files" if self._files else ""
                 raise ValueError(
-                    f"`scheduler` must have a worker with this code ({code_hash()}), got "
+                    f"`scheduler` must have a worker with this code ({code_hash()}){files}, got "
                     f"{self.address}{self._refused()}: start one in this checkout."
                 )
             if time.monotonic() - self._seen > WORKER_TIMEOUT_S:

@@ -43,12 +43,10 @@ _one_run = threading.Lock()  # runs of one process would share its global random
 
 
 class WorkerDiedError(ChildProcessError):
-    """Workers were lost, or can't make the runs; finished runs are stored."""
+    """Workers were lost, or can't make the runs; a finished run's file stays."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"{problem}; finished runs are stored: the same command goes on from there."
-        )
+        super().__init__(f"{problem}; the same command goes on from what is stored.")
 
 
 class TaskError(RuntimeError):

@@ -104,6 +104,7 @@ def read_checkpoint(
             io.BytesIO(content), map_location=settings.device, weights_only=True
         )
         of = dict(state["of"])
+        state = {name: state[name] for name in ("of", "progress", "strategy", "random")}
     except Exception:  # it was sealed by something else; torch raises errors of many types
         say(f"{settings.run_id}: its checkpoint is none of ours; the run starts anew.")
         return None

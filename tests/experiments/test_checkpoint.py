@@ -114,7 +114,7 @@ def test_a_checkpoint_of_other_settings_data_or_bytes_is_not_used(tmp_path):
     assert run(cell, DIGITS, checkpoint=path).rows == run(cell, DIGITS).rows
 
 
-@pytest.mark.parametrize("content", [None, [1], {"of": None}, {"progress": {}}, b"not from torch"])
+@pytest.mark.parametrize("content", [None, [1], {"of": {}}, {"progress": {}}, b"not from torch"])
 def test_a_checkpoint_that_something_else_sealed_is_said_and_not_used(tmp_path, content):
     path, lines, file = tmp_path / "checkpoint", [], io.BytesIO()
     if isinstance(content, bytes):

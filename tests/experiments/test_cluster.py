@@ -164,7 +164,7 @@ def test_a_lost_scheduler_ends_the_sweep_in_one_line_and_finished_runs_stay(tmp_
 
         thread = threading.Thread(target=lose)
         thread.start()
-        with pytest.raises(WorkerDiedError, match="was lost; finished runs are stored") as error:
+        with pytest.raises(WorkerDiedError, match="was lost; the same command") as error:
             sweep(
                 cells,
                 DIGITS,
@@ -174,6 +174,6 @@ def test_a_lost_scheduler_ends_the_sweep_in_one_line_and_finished_runs_stay(tmp_
                 scheduler=running.scheduler_address,
             )
         thread.join()
-    assert one_line_of(error).endswith("the same command goes on from there.")
+    assert one_line_of(error).endswith("the same command goes on from what is stored.")
     assert 1 <= len(store.finished()) < len(cells)
     assert "Traceback" not in capfd.readouterr().err

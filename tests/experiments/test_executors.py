@@ -278,7 +278,7 @@ def test_workers_of_a_cluster_need_the_same_own_files(tmp_path, cluster):
         (replace(file, sha256="0" * 64), "is not the file that the command began with"),
         (replace(file, path=str(tmp_path / "elsewhere.py")), "can't be read here"),
     ):
-        with pytest.raises(ValueError, match="workers with the same own files") as error:
+        with pytest.raises(ValueError, match="with this code .* and the same own files") as error:
             Dask(address, (wrong,))
         assert said in str(error.value)
     quick = ["--dataset", "digits", "--experiences", "2", "--hidden-size", "8", "--epochs", "1"]

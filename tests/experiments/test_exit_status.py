@@ -79,6 +79,31 @@ def test_a_result_that_was_taken_away_is_no_success(tmp_path, monkeypatch, capsy
     assert last.endswith("gone: its file was taken from the folder")
 
 
+def test_a_folder_that_became_a_file_ends_in_one_line_that_claims_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    add, out = Store.add, tmp_path / "out"
+
+    def add_and_replace(store, result):
+        add(store, result)
+        shutil.rmtree(store.folder)
+        store.folder.write_text("")
+
+    monkeypatch.setattr(Store, "add", add_and_replace)
+    assert main([*QUICK, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(out) in line
+    assert line.endswith("; the same command goes on from what is stored.")
+
+
+def test_a_file_that_can_not_be_replaced_is_named(tmp_path, capsys):
+    (tmp_path / "environment.json").mkdir()
+    assert main([*QUICK, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: Is a directory {tmp_path}/environment.json; ")
+
+
 def test_a_terminal_without_utf8_gets_ascii(tmp_path, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

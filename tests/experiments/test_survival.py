@@ -315,7 +315,7 @@ def test_ctrl_c_at_the_terminal_ends_in_one_line(tmp_path):
         # Python may have itself killed in place of that, if it was at an import; 130 to a shell.
         assert process.returncode in (130, -signal.SIGINT)
         assert errors.decode().splitlines() == [
-            "Interrupted. Finished runs are stored; the same command goes on from there."
+            "Interrupted; the same command goes on from what is stored."
         ]
     assert 1 <= len(Store(tmp_path).finished()) <= 4
 
