@@ -27,7 +27,7 @@ from ewc_plugin.avalanche.fisher_data import (
 )
 from ewc_plugin.avalanche.likelihood import Likelihood, checked_likelihood, known_likelihood
 from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
-from ewc_plugin.avalanche.ranks import check_adds_up_over_ranks, unwrapped
+from ewc_plugin.avalanche.ranks import unwrapped
 from ewc_plugin.avalanche.strategy_fisher import StrategyFisher, needs_likelihood
 from ewc_plugin.avalanche.template import check_calls_the_hooks
 from ewc_plugin.batch_parts import Unpacked, logits_of, on_device, unpack
@@ -165,7 +165,6 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Refuse a strategy that cannot use this plugin, or a plugin that another strategy uses."""
         check_calls_the_hooks(strategy)
-        check_adds_up_over_ranks(self.fisher_type)
         owner = self._strategy and self._strategy()
         if owner is not None and owner is not strategy:
             raise ValueError(

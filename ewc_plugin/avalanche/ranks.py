@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_plugin.batches import Batch, n_samples
+from ewc_plugin.fisher.class_mean import keeping_class_sums
 from ewc_plugin.fisher.result import Fisher as FisherResult
 from ewc_plugin.fisher.scores import FisherType, Score
 
@@ -40,22 +41,6 @@ def shard(N: int) -> range:
     return range(dist.get_rank() if n > 1 else 0, N, n)
 
 
-def check_adds_up_over_ranks(fisher_type: FisherType | Score) -> None:
-    """Raise where the ranks' own importances do not give that of all samples.
-
-    Args:
-        fisher_type: The plugin's.
-
-    Raises:
-        ValueError: It is a class mean, in a distributed run.
-    """
-    if world_size() > 1 and isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
-        raise ValueError(
-            f"`fisher_type` {fisher_type.value!r} squares the means of classes, whose samples are "
-            "spread over the ranks of a distributed run. Use 'predicted' or 'empirical'."
-        )
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module in a data-parallel wrapper, whose forward pass synchronises ranks."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -80,6 +65,61 @@ def mean_over_ranks(compute: Callable[[], tuple[Fisher, float]], like: Fisher) -
         RuntimeError: Another rank failed.
         ValueError: No rank has a sample.
     """
+    fisher, weight, total = _computed_on_each(compute, like)
+    mean = {}
+    for name, tensor in _zeros(like).items():
+        share = fisher[name] * (weight / total) if weight else tensor
+        dist.all_reduce(share)
+        mean[name] = share
+    return mean
+
+
+def class_means_over_ranks(
+    compute: Callable[[], tuple[Fisher, float]], like: Fisher
+) -> dict[str, Tensor]:
+    """1/N sum_c G_c^2 / n_c of the sums G_c and n_c over all ranks, which are squared last.
+
+    Args:
+        compute: As in `mean_over_ranks`, by a pass of class means.
+        like: As in `mean_over_ranks`.
+
+    Returns:
+        F, the same on every rank.
+
+    Raises:
+        RuntimeError: Another rank failed.
+        ValueError: No rank has a sample.
+    """
+    with keeping_class_sums() as kept:
+        _computed_on_each(compute, like)
+    counts, gradients = (kept[0].counts, kept[0].gradients) if kept else ({}, {})
+    device = next(iter(like.values())).device
+    n_classes = torch.tensor(max(counts, default=-1) + 1, device=device)
+    dist.all_reduce(n_classes, dist.ReduceOp.MAX)
+    n = torch.zeros(int(n_classes), dtype=torch.float64, device=device)
+    for c, count in counts.items():
+        n[c] = count
+    dist.all_reduce(n)
+    N, total = float(n.sum()), _zeros(like)
+    for c in n.nonzero()[:, 0].tolist():
+        own = gradients.pop(c, None) or _zeros(like)
+        for name in like:
+            dist.all_reduce(own[name])
+            total[name] += own[name].square_().div_(float(n[c]) * N)
+    return total
+
+
+def _zeros(like: Fisher) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        for name, t in like.items()
+    }
+
+
+def _computed_on_each(
+    compute: Callable[[], tuple[Fisher, float]], like: Fisher
+) -> tuple[Fisher, float, float]:
+    """This rank's F and weight, and the weight of all ranks; raises where one has failed."""
     device = next(iter(like.values())).device
     fisher: Fisher = {}
     weight, error = _FAILED, None
@@ -97,13 +137,7 @@ def mean_over_ranks(compute: Callable[[], tuple[Fisher, float]], like: Fisher) -
     total = float(sum(weights))
     if not total:
         raise ValueError("`batches` is empty on every rank: a Fisher needs at least one sample.")
-    mean = {}
-    for name, tensor in like.items():
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        share = fisher[name] * (weight / total) if weight else torch.zeros_like(tensor, dtype=dtype)
-        dist.all_reduce(share)
-        mean[name] = share
-    return mean
+    return fisher, weight, total
 
 
 def fisher_over_ranks(
@@ -112,7 +146,7 @@ def fisher_over_ranks(
     like: Fisher,
     *,
     max_samples: int | None,
-    weigh_batches: bool,
+    fisher_type: FisherType | Score,
 ) -> dict[str, Tensor]:
     """The Fisher of every rank's batches together.
 
@@ -121,7 +155,7 @@ def fisher_over_ranks(
         batches: Function that returns this rank's batches.
         like: A tensor for each entry of the Fisher, of its shape, on its device.
         max_samples: How many samples to use, over all ranks.
-        weigh_batches: Whether a mean is over batches instead of samples.
+        fisher_type: Of `compute`; the mean of BATCHED is over batches instead of samples.
 
     Returns:
         F, the same on every rank.
@@ -137,7 +171,7 @@ def fisher_over_ranks(
         if counted.is_empty or limit == 0:
             return {}, 0
         fisher = compute(counted, **({} if limit is None else {"max_samples": limit}))
-        if weigh_batches:
+        if fisher_type is FisherType.BATCHED:
             return fisher, counted.n_batches
         # Samples without any label or position count neither in a rank's mean nor in its weight.
         N = fisher.n_samples if isinstance(fisher, FisherResult) else None
@@ -145,6 +179,8 @@ def fisher_over_ranks(
             N = counted.n_samples if limit is None else min(limit, counted.n_samples)
         return fisher, N
 
+    if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
+        return class_means_over_ranks(share, like)
     return mean_over_ranks(share, like)
 
 

@@ -94,7 +94,7 @@ class StrategyFisher:
                 lambda: self._prepared(batches()),
                 {name: p for name, p in self.model.named_parameters() if p.requires_grad},
                 max_samples=options.get("max_samples"),
-                weigh_batches=self._fisher_type is FisherType.BATCHED,
+                fisher_type=self._fisher_type,
             )
 
     def output(self, model: nn.Module, batch: Batch) -> Any:

@@ -18,6 +18,9 @@ more, for the chunk of their predicted class.
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +69,7 @@ class ClassSums:
             self.gradients[c][name].add_(gradient, alpha=scale)
 
     def mean(self) -> Sums:
-        """F = 1/N sum_c G_c^2 / n_c; overwrites the sums.
+        """F = 1/N sum_c G_c^2 / n_c.
 
         Returns:
             One tensor per parameter.
@@ -79,9 +82,27 @@ class ClassSums:
             raise ValueError("No sample of `batches` has a label other than `ignore_index`.")
         total = {name: torch.zeros_like(t) for name, t in self.like.items()}
         for c in sorted(self.gradients):
-            for name, gradient in self.gradients.pop(c).items():
-                total[name] += gradient.square_().div_(self.counts[c] * N)
+            for name, gradient in self.gradients[c].items():
+                total[name] += gradient.square().div_(self.counts[c] * N)
         return total
+
+
+_kept: ContextVar[list[ClassSums] | None] = ContextVar("class sums", default=None)
+
+
+@contextmanager
+def keeping_class_sums() -> Iterator[list[ClassSums]]:
+    """Keep the sums of the passes inside it: those of parts of the data add up, their F do not.
+
+    Yields:
+        The list to which they are added.
+    """
+    kept: list[ClassSums] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
 
 
 class ClassMeans:
@@ -151,6 +172,9 @@ class ClassMeans:
         for waiting in (self._guessed, self._known):  # in this order: wrong guesses wait once more
             for c in list(waiting):
                 self._flush(waiting, c)
+        kept = _kept.get()
+        if kept is not None:
+            kept.append(self._sums)
         return self._sums.mean()
 
     def _logits(self, batch: Batch, places: int | Tensor) -> Tensor:

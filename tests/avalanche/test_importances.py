@@ -8,7 +8,6 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from ewc_plugin import DiagonalEWCPlugin, causal_lm, diagonal_fisher
-from ewc_plugin.avalanche import ranks
 from support.gradients import between_classes, sample_gradients
 from support.plugin_streams import benchmark, mlp, multi_head, strategy, train
 from support.reference import relative_error
@@ -38,13 +37,6 @@ def test_the_class_mean_of_an_experience():
 
     want = between_classes(sample_gradients(model, log_p, len(y)), y)
     assert relative_error(plugin.fisher, want) < 1e-4
-
-
-def test_class_means_are_refused_before_a_distributed_training(monkeypatch):
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    plugin = DiagonalEWCPlugin(1.0, fisher_type="class_mean")
-    with pytest.raises(ValueError, match="spread over the ranks"):
-        train(strategy(mlp(), plugin), benchmark().train_stream)
 
 
 class NextToken(Naive):

@@ -6,11 +6,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from ewc_plugin import DiagonalEWCPlugin, diagonal_fisher
+from ewc_plugin import DiagonalEWCPlugin, FisherType, diagonal_fisher
 from ewc_plugin.avalanche import ranks
 from ewc_plugin.avalanche.ranks import shard
 from support.plugin_streams import train
 from support.ranks import TYPES, cases, experiences, learner_of, model, worker
+
+SIZES = [f"{n} samples{how}" for n in (1, 23) for how in ("", " by class")]
+CASES = ["weights", *TYPES, *SIZES, "all samples"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["weights", *TYPES, "1 samples", "23 samples", "all samples"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_as_one(found, case):
     expected = cases(model())[case]
     for of_rank in found:
@@ -67,7 +70,7 @@ def test_samples_without_a_label_have_no_weight_among_the_ranks(monkeypatch):
         lambda: batches,
         dict(net.named_parameters()),
         max_samples=None,
-        weigh_batches=False,
+        fisher_type=FisherType.EMPIRICAL,
     )
     ((_, weight),) = found
     assert weight == 2

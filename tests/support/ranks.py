@@ -17,7 +17,7 @@ from ewc_plugin import DiagonalEWCPlugin, experience_batches
 from ewc_plugin.avalanche.ranks import shard
 from support.plugin_streams import N_FEATURES, benchmark, strategy, train
 
-TYPES = ("predicted", "empirical", "exact")
+TYPES = ("predicted", "empirical", "exact", "class_mean", "class_mean_empirical")
 
 
 class InOrder(Naive):
@@ -55,6 +55,8 @@ def cases(net, **options):
     for n in (1, 23):  # an empty share; shares of different size
         learner.experience.dataset = experiences()[0].dataset.subset(range(n))
         found[f"{n} samples"] = plugin.compute_fisher(learner)
+        class_means = DiagonalEWCPlugin(5.0, fisher_type="class_mean_empirical")
+        found[f"{n} samples by class"] = class_means.compute_fisher(learner)
     plugin.fisher_options = {"max_samples": 30}  # more than there are
     found["all samples"] = plugin.compute_fisher(learner)
     return found
