@@ -129,7 +129,9 @@ def read_file(path: Path, schema: Schema) -> pd.DataFrame:
     Raises:
         TableError: The file is not a table of the schema.
     """
-    texts = {name: str for name, c in schema.columns.items() if c.dtype.type is str}
+    texts = {
+        name: str for name, c in schema.columns.items() if isinstance(c.dtype.type, pd.StringDtype)
+    }
     try:
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
