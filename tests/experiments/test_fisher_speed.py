@@ -1,13 +1,14 @@
-"""The Fisher benchmark's table: what its columns hold. Blind to how fast anything is."""
+"""The Fisher benchmark's table: what its columns hold; and that rules serve its networks."""
 
 import sys
 
 import pandas as pd
 import pytest
 
+from ewc_plugin import explain
 from experiments.results import tables
 from experiments.timing import fisher_speed
-from experiments.timing.fisher_engines import OURS, UNIT
+from experiments.timing.fisher_engines import NETWORKS, OURS, UNIT, make_problem
 from experiments.timing.fisher_speed import FISHER_SPEED, FisherSpeedSettings, _with_kept, run
 
 MULTIPLE = "multiple_of_gradient_pass"
@@ -34,6 +35,17 @@ def test_table_holds_what_was_measured(tmp_path):
     stored = pd.read_csv(tmp_path / "fisher_speed.csv")
     assert stored[MULTIPLE].to_list()[:3] == pytest.approx(table[MULTIPLE].to_list()[:3])
     assert (tmp_path / "fisher_speed.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_is_served_by_a_rule(network):
+    try:
+        problem = make_problem(network, "predicted", samples=6)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"pip install {error.name}")
+    served = explain(problem.model, (problem.x, problem.y))
+    assert served.keys() == problem.named().keys()
+    assert {name: how.detail for name, how in served.items() if how.engine != "rules"} == {}
 
 
 def test_network_whose_library_is_missing_is_absent(tmp_path, monkeypatch):
