@@ -150,9 +150,9 @@ def vit() -> nn.Module:
     """A vision transformer of three layers, with a class token and LayerScale."""
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    return Pretrained(
-        Dinov2ForImageClassification(Dinov2Config(image_size=32, patch_size=4, **_SMALL))
-    )
+    images = {"image_size": 32, "patch_size": 4}
+    config = Dinov2Config(use_mask_token=False, **images, **_SMALL)  # of its pretraining alone
+    return Pretrained(Dinov2ForImageClassification(config))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from ewc_plugin import explain
 from experiments.results import tables
 from experiments.timing import fisher_speed
-from experiments.timing.fisher_engines import NETWORKS, OURS, UNIT, make_problem
+from experiments.timing.fisher_engines import NETWORKS, OURS, UNIT, gradient_pass, make_problem
 from experiments.timing.fisher_speed import FISHER_SPEED, FisherSpeedSettings, _with_kept, run
 
 MULTIPLE = "multiple_of_gradient_pass"
@@ -43,6 +43,7 @@ def test_every_parameter_is_served_by_a_rule(network):
         problem = make_problem(network, "predicted", samples=6)
     except ModuleNotFoundError as error:
         pytest.skip(f"pip install {error.name}")
+    assert gradient_pass(problem)().keys() == problem.named().keys()  # all have a gradient
     served = explain(problem.model, (problem.x, problem.y))
     assert served.keys() == problem.named().keys()
     assert {name: how.detail for name, how in served.items() if how.engine != "rules"} == {}
