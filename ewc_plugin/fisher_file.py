@@ -54,6 +54,7 @@ def save_fisher(
 
     Raises:
         ImportError: safetensors is not installed.
+        FileNotFoundError: The folder of `path` does not exist.
         TypeError: `about` cannot be written as JSON.
         ValueError: `fisher` has no entries, or one that is negative or not finite; or `anchor` has
             other names or shapes.
@@ -76,6 +77,8 @@ def save_fisher(
         metadata["weights"] = _hash(weights)
         entries |= {f"anchor/{name}": tensor for name, tensor in weights.items()}
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"`path` is in the folder {target.parent}, which does not exist.")
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         safetensors.save_file(entries, str(temporary), metadata)

@@ -41,9 +41,13 @@ def _of_criterion(criterion: Any, C: int) -> Tensor | None:
 
 def _of_heads(model: nn.Module, task_labels: Callable[[], Any], C: int) -> Tensor | None:
     heads = [m for m in model.modules() if isinstance(m, MultiHeadClassifier)]
-    if len(heads) != 1 or heads[0].max_class_label != C:
+    if not heads or any(head.max_class_label != C for head in heads):
         return None
-    widths = {int(t): h.classifier.out_features for t, h in heads[0].classifiers.items()}
+    widths: dict[int, int] = {}  # of several heads whose outputs are combined, the widest
+    for head in heads:
+        for task, layer in head.classifiers.items():
+            width = layer.classifier.out_features
+            widths[int(task)] = max(width, widths.get(int(task), 0))
     if not widths or min(widths.values()) >= C or (t := task_labels()) is None:
         return None
     of_task = torch.full((max(widths) + 1,), C)

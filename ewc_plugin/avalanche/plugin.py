@@ -150,6 +150,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.task_loss: Tensor | None = None
         self.penalty_loss: Tensor | None = None
         self._strategy: weakref.ref[Any] | None = None
+        self._model: weakref.ref[nn.Module] | None = None  # that was trained and consolidated
         self._placement: Placement = InLoss(self.penalty)
         self._likelihood: Likelihood | None = None
         self._hooks_called = False
@@ -169,6 +170,13 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         if owner is not None and owner is not strategy:
             raise ValueError(
                 "This `DiagonalEWCPlugin` already belongs to another strategy; give each its own."
+            )
+        other_model = self._model and self._model() is not unwrapped(strategy.model)
+        if owner is None and other_model:
+            raise ValueError(
+                "This `DiagonalEWCPlugin` holds the Fisher of another model, which it was trained "
+                "with before. Make a new plugin for every run, or give it a state with "
+                "`load_state_dict`."
             )
         if sum(plugin is self for plugin in strategy.plugins) > 1:
             raise ValueError(
@@ -285,6 +293,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         start = time.perf_counter()
         self.fisher = self.compute_fisher(strategy)
         self.penalty.consolidate(strategy.model, self._scaled(strategy, self.fisher))
+        self._model = weakref.ref(unwrapped(strategy.model))
         self._shared.clear()
         self.fisher_seconds += time.perf_counter() - start
 
@@ -468,6 +477,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
         self._shared.n_done = state["n_parts"]
+        self._model = None
 
     @property
     def _is_active(self) -> bool:
@@ -475,7 +485,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return {**vars(self), "_strategy": None, "_watch": None}
+        return {**vars(self), "_strategy": None, "_model": None, "_watch": None}
 
 
 AVALANCHE = "avalanche"  # of `normalize`

@@ -107,7 +107,8 @@ class Accumulator:
         for name, total in self._sums.items():
             if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
                 raise ValueError(
-                    f"The Fisher of `{name}` is not finite: its gradients overflow {total.dtype}."
+                    f"The Fisher of `{name}` is not finite: its gradients are NaN, "
+                    f"or overflow {total.dtype}."
                 )
         return {name: total.div_(self.n_labelled) for name, total in self._sums.items()}
 

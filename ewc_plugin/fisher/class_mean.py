@@ -220,7 +220,7 @@ class ClassMeans:
         self._audit(batch, logits)
         labels = torch.full((len(logits),), c, device=logits.device)
         if not guessed:
-            self.label_scores.check_classes(labels, logits.size(1))
+            self.label_scores.check_labels(labels, logits)
             self._add_class(c, logits, labels)
             return
         predicted = logits.detach().argmax(1)
@@ -237,7 +237,7 @@ class ClassMeans:
         labels = logits.detach().argmax(1)
         if self.label_scores.fisher_type is FisherType.CLASS_MEAN_EMPIRICAL:
             labels = self.label_scores.sample_labels(batch)
-            self.label_scores.check_classes(labels, logits.size(1))
+            self.label_scores.check_labels(labels, logits)
         for c in labels.unique().tolist():
             if c != self.label_scores.ignore_index:
                 self._add_class(c, logits, labels, retain_graph=True)

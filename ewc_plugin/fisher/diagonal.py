@@ -58,6 +58,9 @@ def diagonal_fisher(
     requires_grad, every module's flag, attributes and buffers, and the global random states of
     torch, NumPy and Python are left as they were.
 
+    Every forward pass starts from the state (buffers, hidden states) that the model is found in, so
+    the result does not depend on the order of the samples.
+
     Every engine is checked against the plain loop over single samples: before the pass on three
     samples, and during it on random samples of the chunks that run. Samples of several batches are
     put into one forward pass, since larger chunks are faster, and only where that changes none of
@@ -133,6 +136,8 @@ def diagonal_fisher(
         positions=positions,
     )
     check_model(model)
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"`batches` must be iterable, got {type(batches).__name__}.")
     at_data_labels = isinstance(fisher_type, FisherType) and fisher_type.at_data_labels
     if at_data_labels and forward is None and targets is None:
         check_labels_are_shifted(model)

@@ -58,6 +58,11 @@ class LabelScores:
         """Raise where these outputs, [N, C], can't be what the scores are of."""
         if isinstance(self.fisher_type, FisherType) and outputs.dim() == 2:
             check_not_probabilities(outputs)
+            if self._class_dim not in (None, 1, -1):
+                raise ValueError(
+                    f"`class_dim` is {self._class_dim}, but the outputs are logits [N, C] of shape "
+                    f"{tuple(outputs.shape)}, whose classes are along axis 1. Leave it out."
+                )
 
     def vectors(self, batch: Batch, outputs: Tensor) -> Scores:
         """The vectors of a batch, in its order; SAMPLED advances the generator.
@@ -87,7 +92,7 @@ class LabelScores:
         if not kind.at_data_labels:
             return score_vectors(outputs, kind, n_draws=self.n_draws, generator=self.generator)
         y = self.sample_labels(batch)
-        self.check_classes(y, outputs.size(1))
+        self.check_labels(y, outputs)
         counted = y != self.ignore_index
         of_all = score_vectors(outputs, kind, targets=y.long().where(counted, 0))
         if bool(counted.all()):
@@ -108,7 +113,7 @@ class LabelScores:
             if y is None:
                 _refuse_labels(y, str(list(shape)))
             assert counted is not None
-            self.check_classes(y[counted], outputs.size(axis))
+            self.check_labels(y[counted], outputs.movedim(axis, -1)[counted])
         return dense_vectors(
             outputs, axis, kind, counted, y, n_draws=self.n_draws, generator=self.generator
         )
@@ -138,23 +143,31 @@ class LabelScores:
             _refuse_labels(y, "[N]")
         return y
 
-    def check_classes(self, y: Tensor, C: int) -> None:
-        """Raise where a label is neither one of C classes nor ignored.
+    def check_labels(self, y: Tensor, logits: Tensor) -> None:
+        """Raise where a label is neither a class that the sample can have nor ignored.
 
         Args:
-            y: Labels, of any shape.
-            C: Number of classes.
+            y: Labels [N].
+            logits: [N, C].
 
         Raises:
             ValueError: A label is neither.
         """
         if y.is_floating_point() or y.is_complex():
             _refuse_labels(y, "[N]")
-        y = y[y != self.ignore_index]
-        if bool((y < 0).any()) or bool((y >= C).any()):
+        C, counted = logits.size(1), y != self.ignore_index
+        y = y[counted]
+        if bool(((y < 0) | (y >= C)).any()):
             raise ValueError(
                 f"`targets` must be in [0, {C}), the logits' classes, or {self.ignore_index} for "
                 f"what is ignored, got {int(y.min())} to {int(y.max())}."
+            )
+        chosen = logits.detach()[counted].gather(1, y.long()[:, None])
+        if bool((chosen == -torch.inf).any()):
+            raise ValueError(
+                "`targets` has a label whose logit is -inf, a class that the sample cannot have: "
+                "its log-likelihood is -inf. Leave such samples out, give them the label "
+                f"{self.ignore_index}, or use a `fisher_type` without the data's labels."
             )
 
 

@@ -1,5 +1,7 @@
 """Scores of likelihoods other than the softmax classifier's, and one more of its labels."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,20 +17,22 @@ def gaussian_score(outputs: Tensor, batch: Batch, variance: float = 1.0) -> Tens
     sqrt(variance) for each output d.
 
     Args:
-        outputs: [N, D], the means. `nn.MSELoss` is the loss of variance D / 2.
+        outputs: [N, ...], the means of D values per sample. `nn.MSELoss` is the loss of variance
+            D / 2.
         batch: Not looked at: the exact Fisher needs no targets.
         variance: Of the noise; fix it with `functools.partial`.
 
     Returns:
-        [D, N, D]; all samples share the memory of one.
+        [D, N, ...]; all samples share the memory of one.
 
     Example:
         >>> gaussian_score(torch.zeros(3, 1), None, variance=4.0).flatten()
         tensor([0.5000, 0.5000, 0.5000])
     """
-    N, D = outputs.shape
+    one = outputs.shape[1:]
+    D = math.prod(one)
     columns = torch.eye(D, dtype=outputs.dtype, device=outputs.device) / variance**0.5
-    vectors: Tensor = columns[:, None].expand(D, N, D)
+    vectors: Tensor = columns.view(D, 1, *one).expand(D, *outputs.shape)
     return vectors
 
 
@@ -36,7 +40,7 @@ def bernoulli_score(outputs: Tensor, batch: Batch) -> Scores:
     """Of independent yes/no labels, y_d ~ Bernoulli(sigmoid(outputs_d)): the exact Fisher.
 
     Args:
-        outputs: [N, D], the logits of binary classifiers, as `nn.BCEWithLogitsLoss` takes them.
+        outputs: [N, ...], the logits of binary classifiers, as `nn.BCEWithLogitsLoss` takes them.
         batch: Not looked at.
 
     Returns:
@@ -47,13 +51,14 @@ def bernoulli_score(outputs: Tensor, batch: Batch) -> Scores:
         tensor([0.5000, 0.5000])
     """
     deviation = (outputs.sigmoid() * (-outputs).sigmoid()).sqrt()  # 1 - p would cancel near p = 1
+    flat = deviation.reshape(len(outputs), math.prod(outputs.shape[1:]))
 
     def vector(d: int) -> Tensor:
-        v = torch.zeros_like(deviation)
-        v[:, d] = deviation[:, d]
-        return v
+        v = torch.zeros_like(flat)
+        v[:, d] = flat[:, d]
+        return v.view(outputs.shape)
 
-    return Scores(outputs.size(1), vector)
+    return Scores(flat.size(1), vector)
 
 
 def weighted_label_score(outputs: Tensor, batch: Batch) -> Tensor:

@@ -63,7 +63,8 @@ def default_forward(model: nn.Module, batch: Batch) -> Any:
 def has_decoder(model: nn.Module) -> bool:
     """Whether a model has a decoder with inputs of its own, as those of `transformers` do."""
     return any(
-        "decoder_input_ids" in _arguments(type(module).forward) for module in model.modules()
+        "decoder_input_ids" in _arguments(getattr(type(module), "forward", None))
+        for module in model.modules()
     )
 
 
@@ -75,7 +76,9 @@ def _decoder_reads_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 @lru_cache(256)
-def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+def _arguments(forward: Callable[..., Any] | None) -> frozenset[str]:
+    if forward is None:  # a TorchScript module's is made by its instance
+        return frozenset()
     try:
         return frozenset(inspect.signature(forward).parameters)
     except (TypeError, ValueError):

@@ -25,18 +25,16 @@ def check_model(model: object) -> None:
     params = trainable(model)
     if not params:
         raise ValueError("`model` has no parameter with requires_grad=True, so it has no Fisher.")
+    lazy = [n for n, p in params.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    params = {name: p for name, p in params.items() if name not in lazy}
     for kind, found, remedy in (
+        ("not initialised", lazy, "Run the model once"),
         ("complex", [n for n, p in params.items() if p.is_complex()], "Use its real view"),
         ("on the meta device", [n for n, p in params.items() if p.is_meta], "Give it values"),
         (
             "an inference tensor",
             [n for n, p in params.items() if p.is_inference()],
             "Make the model outside of torch.inference_mode()",
-        ),
-        (
-            "not initialised",
-            [n for n, p in params.items() if isinstance(p, nn.parameter.UninitializedParameter)],
-            "Run the model once",
         ),
     ):
         if found:

@@ -1,5 +1,7 @@
 """The total gradient is right whoever else has a hand in it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
@@ -143,6 +145,19 @@ def test_plugin_of_another_strategy_is_refused():
     with pytest.raises(ValueError, match="already belongs to another strategy"):
         train(strategy(mlp(), plugin), stream)
     train(learner, stream)
+
+
+def test_plugin_that_was_trained_with_another_model_is_refused():
+    plugin, stream = DiagonalEWCPlugin(1), benchmark().train_stream
+    model = mlp()
+    train(strategy(model, plugin), stream[:1])
+    train(strategy(model, plugin), stream[1:2])  # a new strategy for the same model
+    assert plugin.penalty.n_experiences == 2
+    state = plugin.state_dict()
+    with pytest.raises(ValueError, match="holds the Fisher of another model"):
+        train(strategy(mlp(), plugin), stream[:1])
+    plugin.load_state_dict(state)
+    train(strategy(deepcopy(model), plugin), stream[:1])
 
 
 def test_template_without_the_hooks_is_refused():

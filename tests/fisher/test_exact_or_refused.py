@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_plugin.fisher import accumulate
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
+from ewc_plugin.fisher.likelihoods import bernoulli_score, gaussian_score
 from ewc_plugin.fisher.tracing.layer_calls import TracedCall
 from support.problems import mlp
 from support.reference import loop_fisher, relative_error
@@ -759,3 +760,74 @@ def test_a_slight_interaction_is_refused_in_float32():
     model = built(SlightlyInteracting).float()
     with pytest.raises(ValueError, match="samples interact"):
         diagonal_fisher(model, in_batches(4, normal(12, 6).float() + 1))
+
+
+def small_mlp():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, normal(2, 6))])
+def test_a_torchscript_model_has_the_fisher_of_its_source(script):
+    model = built(small_mlp)
+    x = normal(12, 6)
+    got = diagonal_fisher(script(deepcopy(model)), in_batches(4, x, LABELS))
+    assert relative_error(got, loop_fisher(model, x, LABELS, "predicted")) < 1e-12
+
+
+class HasALayerOfWidthZero(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.empty = nn.Linear(6, 4), nn.Linear(0, 4)
+
+    def forward(self, x):
+        return self.first(x) + self.empty(x[:, :0])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    "make", [HasALayerOfWidthZero, lambda: nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 4))]
+)
+@pytest.mark.parametrize("kind", ["predicted", "exact"])
+def test_a_layer_of_width_zero_is_no_special_case(make, kind):
+    model, x = built(make), normal(12, 6)
+    got = diagonal_fisher(model, in_batches(4, x, LABELS), kind)
+    expected = diagonal_fisher(model, in_batches(4, x, LABELS), kind, engine="loop")
+    for name, total in expected.items():
+        torch.testing.assert_close(got[name], total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("score", [gaussian_score, bernoulli_score])
+@pytest.mark.parametrize(
+    "shape", [nn.Flatten(0), nn.Identity(), nn.Unflatten(1, (1, 1))], ids=["[N]", "[N, 1]", "image"]
+)
+def test_scores_of_other_likelihoods_take_outputs_of_any_shape(score, shape):
+    model, x = built(lambda: nn.Sequential(nn.Linear(6, 1), shape)), normal(12, 6)
+    got = diagonal_fisher(model, in_batches(4, x, LABELS), score)
+    assert relative_error(got, diagonal_fisher(model[:1], in_batches(4, x, LABELS), score)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["empirical", "reversed", "class_mean_empirical"])
+def test_a_label_of_a_masked_class_is_refused(kind):
+    model, x = (
+        built(small_mlp),
+        normal(12, 6),
+    )
+    mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+    with pytest.raises(ValueError, match="label whose logit is -inf"):
+        diagonal_fisher(
+            model, in_batches(4, x, LABELS), kind, forward=lambda m, batch: m(batch[0]) + mask
+        )
+
+
+def test_arguments_that_cannot_be_used_are_named():
+    model, x = (
+        built(small_mlp),
+        normal(12, 6),
+    )
+    with pytest.raises(ValueError, match="`class_dim` is 5"):
+        diagonal_fisher(model, in_batches(4, x, LABELS), class_dim=5)
+    with pytest.raises(TypeError, match="`batches` must be iterable, got NoneType"):
+        diagonal_fisher(model, None)
+    with pytest.raises(ValueError, match="not initialised .0.weight, 0.bias"):
+        diagonal_fisher(nn.Sequential(nn.LazyLinear(4)), in_batches(4, x, LABELS))

@@ -58,14 +58,19 @@ class Linear(LayerRule, TakesSquares, JoinsCalls):
 
     def add_squares(self, call: LayerCall, a: Tensor, g2: Tensor, into: Sums) -> None:
         """F_W += (sum_s g_s^2)^T a^2; F_b += sum_n sum_s g_s^2."""
-        a, g2 = a.reshape(len(a), -1), g2.reshape(len(g2), -1)
+        a, g2 = _rows(a), _rows(g2)
         if name := call.names.get("weight"):
-            rows = max(1, _SQUARED // a.size(1))
+            rows = max(1, _SQUARED // max(1, a.size(1)))
             for a_part, g2_part in zip(a.split(rows), g2.split(rows), strict=True):
                 left, right = self.factors(a_part.square(), g2_part)
                 _matrix(into[name]).addmm_(left.T, right)
         if name := call.names.get("bias"):
             into[name].add_(g2.sum(0))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[N, ...] as [N, K], where K may be 0."""
+    return t.reshape(len(t), math.prod(t.shape[1:]))
 
 
 class Matmul(Linear):
