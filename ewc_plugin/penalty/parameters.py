@@ -50,7 +50,8 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
         The same tensors, by canonical name and without a graph.
 
     Raises:
-        ValueError: A name or shape is not the model's, or F is not real, finite and >= 0.
+        ValueError: A name or shape is not the model's, F is not real, finite and >= 0, or it or its
+            parameter is on the meta device.
     """
     canonical = canonical_names(model)
     parameters = canonical_parameters(model)
@@ -67,6 +68,8 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
                 f"`fisher[{name!r}]` is {tuple(tensor.shape)}, the parameter "
                 f"{tuple(parameters[name].shape)}: compute it on this model."
             )
+        check_has_values(f"`fisher[{name!r}]`", tensor)
+        check_has_values(f"The model's `{name}`", parameters[name])
         if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
             raise ValueError(
                 f"`fisher[{name!r}]` must be finite and >= 0, got {float(tensor.min())} to "
@@ -74,6 +77,15 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
             )
         checked[name] = tensor.detach()
     return checked
+
+
+def check_has_values(what: str, tensor: Tensor) -> None:
+    """Raise a ValueError if a tensor, named `what` in it, is on the meta device."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{what} is on the meta device and has no values: load the weights first "
+            "(`model.to_empty(device=...)`, then `load_state_dict`)."
+        )
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -20,7 +20,12 @@ from ewc_plugin.penalty.options import (
     parsed,
 )
 from ewc_plugin.penalty.pairs import Pairs
-from ewc_plugin.penalty.parameters import ModelFingerprint, canonical_parameters, checked_fisher
+from ewc_plugin.penalty.parameters import (
+    ModelFingerprint,
+    canonical_parameters,
+    check_has_values,
+    checked_fisher,
+)
 from ewc_plugin.penalty.quadratic import Quadratic, Storage, as_real
 from ewc_plugin.penalty.state import Remembered, loaded_state
 
@@ -239,6 +244,8 @@ class QuadraticPenalty:
                 f"`model` has no parameter {sorted(missing)}, which the penalty remembers; it has "
                 f"{sorted(parameters)}. Use the model that was consolidated, or a new penalty."
             )
+        for name in self._quadratics:
+            check_has_values(f"The model's `{name}`", parameters[name])
         return {
             name: q.matched(name, parameters[name], self.storage)
             for name, q in self._quadratics.items()

@@ -472,3 +472,22 @@ def test_frozen_backbone_takes_no_memory():
     net[0].requires_grad_(False)
     penalty.consolidate(net, {n: f for n, f in ones(net).items() if n.startswith("2.")})
     assert penalty.nbytes == 2 * 4 * (12 + 3)
+
+
+def test_models_on_the_meta_device_are_refused_in_our_own_words():
+    net = model()
+    fisher = ones(net)
+    penalty = QuadraticPenalty()
+    penalty.consolidate(net, fisher)
+    before = penalty(net)
+    meta = copy.deepcopy(net).to("meta")
+    calls = [
+        lambda: penalty(meta),
+        lambda: penalty.consolidate(meta, fisher),
+        lambda: QuadraticPenalty().consolidate(meta, fisher),
+        lambda: QuadraticPenalty().consolidate(net, {n: f.to("meta") for n, f in fisher.items()}),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="on the meta device and has no values: load"):
+            call()
+    assert penalty.n_experiences == 1 and torch.equal(penalty(net), before)
