@@ -37,7 +37,7 @@ def as_pytree(batch: Batch) -> Batch:
 
 def _is_flat(batch: Batch) -> bool:
     """Whether a batch is a tuple of tensors: a pytree takes three times as long."""
-    return type(batch) is tuple and all(isinstance(item, Tensor) for item in batch)
+    return type(batch) is tuple and set(map(type, batch)) == {Tensor}
 
 
 def _mapped(
@@ -64,8 +64,8 @@ def n_samples(batch: Batch) -> int:
         >>> n_samples((torch.zeros(3, 2), torch.zeros(3)))
         3
     """
-    leaves = batch if _is_flat(batch) else tree_flatten(batch)[0]
-    sizes = {leaf.size(0) for leaf in leaves if has_samples(leaf)}
+    leaves = batch if _is_flat(batch) else filter(has_samples, tree_flatten(batch)[0])
+    sizes = {leaf.size(0) for leaf in leaves if leaf.dim()}
     if len(sizes) != 1:
         raise ValueError(
             "`batches` must yield tensors that share a leading sample axis, "
@@ -133,20 +133,21 @@ def joinable(left: Batch, right: Batch) -> bool:
     (left_leaves, left_tree), (right_leaves, right_tree) = _flatten(left), _flatten(right)
     if left_tree != right_tree:
         return False
-    sizes = n_samples(left), n_samples(right)
-    return all(_fits(a, b, sizes) for a, b in zip(left_leaves, right_leaves, strict=True))
+    pairs = zip(left_leaves, right_leaves, strict=True)
+    return all(_fits(a, b, left, right) for a, b in pairs)
 
 
-def _fits(a: Any, b: Any, sizes: tuple[int, int]) -> bool:
+def _fits(a: Any, b: Any, left: Batch, right: Batch) -> bool:
     if type(a) is not type(b):
         return False
     if has_samples(a):
         alike = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.layout == b.layout
         return bool(alike and a.device == b.device)
     if isinstance(a, list):
-        return (len(a), len(b)) == sizes
-    if _is_array(a) and a.ndim and a.dtype != object and (len(a), len(b)) == sizes:
-        return bool(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
+        return True  # each has a value per sample
+    if _is_array(a) and a.ndim and a.dtype != object:
+        rows = (len(a), len(b)) == (n_samples(left), n_samples(right))
+        return bool(a is b or (rows and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype))
     return a is b or (_is_plain(a) and bool(a == b))
 
 
@@ -273,10 +274,9 @@ def rechunk(
             yield chunk_of(waiting)
             waiting, n_waiting = [], 0
         while start < N:
-            part = take(batch, slice(start, start + max(1, size() - n_waiting)))
-            start += n_samples(part)
-            waiting.append(part)
-            n_waiting += n_samples(part)
+            n = min(N - start, max(1, size() - n_waiting))
+            waiting.append(batch if n == N else take(batch, slice(start, start + n)))
+            start, n_waiting = start + n, n_waiting + n
             if n_waiting >= size():
                 yield chunk_of(waiting)
                 waiting, n_waiting = [], 0
