@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from ewc_plugin.batches import Batch, draw_samples, not_empty, rechunk
 from ewc_plugin.contexts import evaluating
@@ -136,8 +137,7 @@ def diagonal_fisher(
         positions=positions,
     )
     check_model(model)
-    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-        raise TypeError(f"`batches` must be iterable, got {type(batches).__name__}.")
+    _check_batches(batches)
     at_data_labels = isinstance(fisher_type, FisherType) and fisher_type.at_data_labels
     if at_data_labels and forward is None and targets is None:
         check_labels_are_shifted(model)
@@ -202,6 +202,19 @@ def diagonal_fisher(
         fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.n_labelled)
         warn_of_parameters_without_effect(call, samples.batch, fisher, probed.reached)
         return fisher
+
+
+def _check_batches(batches: object) -> None:
+    """Raise where one batch, or single samples, are given in place of batches."""
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"`batches` must be iterable, got {type(batches).__name__}.")
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"`batches` is a dataset, {type(batches).__name__}, which gives single samples: pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(batches, tuple) and [getattr(item, "ndim", 2) < 2 for item in batches] == [0, 1]:
+        raise TypeError("`batches` looks like one batch, (x, y): pass a list of it, [(x, y)].")
 
 
 def _name(score: Score) -> str:

@@ -829,5 +829,9 @@ def test_arguments_that_cannot_be_used_are_named():
         diagonal_fisher(model, in_batches(4, x, LABELS), class_dim=5)
     with pytest.raises(TypeError, match="`batches` must be iterable, got NoneType"):
         diagonal_fisher(model, None)
+    with pytest.raises(TypeError, match="looks like one batch"):
+        diagonal_fisher(model, (x, LABELS))
+    with pytest.raises(TypeError, match="is a dataset, TensorDataset"):
+        diagonal_fisher(model, TensorDataset(x, LABELS))
     with pytest.raises(ValueError, match="not initialised .0.weight, 0.bias"):
         diagonal_fisher(nn.Sequential(nn.LazyLinear(4)), in_batches(4, x, LABELS))
