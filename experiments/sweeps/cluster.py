@@ -186,6 +186,10 @@ def _connect(address: str) -> Any:
     class OurClient(Client):  # type: ignore[misc]
         """Closed by us alone: for one that could not connect, `__del__` prints a traceback."""
 
+        def start(self, **options: Any) -> None:
+            """Connect; something that accepts connections and never answers is given up."""
+            super().start(callback_timeout=CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S, **options)
+
         def __del__(self) -> None:
             pass
 

@@ -1,6 +1,7 @@
 """A Dask cluster that is not there, has no worker or other code, or is lost: one line, no hang."""
 
 import operator
+import socket
 import threading
 import time
 from concurrent.futures import wait
@@ -70,6 +71,14 @@ def test_an_address_without_a_scheduler_is_refused(address):
     with pytest.raises(ValueError, match="`scheduler` must be the address of a running") as error:
         Dask(address)
     assert len(one_line_of(error)) < 1200
+
+
+def test_something_that_never_answers_is_no_scheduler(monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match="must be the address of a running .*timed out"):
+            Dask(address)
 
 
 def test_a_cluster_without_a_worker_is_refused_after_a_while(cluster, monkeypatch):
