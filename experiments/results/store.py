@@ -20,7 +20,7 @@ from filelock import FileLock
 from experiments.results import schemas, tables
 from experiments.results.files import folder_lock, replace_file, sweep_leftovers
 from experiments.results.integrity import check_runs
-from experiments.results.record import RunResult
+from experiments.results.record import RunResult, one_line
 from experiments.settings.unset import used
 from experiments.settings.values import shown
 
@@ -239,7 +239,7 @@ _NOT_A_RESULT = (
 
 
 def _reason(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
+    return f"no {error}" if isinstance(error, KeyError) else one_line(str(error))
 
 
 def _parsed(path: Path) -> dict[str, Any]:

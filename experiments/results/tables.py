@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 from pandera.errors import SchemaErrorReason as Reason
 
 from experiments.results.files import replace_file
 from experiments.results.provenance import MEASUREMENT, NOT_RECORDED
+from experiments.results.record import one_line
 from experiments.results.schemas import LOGGER_COLUMNS, RUNS, SCHEMAS, Schema
 from experiments.settings.unset import used
 from experiments.settings.values import shown
@@ -50,7 +52,8 @@ def check(table: pd.DataFrame, schema: Schema, *, strict: bool = False) -> pd.Da
         TableError: It does not fit the schema.
     """
     try:
-        checked = schema.validate(table)
+        with np.errstate(invalid="ignore"):  # of 1e300 as an integer, which is refused
+            checked = schema.validate(table)
     except pa.errors.SchemaErrors as errors:
         raise TableError(_problem(errors.schema_errors[0], table, schema)) from errors
     except pa.errors.SchemaError as error:
@@ -83,7 +86,7 @@ def _problem(error: pa.errors.SchemaError, table: pd.DataFrame, schema: Schema) 
     """The file, the run and the column of the first value that does not fit, in one line."""
     code, cases = error.reason_code, error.failure_cases
     if code is Reason.COLUMN_NOT_IN_SCHEMA:
-        return f"{schema.name} has a column `{cases}`, which it must not have"
+        return f"{schema.name} has a column `{shown(str(cases))}`, which it must not have"
     if code is Reason.COLUMN_NOT_IN_DATAFRAME:
         return f"{schema.name} lacks the column `{cases}`"
     if not isinstance(cases, pd.DataFrame):  # about the column as a whole
@@ -152,7 +155,8 @@ def read_file(path: Path, schema: Schema) -> pd.DataFrame:
         table = table.assign(**{n: table[n].astype(object).fillna(NOT_RECORDED) for n in measured})
         return check(table, schema, strict=True)[[name for name in schema.columns if name in table]]
     except (TableError, ValueError, pd.errors.ParserError) as error:
-        raise TableError(f"`{path}` can't be read ({error}); move it away or restore it.") from None
+        why = one_line(str(error))
+        raise TableError(f"`{path}` can't be read ({why}); move it away or restore it.") from None
 
 
 def load(folder: str | Path) -> dict[str, pd.DataFrame]:

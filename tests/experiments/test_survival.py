@@ -274,6 +274,7 @@ PART_EDITS = {
     "rows": lambda part: part.pop("rows"),
     "part of an epoch": lambda part: part["record"].update(epochs=1.5),
     "text": lambda part: part["record"].update(epochs="1"),
+    "no integer": lambda part: part["record"].update(epochs=1e300),
     "part of a sample": lambda part: part["rows"][0].update(n_samples=90.5),
 }
 

@@ -58,12 +58,28 @@ def test_a_row_that_is_there_twice_is_refused():
         tables.frame([ROW, ROW], schemas.ACCURACY)
 
 
-@pytest.mark.parametrize("text", ["", "run_id,accuracy\na,0.5\n", "run_id\n\x00\n"])
+@pytest.mark.parametrize("text", ["783629259701", "1e10", "007", "True", "NA", "inf", "0x1"])
+def test_a_text_that_looks_like_another_type_comes_back(tmp_path, text):
+    table = tables.frame([{**ROW, "run_id": text, "method": text}], schemas.ACCURACY)
+    tables.write(table, tmp_path, schemas.ACCURACY)
+    pd.testing.assert_frame_equal(tables.read(tmp_path, schemas.ACCURACY), table)
+
+
+EXTRA_CELL = "run_id,accuracy\na,0.5\na,0.5,1\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "run_id,accuracy\na,0.5\n", "run_id\n\x00\n", EXTRA_CELL, "x" * 1000 + "\n"],
+    ids=["empty", "columns", "zero byte", "extra cell", "long name"],
+)
 def test_a_damaged_file_is_named_and_left_alone(tmp_path, text):
     path = tmp_path / "accuracy.csv"
     path.write_text(text)
-    with pytest.raises(TableError, match=r"accuracy\.csv` can't be read .*restore it"):
+    with pytest.raises(TableError, match=r"accuracy\.csv` can't be read .*restore it") as error:
         tables.read(tmp_path, schemas.ACCURACY)
+    assert str(error.value).isprintable()
+    assert len(str(error.value).replace(str(tmp_path), "")) < 400
     assert path.read_text() == text
 
 
