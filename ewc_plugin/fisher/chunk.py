@@ -120,8 +120,8 @@ def _forward(
     if not rules:  # no parameter uses a rule, so no tracing is needed
         return call.logits(batch), Trace(torch.empty(0, device="cpu"))
     names = {id(p): name for name, p in rules.items()}
-    with Capture(call.state, names, on_gradient, N) as capture:
-        logits = call.logits(batch)
+    capture = Capture(call.state, names, on_gradient, N)
+    logits = call.logits(batch, capture)
     capture.trace.shared = find_shared(capture.trace.calls)
     return logits, capture.trace
 

@@ -1,6 +1,7 @@
 """`ModelCall`: a model, its forward function and its trainable parameters."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from ewc_plugin.fisher.outputs import checked_logits
 
 Forward = Callable[[nn.Module, Batch], Any]
 SingleSample = Literal["single", "pair", "copies"]
+Context = AbstractContextManager[object]
+_NOTHING: Context = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -42,25 +45,27 @@ class ModelCall:
     copies_input: bool = False
     draws: bool = False
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The logits [N, C] of a batch, checked."""
+    def logits(self, batch: Batch, capture: Context = _NOTHING) -> Tensor:
+        """The logits [N, C] of a batch, checked; the forward pass runs in the context `capture`."""
         self.state.restore()
-        return self.functional(self.model, batch)
+        return self.functional(self.model, batch, capture)
 
-    def sample_logits(self, batch: Batch, n: int) -> Tensor:
+    def sample_logits(self, batch: Batch, n: int, capture: Context = _NOTHING) -> Tensor:
         """The logits [1, C] of one sample of a batch, with no other sample beside it."""
         if self.single_sample == "copies":
             rows = torch.full((n_samples(batch),), n, device="cpu")
-            return self.logits(take(batch, rows))[n : n + 1]
-        return self.logits(take(batch, slice(n, n + 1)))
+            return self.logits(take(batch, rows), capture)[n : n + 1]
+        return self.logits(take(batch, slice(n, n + 1)), capture)
 
-    def functional(self, model: nn.Module, batch: Batch) -> Tensor:
+    def functional(self, model: nn.Module, batch: Batch, capture: Context = _NOTHING) -> Tensor:
         """Return the logits of `model`, called in the model's place, and restore no state."""
         batch = copied(batch) if self.copies_input else batch
         beside_a_copy = self.single_sample == "pair" and n_samples(batch) == 1
         if beside_a_copy:
             batch = join([batch, copied(batch)])
-        logits = checked_logits(self.forward(model, batch), batch, self.forward)
+        with capture:  # nothing else: a function mode costs microseconds for each attribute read
+            output = self.forward(model, batch)
+        logits = checked_logits(output, batch, self.forward)
         return logits[:1] if beside_a_copy else logits
 
     def only(self, params: dict[str, nn.Parameter]) -> "ModelCall":

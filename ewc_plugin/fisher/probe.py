@@ -318,8 +318,8 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
     """Run the first sample alone: return its trace, its logits and why tracing failed, if so."""
     try:
         names = {id(p): name for name, p in call.params.items()}
-        with Capture(call.state, names, None, 1) as capture:
-            alone = call.sample_logits(copied(batch), 0)
+        capture = Capture(call.state, names, None, 1)
+        alone = call.sample_logits(copied(batch), 0, capture)
         return tuple(capture.trace.calls), alone, ""
     except SamplesInteractError:
         raise
@@ -343,8 +343,8 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
     """Return the logits, the trace, and whether the model modified its input in place."""
     names = {id(p): name for name, p in call.params.items()}
     batch = copied(batch)
-    with Capture(call.state, names, on_gradient, n_samples(batch)) as capture:
-        logits = call.logits(batch)
+    capture = Capture(call.state, names, on_gradient, n_samples(batch))
+    logits = call.logits(batch, capture)
     leaves = [leaf for leaf in tree_leaves(batch) if has_samples(leaf)]
     return logits, capture.trace, any(leaf._version for leaf in leaves)
 
