@@ -99,15 +99,6 @@ def _readable(tensor: Tensor) -> bool:
     return has_values and not tensor.is_meta and not tensor.is_inference()
 
 
-def _all_same(dicts: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Whether all dicts have the same keys and values, compared in C: there are thousands."""
-    if list(map(len, dicts)) != list(map(len, others)):
-        return False
-    keys = map(is_, chain.from_iterable(dicts), chain.from_iterable(others))
-    of_one, of_other = (chain.from_iterable(map(dict.values, each)) for each in (dicts, others))
-    return all(keys) and all(map(is_, of_one, of_other))
-
-
 def _same(container: Any, content: Any) -> bool:
     if isinstance(container, list):
         return len(container) == len(content) and all(map(is_, container, content))

@@ -16,7 +16,6 @@ from ewc_plugin.fisher.chunk import add_chunk, out_of_memory
 from ewc_plugin.fisher.label_scores import LabelScores
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError
-from ewc_plugin.fisher.per_sample import zeros
 from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import ScoreError
@@ -66,6 +65,7 @@ class Accumulator:
         may_join: As the attribute.
         probe_had_different_samples: Whether the probe's samples differ. Otherwise the first chunk
             with different ones is audited.
+        memory: A tensor for each sum; its content is no longer needed. Fresh memory is slow.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Accumulator:
         *,
         may_join: bool,
         probe_had_different_samples: bool,
+        memory: Sums,
     ) -> None:
         self.call, self.label_scores = call, label_scores
         self.served, self.limit, self.may_join = dict(served), chunk_size, may_join
@@ -84,7 +85,7 @@ class Accumulator:
         self.auditor = Auditor()
         self._audited_joined, self._audited_different = False, probe_had_different_samples
         self._sums: Sums = {}
-        self._recent = zeros(call.params)
+        self._recent = {name: total.zero_() for name, total in memory.items()}
         self._ignored = self._recent_ignored = 0  # samples without a label
         self._inputs: list[Chunk] = []  # of `_recent`
         self._input_entries = 0

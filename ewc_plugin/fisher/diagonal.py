@@ -187,6 +187,7 @@ def diagonal_fisher(
                 size,
                 may_join=probed.may_join,
                 probe_had_different_samples=samples.n_different > 1,
+                memory=probed.reference,
             )
         show = _Progress() if progress else None
         chunks = rechunk(

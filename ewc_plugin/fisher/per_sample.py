@@ -1,7 +1,7 @@
 """The two slower engines, for parameters without a layer rule: `vmap(grad)` and a sample loop."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -108,24 +108,68 @@ def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: T
 
     A parameter without an entry in `sums` gets one: fresh memory is written once.
     """
-    for s, v in enumerate(vectors if logits.requires_grad else ()):
-        grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
-        for (name, p), grad in zip(call.params.items(), grads, strict=True):
-            if grad is None:
-                continue
-            dense = (grad.to_dense() if grad.is_sparse else grad).to(sum_dtype(p))
-            if name in sums:
-                sums[name].addcmul_(dense, dense)
-            else:
-                sums[name] = dense.square()
+
+    def add(name: str, g: Tensor) -> None:
+        if name in sums:
+            sums[name].addcmul_(g, g)
+        else:
+            sums[name] = torch.mul(g, g, out=torch.empty(g.shape, dtype=g.dtype, device=g.device))
+
+    each_gradient(call, logits, vectors, add)
 
 
 def gradient_squares(call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
     """The same of one sample alone, 0 for a parameter that its logits do not depend on."""
     sums: Sums = {}
     add_gradient_squares(sums, call, logits, vectors)
-    unread = {name: p for name, p in call.params.items() if name not in sums}
-    return sums | zeros(unread)
+    sums |= zeros({name: p for name, p in call.params.items() if name not in sums})
+    return {name: sums[name] for name in call.params}  # a backward pass has another order
+
+
+def each_gradient(
+    call: ModelCall, logits: Tensor, vectors: Tensor, use: Callable[[str, Tensor], None]
+) -> None:
+    """Call `use(name, J^T v_s)` for each parameter that one sample's logits depend on.
+
+    It is called during the backward pass, which drops each gradient afterwards: together they are
+    as large as the model, and fresh memory takes longer than what is computed in it.
+
+    Args:
+        call: The model and the parameters.
+        logits: [1, C].
+        vectors: [S, C].
+        use: Takes a parameter's name and gradient, dense and in the dtype of the sums.
+    """
+
+    def use_dense(name: str, g: Tensor) -> None:
+        dense = g.to_dense() if g.is_sparse else g
+        use(name, dense.to(sum_dtype(call.params[name])))
+
+    def hook(name: str) -> Callable[[Tensor], Tensor]:
+        def instead(g: Tensor) -> Tensor:
+            use_dense(name, g)
+            return g if g.is_sparse else g.new_zeros(()).expand_as(g)
+
+        return instead
+
+    if not logits.requires_grad:
+        return
+    hooks = [(p, p._backward_hooks) for p in call.params.values()]
+    handles = []
+    try:
+        if not call.by_backward:
+            handles = [p.register_hook(hook(name)) for name, p in call.params.items()]
+        for s, v in enumerate(vectors):
+            grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
+            for name, g in zip(call.params, grads, strict=True):
+                if g is not None and call.by_backward:
+                    use_dense(name, g)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, before in hooks:
+            if before is None:
+                p._backward_hooks = None
 
 
 def check_backward_is_linear(call: ModelCall, batch: Batch, v: Tensor) -> None:

@@ -835,3 +835,14 @@ def test_arguments_that_cannot_be_used_are_named():
         diagonal_fisher(model, TensorDataset(x, LABELS))
     with pytest.raises(ValueError, match="not initialised .0.weight, 0.bias"):
         diagonal_fisher(nn.Sequential(nn.LazyLinear(4)), in_batches(4, x, LABELS))
+
+
+def test_hooks_on_parameters_are_left_as_found():
+    net = nn.Linear(3, 2)
+    batch = (torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+    handle = net.weight.register_hook(lambda g: g * 3)
+    hooks = dict(net.weight._backward_hooks)
+    F = diagonal_fisher(net, [batch])
+    assert dict(net.weight._backward_hooks) == hooks and net.bias._backward_hooks is None
+    handle.remove()
+    assert list(F) == [name for name, _ in net.named_parameters()]
