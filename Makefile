@@ -15,10 +15,10 @@ check:  ## Check style and types
 	ruff check . && ruff format --check . && mypy
 
 test:  ## Run the fast tests
-	pytest
+	pytest -n 2 --dist worksteal
 
 slow:  ## Run the slow tests
-	pytest -m slow
+	pytest -n 2 --dist worksteal -m slow
 
 docs:  ## Build the site into docs/site
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict -f docs/mkdocs.yml

@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(drop_in, "_runs", quick)
 
 
+@pytest.mark.slow
 def test_both_methods_take_the_lambda_that_is_avalanches_best(small, tmp_path, capsys):
     arguments = ["drop-in", "--dataset", "digits", "--batch-size", "64", "--out", str(tmp_path)]
     assert main([*arguments, "--seeds", "0,1", "--processes", "1", "--dry-run"]) == 0

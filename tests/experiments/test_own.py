@@ -409,6 +409,7 @@ def regression(seed):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_lambda_of_an_own_method_is_tuned_for_that_file_alone(folder, capsys):
     arm = ["--benchmark", "own.py:of_length", "--experiences", "2", "--model", "own.py:plain"]
     arm += ["--hidden-size", "4", "--epochs", "1", "--processes", "1", "--method"]

@@ -162,6 +162,7 @@ def test_a_search_that_has_ended_runs_nothing(folder, monkeypatch):
     assert before == ((folder / "runs.csv").read_bytes(), (folder / "tuned.json").read_bytes())
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_the_arms_of_earlier_commands(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     options = ["--benchmark", "split", "--methods", "si", "l2", "--seeds", "100", "101"]
@@ -172,6 +173,7 @@ def test_a_folder_keeps_the_arms_of_earlier_commands(folder, tmp_path):
     assert len(after) == len(tables.load(copy)["tuned"]) == len(before) + 1
 
 
+@pytest.mark.slow
 def test_force_repeats_the_search(folder):
     before = tables.load(folder)["runs"].set_index("run_id")["measured_at"]
     options = ["--benchmark", "split", "--seeds", "100", "101", "--out", str(folder), "--force"]
@@ -248,6 +250,7 @@ def test_a_search_that_cannot_be_made_is_refused(capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_arm_where_all_diverges_has_no_lambda(tmp_path, capsys):
     options = ["--methods", "l2", "ewc", "--ewc-lambda", "1e28", "--optimizer", "sgd"]
     options += ["--learning-rate", "1", "--seeds", "100", "--benchmark", "split"]
@@ -258,6 +261,7 @@ def test_an_arm_where_all_diverges_has_no_lambda(tmp_path, capsys):
     assert set(tables.load(tmp_path)["runs"]["status"]) == {"diverged"}
 
 
+@pytest.mark.slow
 def test_an_edge_is_said_loudly(tmp_path, capsys):
     """With so small lambdas none is better than another, and the smallest is best."""
     options = ["--benchmark", "split", "--methods", "l2", "--ewc-lambda", "1e-12", "--seeds", "100"]
