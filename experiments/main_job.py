@@ -16,13 +16,12 @@ from experiments.reporting.terminal import (
     print_troubles,
 )
 from experiments.results import schemas, statistics, tables
-from experiments.results.environment import keep_environment
 from experiments.results.provenance import mixed_code, provenance
 from experiments.results.store import Store
 from experiments.settings.grids import Job
 from experiments.settings.run import PENALISED, STREAM, RunSettings
 from experiments.sweeps import exit_status
-from experiments.sweeps.jobs import make_runs, prepare
+from experiments.sweeps.jobs import make_runs, prepare, write_run_tables
 from experiments.sweeps.queue import Task
 
 
@@ -76,10 +75,7 @@ def write_report(
         console: Where to print.
     """
     with store.lock:  # another sweep may be writing to the folder as well
-        accuracy, runs = store.write_tables()
-        summary = statistics.summarise(runs)
-        tables.write(summary, store.folder, schemas.SUMMARY)
-        keep_environment(store.folder, source, store.n_added)
+        accuracy, runs, summary = write_run_tables(store, source)
         files = plot_all(accuracy, runs, store.folder / "plots")
         comparisons = statistics.paired_differences(runs)
         if job.compares and len(comparisons):

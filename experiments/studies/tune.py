@@ -22,7 +22,6 @@ from experiments.reporting.figures.style import save
 from experiments.reporting.terminal import print_troubles
 from experiments.reporting.tuned import draw_tuned, print_edges, print_tuned
 from experiments.results import schemas, statistics, tables
-from experiments.results.environment import write_environment
 from experiments.results.files import replace_file
 from experiments.results.provenance import provenance_of
 from experiments.results.store import Store
@@ -45,7 +44,7 @@ from experiments.settings.tuned import (
 from experiments.settings.unset import given, used
 from experiments.settings.values import Count, Lambda, Seed, is_own
 from experiments.sweeps import exit_status
-from experiments.sweeps.jobs import make_runs, prepare
+from experiments.sweeps.jobs import make_runs, prepare, write_run_tables
 from experiments.sweeps.lambda_search import MOST_VALUES, WORSE, Arm, Search, search
 
 
@@ -125,10 +124,7 @@ def run(settings: Tune) -> pd.DataFrame:
     arms = settings.arms(source.name)
     _make_all(settings, arms, store, source, console)
     with store.lock:
-        _, runs = store.write_tables()
-        tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
-        if store.n_added or not (store.folder / "environment.json").exists():
-            write_environment(store.folder, source)
+        _, runs, _ = write_run_tables(store, source)
         searches = _searches(arms, store)
         chosen = [one for one in searches if not one.pending and math.isfinite(one.found[one.best])]
         table = tables.frame((_row(one, runs) for one in chosen), schemas.TUNED)

@@ -87,6 +87,25 @@ def make_runs(
     )
 
 
+def write_run_tables(
+    store: Store, source: DataSource
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Rewrite a folder's run tables, its summary and its `environment.json`; hold its lock.
+
+    Args:
+        store: The folder's results.
+        source: Where the images came from.
+
+    Returns:
+        The rows of `accuracy.csv`, `runs.csv` and `summary.csv`.
+    """
+    accuracy, runs = store.write_tables()
+    summary = statistics.summarise(runs)
+    tables.write(summary, store.folder, schemas.SUMMARY)
+    keep_environment(store.folder, source, store.n_added)
+    return accuracy, runs, summary
+
+
 def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd.DataFrame, Path]:
     """Make the missing runs of a job and rewrite the tables of its folder.
 
@@ -102,9 +121,7 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
     if make:
         make_runs(job, store, cells, source, console)
     with store.lock:
-        _, runs = store.write_tables()
-        tables.write(statistics.summarise(runs), store.folder, schemas.SUMMARY)
-        keep_environment(store.folder, source, store.n_added)
+        _, runs, _ = write_run_tables(store, source)
     mine = runs[runs["run_id"].isin([cell.run_id for cell in cells])]
     exit_status.note(mine, [cell.run_id for cell in cells] if make else ())
     return mine, store.folder
