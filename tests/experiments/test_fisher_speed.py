@@ -39,10 +39,7 @@ def test_table_holds_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_parameter_is_served_by_a_rule(network):
-    try:
-        problem = make_problem(network, "predicted", samples=6)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"pip install {error.name}")
+    problem = make_problem(network, "predicted", samples=6)
     assert gradient_pass(problem)().keys() == problem.named().keys()  # all have a gradient
     served = explain(problem.model, (problem.x, problem.y))
     assert served.keys() == problem.named().keys()
