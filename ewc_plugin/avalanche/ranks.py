@@ -155,7 +155,7 @@ def fisher_over_ranks(
         batches: Function that returns this rank's batches.
         like: A tensor for each entry of the Fisher, of its shape, on its device.
         max_samples: How many samples to use, over all ranks.
-        fisher_type: Of `compute`; the mean of BATCHED is over batches instead of samples.
+        fisher_type: Of `compute`; the mean of a batched one is over batches, not samples.
 
     Returns:
         F, the same on every rank.
@@ -171,7 +171,7 @@ def fisher_over_ranks(
         if counted.is_empty or limit == 0:
             return {}, 0
         fisher = compute(counted, **({} if limit is None else {"max_samples": limit}))
-        if fisher_type is FisherType.BATCHED:
+        if isinstance(fisher_type, FisherType) and fisher_type.is_batched:
             return fisher, counted.n_batches
         # Samples without any label or position count neither in a rank's mean nor in its weight.
         N = fisher.n_samples if isinstance(fisher, FisherResult) else None

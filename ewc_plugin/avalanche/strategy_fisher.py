@@ -76,7 +76,7 @@ class StrategyFisher:
             F, by parameter name.
         """
         defaults: dict[str, Any] = {"forward": self.logits, "targets": self.targets}
-        if self._fisher_type is FisherType.BATCHED:
+        if isinstance(self._fisher_type, FisherType) and self._fisher_type.is_batched:
             defaults["criterion"] = self._strategy._criterion
         options = defaults | options
 
@@ -147,4 +147,4 @@ class StrategyFisher:
 
 def needs_likelihood(fisher_type: FisherType | Score) -> TypeGuard[FisherType]:
     """Return whether a Fisher type is defined by labels, so that the likelihood must be known."""
-    return isinstance(fisher_type, FisherType) and fisher_type is not FisherType.BATCHED
+    return isinstance(fisher_type, FisherType) and not fisher_type.is_batched

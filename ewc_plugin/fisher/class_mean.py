@@ -124,7 +124,9 @@ class ClassMeans:
     def __init__(
         self, call: ModelCall, label_scores: LabelScores, chunk_size: int, *, may_regroup: bool
     ) -> None:
+        assert isinstance(label_scores.fisher_type, FisherType)
         self.call, self.label_scores = call, label_scores
+        self._type = label_scores.fisher_type
         self.limit, self.may_join = chunk_size, may_regroup
         self.N = 0
         self._auditor = Auditor()
@@ -158,7 +160,7 @@ class ClassMeans:
 
     def _grouped(self, batch: Batch, first: int) -> tuple[Tensor, _Waiting]:
         """The classes of samples, and whether they are known or guessed."""
-        if self.label_scores.fisher_type is FisherType.CLASS_MEAN_EMPIRICAL:
+        if self._type.at_data_labels:
             return self.label_scores.sample_labels(batch), self._known
         guess = self.label_scores.labels(batch)
         if is_index(guess, n_samples(batch)) and self._n_wrong <= _MOST_WRONG * self._n_guesses:
@@ -235,7 +237,7 @@ class ClassMeans:
     def _pull_back_each_class(self, batch: Batch, first: int) -> None:
         logits = self._logits(batch, first)
         labels = logits.detach().argmax(1)
-        if self.label_scores.fisher_type is FisherType.CLASS_MEAN_EMPIRICAL:
+        if self._type.at_data_labels:
             labels = self.label_scores.sample_labels(batch)
             self.label_scores.check_labels(labels, logits)
         for c in labels.unique().tolist():
@@ -251,7 +253,8 @@ class ClassMeans:
             return
         if not self._sums.counts:
             self.label_scores.check_outputs(logits)
-        vectors = score_vectors(logits, FisherType.EMPIRICAL, targets=labels.where(own, c).long())
+        kind = FisherType.REVERSED if self._type.is_reversed else FisherType.EMPIRICAL
+        vectors = score_vectors(logits, kind, targets=labels.where(own, c).long())
         v = vectors.vector(0) * own[:, None]
         factor = score_factor(self.call, Scores(1, lambda s: v), logits)
         pulled = (v * factor).to(logits.dtype)

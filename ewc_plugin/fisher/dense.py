@@ -158,7 +158,7 @@ def dense_vectors(
     Args:
         outputs: Logits [N, ...] with classes along `class_dim`.
         class_dim: In [1, outputs.dim()).
-        fisher_type: Any but BATCHED and the class means.
+        fisher_type: Neither batched nor a class mean.
         counted: Bool, the shape of outputs without their class axis; None: all.
         labels: Of the same shape, for the types at the data's labels.
         n_draws: For SAMPLED.

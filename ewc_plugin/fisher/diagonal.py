@@ -73,14 +73,15 @@ def diagonal_fisher(
         batches: Yields tuples (x [N, ...], y [N] int64, ...), mappings of keyword arguments, or
             other pytrees of tensors with a leading axis N, on the model's device. NumPy arrays and
             lists of plain values of length N are split likewise; all else is shared. Sizes may
-            differ; the result does not depend on them, except for BATCHED.
+            differ; the result does not depend on them, except for the batched types.
         fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
             `Score`, such as `gaussian_score`.
         forward: Maps (model, batch) to logits [N, C].
         targets: Maps a batch to y [N] int64, or for dense outputs y [N, T], [N, H, W], or None
-            where there are none. Types at the data's labels and BATCHED read it; dense outputs for
-            `class_dim` and `ignore_index` too. Default: batch[1], or "labels" of a mapping.
-        criterion: BATCHED alone: maps (logits, y) to the loss. Default: the mean cross entropy.
+            where there are none. Types at the data's labels and batched ones read it; dense outputs
+            for `class_dim` and `ignore_index` too. Default: batch[1], or "labels" of a mapping.
+        criterion: Batched types alone: maps (logits, y) to the loss. Default: the mean cross
+            entropy.
         n_draws: SAMPLED alone: labels drawn per sample.
         max_samples: Use at most this many samples, and read no others. From a `DataLoader` over a
             map-style dataset (in order or shuffled), and of a list of batches, they are drawn
@@ -144,9 +145,13 @@ def diagonal_fisher(
     generator = generator or torch.Generator().manual_seed(_SEED)
     with evaluating(model) as state:
         call = ModelCall(model, forward or default_forward, trainable(model), state)
-        if isinstance(fisher_type, FisherType) and fisher_type is FisherType.BATCHED:
+        if isinstance(fisher_type, FisherType) and fisher_type.is_batched:
             tensors = batched_importances(
-                call, not_empty(batches), targets or default_targets, criterion or F.cross_entropy
+                call,
+                not_empty(batches),
+                targets or default_targets,
+                criterion or F.cross_entropy,
+                reverse=fisher_type.is_reversed,
             )
             return Fisher(tensors, fisher_type=fisher_type.value)
         if max_samples is not None:

@@ -24,7 +24,7 @@ class LabelScores:
     """The score vectors of one Fisher type, for any outputs.
 
     Args:
-        fisher_type: Any but BATCHED.
+        fisher_type: Any that is not batched.
         n_draws: For SAMPLED.
         generator: For SAMPLED.
         targets: Maps a batch to its labels; None: `batch[1]`, or "labels" of a mapping.

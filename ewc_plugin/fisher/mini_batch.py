@@ -1,4 +1,4 @@
-"""Avalanche's importances (squared mini-batch gradients), only for comparison with it."""
+"""Squared mini-batch gradients, Avalanche's importances and EWC-DR's, for comparison alone."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ewc_plugin.batches import Batch
 from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.scores import reversed_logits
 
 
 def batched_importances(
@@ -15,6 +16,8 @@ def batched_importances(
     batches: Iterable[Batch],
     targets: Callable[[Batch], Tensor | None],
     criterion: Callable[[Tensor, Any], Tensor],
+    *,
+    reverse: bool = False,
 ) -> dict[str, Tensor]:
     """1/B sum_b (d criterion(logits_b, y_b) / d theta)^2 over the B mini-batches as they come.
 
@@ -27,6 +30,7 @@ def batched_importances(
         batches: The mini-batches.
         targets: Maps a batch to its second argument.
         criterion: The loss of a mini-batch.
+        reverse: Whether the criterion is given the reversed logits, as EWC-DR has it.
 
     Returns:
         One tensor per parameter.
@@ -38,7 +42,8 @@ def batched_importances(
     n_batches = 0
     for batch in batches:
         call.state.restore()
-        loss = criterion(call.forward(call.model, batch), targets(batch))
+        logits = call.forward(call.model, batch)
+        loss = criterion(reversed_logits(logits) if reverse else logits, targets(batch))
         grads = torch.autograd.grad(loss, list(call.params.values()), allow_unused=True)
         for importance, grad in zip(importances.values(), grads, strict=True):
             if grad is not None:

@@ -32,11 +32,11 @@ def check_options(
         fisher_type: As in `diagonal_fisher`; so are all others.
         forward: None, or a function.
         targets: None, or a function.
-        criterion: None, or a function; BATCHED alone.
+        criterion: None, or a function; batched types alone.
         n_draws: At least 1; SAMPLED alone.
-        max_samples: None, or at least 1; not for BATCHED.
+        max_samples: None, or at least 1; not for batched types.
         generator: None, or a `torch.Generator`.
-        chunk_size: None, or at least 1; not for BATCHED.
+        chunk_size: None, or at least 1; not for batched types.
         engine: One of `EngineName`.
         progress: A bool.
         class_dim: None, or a whole number.
@@ -80,15 +80,15 @@ def check_options(
     if class_dim is not None:
         _check_whole("class_dim", class_dim)
     _check_whole("ignore_index", ignore_index)
-    batched = fisher_type is FisherType.BATCHED
+    batched = isinstance(fisher_type, FisherType) and fisher_type.is_batched
     kind = repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"
     if criterion is not None and not batched:
-        raise ValueError(f"`criterion` enters fisher_type 'batched' alone, got {kind}.")
+        raise ValueError(f"`criterion` enters the batched fisher types alone, got {kind}.")
     if n_draws != 1 and fisher_type is not FisherType.SAMPLED:
         raise ValueError(f"`n_draws` enters fisher_type 'sampled' alone, got {kind}.")
     if batched and (max_samples is not None or chunk_size is not None):
         raise ValueError(
-            "`max_samples` and `chunk_size` would change what fisher_type 'batched' computes. "
+            f"`max_samples` and `chunk_size` would change what fisher_type {kind} computes. "
             "Leave them out."
         )
 

@@ -26,11 +26,13 @@ class FisherType(str, Enum):
 
     The others are no Fisher information, which is E[g^2] of the score g. CLASS_MEAN: squares of
     the classes' mean scores, at the predicted labels; CLASS_MEAN_EMPIRICAL: at the data's. See
-    `class_mean`. REVERSED: g of the reversed logits, -z for z, at the data's labels. BATCHED:
-    Avalanche's definition, the square of a mini-batch's mean gradient, kept for parity alone.
+    `class_mean`. REVERSED: g of the reversed logits, -z for z, at the data's labels;
+    CLASS_MEAN_REVERSED: squares of its classes' means. BATCHED: Avalanche's definition, the square
+    of a mini-batch's mean gradient; BATCHED_REVERSED: EWC-DR's, the same of the reversed logits.
+    Both are kept for parity alone: they depend on the batches.
 
     Source: Kirkpatrick et al. 2017; Kunstner et al. 2019 (empirical against exact); Liu and Chang
-        2026, arXiv 2603.18596 (reversed logits, there with means over mini-batches).
+        2026, arXiv 2603.18596 (BATCHED_REVERSED).
     """
 
     PREDICTED = "predicted"
@@ -41,6 +43,8 @@ class FisherType(str, Enum):
     CLASS_MEAN = "class_mean"
     CLASS_MEAN_EMPIRICAL = "class_mean_empirical"
     REVERSED = "reversed"
+    CLASS_MEAN_REVERSED = "class_mean_reversed"
+    BATCHED_REVERSED = "batched_reversed"
 
     @property
     def at_data_labels(self) -> bool:
@@ -49,12 +53,31 @@ class FisherType(str, Enum):
             FisherType.EMPIRICAL,
             FisherType.CLASS_MEAN_EMPIRICAL,
             FisherType.REVERSED,
+            FisherType.CLASS_MEAN_REVERSED,
         )
 
     @property
     def is_class_mean(self) -> bool:
         """Whether squares are taken of classes' mean scores, not of samples'."""
-        return self in (FisherType.CLASS_MEAN, FisherType.CLASS_MEAN_EMPIRICAL)
+        return self in (
+            FisherType.CLASS_MEAN,
+            FisherType.CLASS_MEAN_EMPIRICAL,
+            FisherType.CLASS_MEAN_REVERSED,
+        )
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether squares are taken of mini-batches' mean gradients, which need no scores."""
+        return self in (FisherType.BATCHED, FisherType.BATCHED_REVERSED)
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether gradients are those of the reversed logits."""
+        return self in (
+            FisherType.REVERSED,
+            FisherType.CLASS_MEAN_REVERSED,
+            FisherType.BATCHED_REVERSED,
+        )
 
     @classmethod
     def parse(cls, value: "FisherType | str") -> "FisherType":
@@ -138,7 +161,7 @@ def score_vectors(
 
     Args:
         logits: [N, C], finite or -inf for a class that is masked out.
-        fisher_type: Any but BATCHED.
+        fisher_type: Any that is not batched.
         targets: [N] int64; the types at the data's labels alone read them.
         n_draws: Draws per sample, SAMPLED alone.
         generator: Draws the labels of SAMPLED; on its own device.
@@ -147,8 +170,8 @@ def score_vectors(
         The vectors, in float32 or the logits' dtype where that is wider.
 
     Raises:
-        ValueError: BATCHED has no score vectors; no targets for a type at the data's labels; fewer
-            than 2 classes.
+        ValueError: A batched type has no score vectors; no targets for a type at the data's
+            labels; fewer than 2 classes.
 
     Source: Kunstner et al. 2019, section 2 (the types); Liu and Chang 2026 (REVERSED); the factor
         of EXACT follows from
@@ -167,8 +190,8 @@ def score_vectors(
             "gaussian_score."
         )
     logits = logits.detach()
-    if fisher_type is FisherType.REVERSED:
-        logits = torch.where(logits == -torch.inf, logits, -logits)  # masked classes stay out
+    if fisher_type.is_reversed:
+        logits = reversed_logits(logits)
     p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     if fisher_type.at_data_labels:
         if targets is None:
@@ -186,6 +209,11 @@ def score_vectors(
             return _exact(p)
         case _:
             raise ValueError(f"`fisher_type` {fisher_type.value!r} has no score vectors.")
+
+
+def reversed_logits(logits: Tensor) -> Tensor:
+    """-z, in which classes that are masked by -inf stay so."""
+    return torch.where(logits == -torch.inf, logits, -logits)
 
 
 def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:

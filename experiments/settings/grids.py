@@ -44,6 +44,7 @@ from experiments.settings.run import (
     RunSettings,
     Scenario,
     require,
+    takes_mini_batches,
 )
 from experiments.settings.tuned import Tuned, chosen_lambda, read_tuned
 from experiments.settings.unset import UNSET
@@ -230,8 +231,8 @@ class Grid(Job):
     memory: tuple[Count, ...] = axis(200)
     """Samples that replay and ewc+replay keep."""
     importance_batch: tuple[Count, ...] = axis()
-    """Mini-batches that Avalanche's EWC takes its importances from. Empty: as large as in training.
-    """
+    """Mini-batches that Avalanche's EWC, and batched Fisher types, take their importances from.
+    Empty: as large as in training."""
     importance_order: tuple[Literal["dataset", "shuffled"], ...] = axis("dataset")
     """Order of the samples in them: the dataset's, by class, as Avalanche has it, or at random."""
     dropout: tuple[Dropout, ...] = axis(0.0, setting="dropout")
@@ -339,6 +340,8 @@ class Grid(Job):
             names.append("loss")
         finds_lambda = "ewc_lambda" in names and not self.ewc_lambda
         for settings in self._spanned(names, {"ewc_lambda": 0.0, "importance_batch": None}):
+            if own is None and not takes_mini_batches(method, settings.get("fisher_type")):
+                settings |= {"importance_batch": None, "importance_order": None}
             decays = self.decay_factor if settings.get("mode") == "online" else ()
             for decay_factor in decays or (None,):
                 run = replace(base, **fixed, **settings, decay_factor=decay_factor)
@@ -405,7 +408,7 @@ _CHOICES: dict[str, tuple[Method, ...]] = {  # axes, and the methods that have t
     "ewc_lambda": WITH_LAMBDA,
     "mode": WITH_MODE,
     "memory": WITH_MEMORY,
-    **dict.fromkeys(("importance_batch", "importance_order"), ("avalanche-ewc",)),
+    **dict.fromkeys(("importance_batch", "importance_order"), ("avalanche-ewc", *WITH_FISHER)),
 }
 _AS_CHOSEN = {
     **{"normalize": "none", "penalty_step": "gradient", "head": "linear", "loss": "all"},

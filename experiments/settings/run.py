@@ -53,6 +53,7 @@ WITH_MODE: tuple[Method, ...] = ("avalanche-ewc", *WITH_FISHER, "l2")
 WITH_LAMBDA: tuple[Method, ...] = (*WITH_MODE, "si", "mas", "lwf")
 WITH_MEMORY: tuple[Method, ...] = ("replay", "ewc+replay")
 WITH_ALL_CLASSES: tuple[Method, ...] = ("joint", *WITH_MEMORY)  # in every experience
+BATCHED = tuple(kind.value for kind in FisherType if kind.is_batched)
 STREAM = ("benchmark", "dataset", "scenario")  # the settings that name a stream
 
 
@@ -157,6 +158,11 @@ def hash_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def takes_mini_batches(method: Method, fisher_type: FisherName | None) -> bool:
+    """Whether a method's importances are of mini-batches, whose size and order then count."""
+    return method == "avalanche-ewc" or fisher_type in BATCHED
+
+
 def in_file_name(name: str) -> str:
     """The name of a benchmark or method, such as `my file.py:plugins`, for the name of a file."""
     return re.sub(r"[^A-Za-z0-9+]+", "-", name.replace(".py:", "-"))[:40] if is_own(name) else name
@@ -196,8 +202,8 @@ def _check_together(run: RunSettings) -> None:
     for name in ("importance_batch", "importance_order"):
         value = getattr(run, name)
         if value is not None:
-            batched = run.method == "avalanche-ewc" or run.fisher_type == "batched"
-            require(batched, name, "unset where F is exact per sample", value)
+            batched = takes_mini_batches(run.method, run.fisher_type)
+            require(batched, name, "unset where F does not depend on mini-batches", value)
             require(run.data_path == "fast", "data_path", f"fast with `{name}`", run.data_path)
 
 

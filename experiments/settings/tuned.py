@@ -32,6 +32,7 @@ START_NORMALIZED = {"mean": 0.1, "trace": 1e4, "max": 1.0, "avalanche": 1e3}
 START_TYPE = {
     **{"predicted": 100.0, "exact": 10.0, "empirical": 10.0, "sampled": 10.0, "reversed": 1.0},
     **dict.fromkeys(("batched", "class_mean", "class_mean_empirical"), 1e3),
+    **dict.fromkeys(("batched_reversed", "class_mean_reversed"), 10.0),
 }
 START_METHOD = {"avalanche-ewc": 1e3, "l2": 0.1, "si": 1.0, "mas": 1.0, "lwf": 1.0}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.settings.run import WITH_FISHER, RunSettings, hash_of
+from experiments.settings.run import WITH_FISHER, RunSettings, hash_of, takes_mini_batches
 
 UNSET = {
     "normalize": "none",
@@ -32,7 +32,7 @@ def used(settings: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         All of it; what has no effect with the method, such as lambda with naive, stays unset.
     """
-    batched = settings.get("method") == "avalanche-ewc" or settings.get("fisher_type") == "batched"
+    batched = takes_mini_batches(settings.get("method", ""), settings.get("fisher_type"))
     applies = dict.fromkeys((*UNSET, "eval_every"), True)
     applies |= dict.fromkeys(("normalize", "penalty_step"), settings.get("method") in WITH_FISHER)
     applies |= dict.fromkeys(("importance_order", "importance_batch"), batched)

@@ -23,7 +23,7 @@ from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.streams import Stream
 from experiments.data.tensor_path import FISHER_BATCH
 from experiments.settings.own import OPTIONS, OwnFile, function_of
-from experiments.settings.run import RunSettings
+from experiments.settings.run import BATCHED, RunSettings
 from experiments.training.avalanche_ewc import BuiltinEWC, in_order
 
 
@@ -181,7 +181,7 @@ def _ewc(settings: RunSettings) -> DiagonalEWCPlugin:
 def _fisher_batches(settings: RunSettings, strategy: Any) -> Iterator[list[Tensor]]:
     """The current experience's samples; in Avalanche's mini-batches where F depends on them."""
     rows = in_order(strategy.experience.dataset, settings.importance_order)
-    batched = settings.fisher_type == "batched"
+    batched = settings.fisher_type in BATCHED
     return rows.batches(
         settings.importance_batch or settings.batch_size if batched else FISHER_BATCH
     )

@@ -13,7 +13,9 @@ from support.plugin_streams import benchmark, mlp, multi_head, strategy, train
 from support.reference import relative_error
 
 
-@pytest.mark.parametrize("kind", ["class_mean", "class_mean_empirical", "reversed"])
+@pytest.mark.parametrize(
+    "kind", ["class_mean", "class_mean_reversed", "reversed", "batched_reversed"]
+)
 @pytest.mark.parametrize("heads", [False, True])
 def test_the_stream_is_trained_and_every_experience_has_an_importance(kind, heads):
     plugin = DiagonalEWCPlugin(1.0, fisher_type=kind)

@@ -327,7 +327,7 @@ def test_non_finite_logit_names_the_sample():
         ({"n_draws": 2}, "`n_draws` enters fisher_type 'sampled' alone"),
         ({"max_samples": 0}, "`max_samples` must be >= 1, got 0"),
         ({"chunk_size": -1}, "`chunk_size` must be >= 1, got -1"),
-        ({"criterion": F.cross_entropy}, "`criterion` enters fisher_type 'batched' alone"),
+        ({"criterion": F.cross_entropy}, "`criterion` enters the batched fisher types alone"),
         ({"fisher_type": "batched", "max_samples": 5}, "would change what fisher_type 'batched'"),
         ({"fisher_type": "empirical", "targets": lambda b: b[1] + 9}, r"must be in \[0, 4\)"),
         ({"fisher_type": "empirical", "targets": lambda b: b[0]}, "must be class indices"),

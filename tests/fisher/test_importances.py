@@ -7,7 +7,7 @@ from torch import nn
 
 from ewc_plugin import diagonal_fisher
 from ewc_plugin.fisher import weighted_label_score
-from support.gradients import mean_square, sample_gradients
+from support.gradients import between_classes, mean_square, sample_gradients
 from support.problems import PROBLEMS
 from support.reference import relative_error
 
@@ -64,6 +64,48 @@ def test_reversed_logits_of_masked_classes_stay_out():
         net,
         [(x, y)],
         "reversed",
+        forward=lambda net, batch: net(batch[0]).masked_fill(~active, -torch.inf),
+    )
+    assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 5, 13])
+def test_classes_means_of_reversed_logits(size):
+    net, (x, y) = mlp(), data()
+    gradients = sample_gradients(
+        net, lambda n: F.cross_entropy(-net(x[n : n + 1]), y[n : n + 1]), len(y)
+    )
+    batches = list(zip(x.split(size), y.split(size), strict=True))
+    found = diagonal_fisher(net, batches, "class_mean_reversed")
+    assert relative_error(found, between_classes(gradients, y)) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [1, 5, 13])
+def test_mini_batches_of_reversed_logits(size, reduction):
+    net, (x, y) = mlp(), data()
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    batches = list(zip(x.split(size), y.split(size), strict=True))
+    expected = mean_square(
+        sample_gradients(net, lambda b: criterion(-net(batches[b][0]), batches[b][1]), len(batches))
+    )
+    found = diagonal_fisher(net, batches, "batched_reversed", criterion=criterion)
+    assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["class_mean_reversed", "batched_reversed"])
+def test_masked_classes_stay_out_of_means_of_reversed_logits(kind):
+    net, (x, y) = mlp(), data()
+    active = torch.tensor([True, False, True, True])
+    y = torch.where(y == 1, 0, y)
+    of_three = torch.tensor([0, 0, 1, 2])[y]
+    expected = diagonal_fisher(
+        net, [(x, of_three)], kind, forward=lambda net, batch: net(batch[0])[:, active]
+    )
+    found = diagonal_fisher(
+        net,
+        [(x, y)],
+        kind,
         forward=lambda net, batch: net(batch[0]).masked_fill(~active, -torch.inf),
     )
     assert relative_error(found, expected) < 1e-12

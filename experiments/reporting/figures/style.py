@@ -71,6 +71,8 @@ FISHER_COLOURS = {
     "class_mean": _light("indigo"),
     "class_mean_empirical": _light("teal"),
     "reversed": _light("wine"),
+    "class_mean_reversed": _light("olive"),
+    "batched_reversed": _light("grey"),
 }
 # Ways to apply the penalty, beside Avalanche's.
 PENALTY_COLOURS = {
