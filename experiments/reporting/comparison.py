@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from experiments.reporting.labels import lambda_text, method_of, stream_title
-from experiments.results.statistics import LOWER_IS_BETTER
 
 STREAM = ("benchmark", "dataset", "scenario")
 METRIC_WORDS = {"average_accuracy": "accuracy"}
@@ -42,17 +41,6 @@ def difference_text(difference: float, low: float, high: float) -> str:
     """`+0.0052 [−0.0028, +0.0132]`; the difference alone where there is no interval."""
     interval = f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else ""
     return f"{difference:+.4f}{interval}".replace("-", "−")
-
-
-def verdict(row: Mapping[str, Any]) -> str:
-    """Return the verdict on the first method of a paired difference, in words."""
-    if row["differs"] == "unknown":
-        return "one seed"
-    if row["differs"] == "yes":
-        better = (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER)
-        word = "better" if better else "worse"
-        return f"{word}, within the margin" if row["within_margin"] == "yes" else word
-    return "equivalent" if row["within_margin"] == "yes" else "undecided"
 
 
 SENTENCES = {
@@ -93,8 +81,9 @@ def answers(comparisons: pd.DataFrame) -> Iterator[str]:
             continue
         for row in pairs.to_dict("records"):
             found = difference_text(row["difference"], row["ci_low"], row["ci_high"])
+            words = SENTENCES[row["verdict"]]
             yield (
-                f"{title}: {side(row)} {SENTENCES[verdict(row)]} {side(row, 'other_')}: "
+                f"{title}: {side(row)} {words} {side(row, 'other_')}: "
                 f"{found} in average accuracy, n = {row['n']} ({shared_settings(row)})."
             )
 
@@ -127,7 +116,7 @@ def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
             "compared": f"{side(row)} − {side(row, 'other_')}",
             "metric": METRIC_WORDS.get(row["metric"], row["metric"]),
             "difference": difference_text(row["difference"], row["ci_low"], row["ci_high"]),
-            "verdict": verdict(row),
+            "verdict": str(row["verdict"]),
             "n": str(row["n"]),
             "means": f"{row['mean']:.4f}, {row['other_mean']:.4f}",
         }

@@ -136,6 +136,10 @@ SUMMARY = pa.DataFrameSchema(
 COMPARED = ("average_accuracy", "forgetting")
 _STREAM = ("benchmark", "dataset", "scenario")
 _YES_OR_NO = pa.Check.isin(["yes", "no", "unknown"])
+VERDICTS = (
+    *("better", "better, within the margin", "worse", "worse, within the margin"),
+    *("equivalent", "undecided", "one seed"),
+)
 COMPARISONS = pa.DataFrameSchema(
     {
         **{name: _SETTINGS[name] for name in _STREAM},
@@ -151,6 +155,8 @@ COMPARISONS = pa.DataFrameSchema(
         "margin": _number(pa.Check.ge(0)),
         "differs": _text(checks=_YES_OR_NO),
         "within_margin": _text(checks=_YES_OR_NO),
+        # Not required, and empty: older tables do not have it.
+        "verdict": _text(nullable=True, required=False, checks=pa.Check.isin(VERDICTS)),
         **{name: _SETTINGS[name] for name in SHARED_SETTINGS if name not in _STREAM},
         "config_hash": _text(),
         "other_config_hash": _text(),

@@ -173,24 +173,42 @@ def _pair(mine: pd.DataFrame, theirs: pd.DataFrame) -> Iterator[dict[str, Any]]:
         sides = {f"other_{n}": first[n if n in form else f"{n}_theirs"] for n in [*own, *form]}
         for metric in COMPARED:
             a, b = (pair[name].to_numpy(float) for name in (metric, f"{metric}_theirs"))
-            found = interval(a - b)
             yield {
                 **both,
                 **{name: first[name] for name in own},
                 **sides,
-                "metric": metric,
-                "unit": UNITS[metric],
-                "n": found["n"],
-                "mean": a.mean(),
-                "other_mean": b.mean(),
-                "difference": found["mean"],
-                "ci_low": found["ci_low"],
-                "ci_high": found["ci_high"],
-                "margin": MARGIN,
-                "differs": differs(a - b),
-                "within_margin": within_margin(a - b),
+                **_difference(metric, a, b),
                 **provenance_of(_both(pair)),
             }
+
+
+def _difference(metric: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The columns of `comparisons.csv` on a metric of the same seeds, [n] each."""
+    found = interval(a - b)
+    answers = {"differs": differs(a - b), "within_margin": within_margin(a - b)}
+    return {
+        "metric": metric,
+        "unit": UNITS[metric],
+        "n": found["n"],
+        "mean": a.mean(),
+        "other_mean": b.mean(),
+        "difference": found["mean"],
+        "ci_low": found["ci_low"],
+        "ci_high": found["ci_high"],
+        "margin": MARGIN,
+        **answers,
+        "verdict": _verdict(metric, found["mean"], **answers),
+    }
+
+
+def _verdict(metric: str, difference: float, differs: str, within_margin: str) -> str:
+    """One of `VERDICTS` on the first of two methods."""
+    if differs == "unknown":
+        return "one seed"
+    if differs == "yes":
+        word = "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
+        return f"{word}, within the margin" if within_margin == "yes" else word
+    return "equivalent" if within_margin == "yes" else "undecided"
 
 
 def _both(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -121,18 +121,31 @@ def test_one_seed_has_a_mean_and_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("differences", "differs", "within"),
+    ("differences", "differs", "within", "verdict"),
     [
-        ([0.001, -0.001, 0.002, 0.000], "no", "yes"),
-        ([0.020, 0.022, 0.021, 0.023], "yes", "no"),
-        ([0.05, -0.05, 0.04, -0.04], "no", "no"),
-        ([0.004, 0.005, 0.006, 0.005], "yes", "yes"),  # a difference too small to matter
-        ([0.02], "unknown", "unknown"),
+        ([0.001, -0.001, 0.002, 0.000], "no", "yes", "equivalent"),
+        ([0.020, 0.022, 0.021, 0.023], "yes", "no", "better"),
+        ([-0.020, -0.022, -0.021, -0.023], "yes", "no", "worse"),
+        ([0.05, -0.05, 0.04, -0.04], "no", "no", "undecided"),
+        # A difference too small to matter.
+        ([0.004, 0.005, 0.006, 0.005], "yes", "yes", "better, within the margin"),
+        ([0.02], "unknown", "unknown", "one seed"),
     ],
 )
-def test_a_difference_may_differ_and_lie_within_the_margin(differences, differs, within):
+def test_a_difference_may_differ_and_lie_within_the_margin(differences, differs, within, verdict):
     assert statistics.differs(np.array(differences)) == differs
     assert statistics.within_margin(np.array(differences)) == within
+    mine, theirs = 0.5 + np.array(differences), np.full(len(differences), 0.5)
+    assert statistics._difference("average_accuracy", mine, theirs)["verdict"] == verdict
+    assert statistics._difference("forgetting", theirs, mine)["verdict"] == verdict
+
+
+def test_a_comparison_from_before_the_verdict_is_still_read(tmp_path):
+    runs = [run_of(method, seed, 0.5) for method in ("naive", "ewc") for seed in (0, 1)]
+    found = statistics.paired_differences(tables.frame(runs, schemas.RUNS))
+    found.drop(columns="verdict").to_csv(tmp_path / "comparisons.csv", index=False)
+    again = tables.read(tmp_path, schemas.COMPARISONS)
+    assert len(again) == len(found) and again["verdict"].isna().all()
 
 
 def test_within_the_margin_is_the_two_one_sided_tests():

@@ -22,7 +22,7 @@ from support.paths import RESULTS
 pytestmark = pytest.mark.results
 
 
-@pytest.mark.parametrize("folder", ["main", "tuning", "tuning_digits"])
+@pytest.mark.parametrize("folder", ["main", "parity", "tuning", "tuning_digits"])
 def test_committed_tables_fit_their_schemas_and_each_other(folder):
     found = tables.load(RESULTS / folder)
     runs = found["runs"]

@@ -114,7 +114,7 @@ def _draw_part(axis: Axes, rows: list[dict[str, Any]]) -> None:
         axis.hlines(place, row["ci_low"], row["ci_high"], color=colour, lw=2)
         axis.plot(row["difference"], place, "o", markersize=6, color=colour)
         text = comparison.difference_text(row["difference"], row["ci_low"], row["ci_high"])
-        text = f"{text}\nn = {row['n']}: {comparison.verdict(row)}"
+        text = f"{text}\nn = {row['n']}: {row['verdict']}"
         at = axis.get_yaxis_transform()
         axis.text(1.02, place, text, transform=at, va="center", fontsize=7.5)
     axis.set_yticks(range(len(rows)), labels, fontsize=7.5)
