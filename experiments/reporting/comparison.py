@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.labels import lambda_text, method_of, stream_title
+from experiments.reporting.labels import cell_labels, stream_title
+from experiments.results.schemas import SETTING_NAMES
 
 STREAM = ("benchmark", "dataset", "scenario")
 METRIC_WORDS = {"average_accuracy": "accuracy"}
@@ -19,22 +20,16 @@ def stream_of(row: Mapping[str, Any]) -> str:
     return title + (", validation images" if row["validation"] else "")
 
 
-def side(row: Mapping[str, Any], prefix: str = "") -> str:
-    """One of the two methods of a row in words, with its Fisher type and lambda.
+def sides(comparisons: pd.DataFrame) -> dict[str, str]:
+    """A label for each compared cell, by `config_hash`: `EWC, per sample, predicted, λ = 30`.
 
     Args:
-        row: Of `comparisons.csv`.
-        prefix: Of its columns: empty, or "other_".
-
-    Returns:
-        Such as `EWC, per sample (predicted), λ = 30`.
+        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
     """
-    words = method_of(row, f"{prefix}method")
-    if pd.notna(row[f"{prefix}fisher_type"]):
-        words += f" ({row[f'{prefix}fisher_type']})"
-    if pd.notna(row[f"{prefix}ewc_lambda"]):
-        words += f", {lambda_text(row[f'{prefix}ewc_lambda'])}"
-    return words
+    names = [n for n in (*SETTING_NAMES, "config_hash") if f"other_{n}" in comparisons]
+    others = comparisons.drop(columns=names).rename(columns={f"other_{n}": n for n in names})
+    both = pd.concat([comparisons.astype(object), others.astype(object)], ignore_index=True)
+    return cell_labels(both, with_type=True)
 
 
 def difference_text(difference: float, low: float, high: float) -> str:
@@ -54,21 +49,25 @@ SENTENCES = {
 }
 
 
-def answers(comparisons: pd.DataFrame) -> Iterator[str]:
+def answers(comparisons: pd.DataFrame, *, all_pairs: bool = False) -> Iterator[str]:
     """A sentence per stream: our EWC beside Avalanche's, or beside Naive where that is missing.
 
     Without our EWC, a sentence on each pair of methods.
 
     Args:
-        comparisons: Rows of `comparisons.csv`.
+        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
+        all_pairs: Whether there is a sentence on each pair anyway.
 
     Yields:
         Sentences; of a stream with several lambdas, which the images of the test must not choose
         from, only how many pairs there are.
     """
+    if comparisons.empty:
+        return
+    labels = sides(comparisons)
     accuracy = comparisons[comparisons["metric"] == "average_accuracy"]
     for _, rows in accuracy.groupby([*STREAM, "validation"], sort=False):
-        ours = rows[rows["method"] == "ewc"]
+        ours = rows[(rows["method"] == "ewc") & (not all_pairs)]
         for other in ("avalanche-ewc", "naive"):
             pairs = ours[ours["other_method"] == other]
             if len(pairs):
@@ -83,7 +82,8 @@ def answers(comparisons: pd.DataFrame) -> Iterator[str]:
             found = difference_text(row["difference"], row["ci_low"], row["ci_high"])
             words = SENTENCES[row["verdict"]]
             yield (
-                f"{title}: {side(row)} {words} {side(row, 'other_')}: "
+                f"{title}: {labels[row['config_hash']]} {words} "
+                f"{labels[row['other_config_hash']]}: "
                 f"{found} in average accuracy, n = {row['n']} ({shared_settings(row)})."
             )
 
@@ -105,15 +105,16 @@ def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
     """Paired differences as text, a row each.
 
     Args:
-        comparisons: Rows of `comparisons.csv`.
+        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
 
     Returns:
         Columns by name; `stream` first.
     """
+    labels = sides(comparisons) if len(comparisons) else {}
     return [
         {
             "stream": stream_of(row),
-            "compared": f"{side(row)} − {side(row, 'other_')}",
+            "compared": f"{labels[row['config_hash']]} − {labels[row['other_config_hash']]}",
             "metric": METRIC_WORDS.get(row["metric"], row["metric"]),
             "difference": difference_text(row["difference"], row["ci_low"], row["ci_high"]),
             "verdict": str(row["verdict"]),

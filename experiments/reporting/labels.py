@@ -39,9 +39,9 @@ def method_label(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def method_of(row: Mapping[str, Any], column: str = "method") -> str:
+def method_of(row: Mapping[str, Any]) -> str:
     """The method of a row in words; of a logger's file, which has no settings, as it is there."""
-    return str(row[column]) if pd.isna(row["epochs"]) else method_label(row[column])
+    return str(row["method"]) if pd.isna(row["epochs"]) else method_label(row["method"])
 
 
 def method_place(method: str) -> int:
@@ -90,12 +90,15 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
 
 
-def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, str]:
+def cell_labels(
+    runs: pd.DataFrame, *, with_lambda: bool = True, with_type: bool | None = None
+) -> dict[str, str]:
     """Return a label for each cell: method, lambda, and the settings that distinguish it.
 
     Args:
         runs: Rows of `runs.csv`.
         with_lambda: Whether lambda is part of the name.
+        with_type: Whether the Fisher type is; None: where a method has several.
 
     Returns:
         By `config_hash`.
@@ -106,7 +109,8 @@ def cell_labels(runs: pd.DataFrame, *, with_lambda: bool = True) -> dict[str, st
     labels = {}
     for cell in cells.to_dict("records"):
         words = [method_of(cell)]
-        if several[cell["method"]] > 1 and pd.notna(cell["fisher_type"]):
+        names_type = several[cell["method"]] > 1 if with_type is None else with_type
+        if names_type and pd.notna(cell["fisher_type"]):
             words.append(cell["fisher_type"])
         set_ = [n for n in varied if pd.notna(cell[n]) and cell[n] != UNSET.get(n)]
         words += [_setting(name, cell[name]) for name in set_]

@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, summary_cells
 from experiments.reporting.labels import in_words, wrapped
+from experiments.results.statistics import MARGIN
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 LEFT = ("method", "compared", "metric", "Fisher", "verdict", "what", "beside")  # else to the right
@@ -86,20 +87,24 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
         print_table(f"{title}: mean ± 95 % interval", rows, console)
 
 
-def print_comparisons(comparisons: pd.DataFrame, console: Console) -> None:
+def print_comparisons(
+    comparisons: pd.DataFrame, console: Console, *, all_pairs: bool = False
+) -> None:
     """Print a sentence per stream, then the paired differences, a table per stream.
 
     Args:
-        comparisons: Rows of `comparisons.csv`.
+        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
         console: Where to print.
+        all_pairs: Whether there is a sentence on each pair.
     """
-    for sentence in comparison.answers(comparisons):
+    for sentence in comparison.answers(comparisons, all_pairs=all_pairs):
         words = sentence.replace(NO_BREAK, "")
         console.print(words, highlight=False, markup=False, style="bold")
     rows = pd.DataFrame(comparison.comparison_rows(comparisons))
     for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
         shown = part.drop(columns="stream").to_dict("records")
-        print_table(f"{stream}: difference [95 % interval], seed by seed", shown, console)
+        title = f"{stream}: difference [95 % interval], seed by seed; margin {MARGIN:g}"
+        print_table(title, shown, console)
 
 
 def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,33 @@ def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
     pairs = [("ewc", other) for other in [*others, "naive"]] + [(m, "naive") for m in others]
     rows = [row for pair in pairs for row in _pair(*(done[done["method"] == m] for m in pair))]
     return frame(rows, COMPARISONS).sort_values(list(STREAM), kind="stable", ignore_index=True)
+
+
+def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Differences between the cells of each pair, seed by seed, with their 95 % intervals.
+
+    Args:
+        runs: Rows of `runs.csv`; only those with status `ok` count.
+        pairs: The `config_hash` of two cells, whatever they differ in; the first less the second.
+
+    Returns:
+        Rows like those of `comparisons.csv`, with every setting of both: `other_` is the second's.
+    """
+    cells = dict(tuple(runs[runs["status"] == "ok"].groupby("config_hash")))
+    names = [name for name in (*SETTING_NAMES, "config_hash") if name in runs and name != "seed"]
+    rows: list[dict[str, Any]] = []
+    for one, other in pairs:
+        pair = cells[one].merge(cells[other], on="seed", suffixes=("", "_theirs"))
+        for metric in COMPARED if len(pair) else ():
+            a, b = (pair[name].to_numpy(float) for name in (metric, f"{metric}_theirs"))
+            if np.isfinite(a - b).all():
+                rows.append({
+                    **{name: pair[name].iloc[0] for name in names},
+                    **{f"other_{name}": pair[f"{name}_theirs"].iloc[0] for name in names},
+                    **_difference(metric, a, b),
+                    **provenance_of(_both(pair)),
+                })
+    return pd.DataFrame(rows)
 
 
 def is_logged(runs: pd.DataFrame) -> bool:

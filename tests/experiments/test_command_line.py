@@ -194,7 +194,7 @@ def test_a_job_leaves_tables_plots_and_words_and_is_not_repeated(tmp_path, capsy
     assert "--dry-run lists the runs" in printed
     assert "EWC, per sample" in printed
     assert "3 of 3 checks hold" in printed
-    assert "Split digits, domain-incremental: EWC, per sample (predicted), λ" in printed
+    assert "Split digits, domain-incremental: EWC, per sample, predicted, λ" in printed
     found = tables.load(tmp_path)
     assert set(found) == {"accuracy", "runs", "summary", "comparisons", "checks"}
     assert set(found["runs"]["method"]) == {"naive", "avalanche-ewc", "ewc", "joint"}

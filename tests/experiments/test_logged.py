@@ -80,7 +80,7 @@ def test_the_commands_read_a_file_and_its_folder(logged, of_folder, tmp_path, ca
     assert main(["table", path, "--of", "comparisons", "--format", "latex"]) == 0
     assert main(["compare", path]) == 0
     shown = capsys.readouterr().out
-    assert "mine, with EWC (predicted), λ=0.5" in " ".join(shown.split()).replace(" = ", "=")
+    assert "mine, with EWC, predicted, λ=0.5" in " ".join(shown.split()).replace(" = ", "=")
     assert "without the settings" in " ".join(shown.split())
     page = tmp_path / "page.html"
     assert main(["report", path, "--out", str(page)]) == 0

@@ -156,7 +156,7 @@ def test_a_browser_shows_the_page_without_an_error(report, tmp_path, width):
     down = [*accuracies[3::-1], "–"]  # what is not known stays last
     assert seen["sorted"] == [[True, accuracies], [True, down]]
     assert seen["cut"] == [0, 0]
-    assert "EWC, per sample (predicted), λ = 10 can't be told from Avalanche's" in seen[
+    assert "EWC, per sample, predicted, λ = 10 can't be told from Avalanche's" in seen[
         "answer"
     ].replace("\N{NO-BREAK SPACE}", " ")
     assert seen["outside"] == []
@@ -287,7 +287,7 @@ def test_the_terminal_says_the_answer_first_and_breaks_no_word(report, capsys, m
     assert main(["compare", str(report.with_name("sweep"))]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert lines[0].startswith("Split digits, task-incremental: EWC, per sample (predicted), λ")
+    assert lines[0].startswith("Split digits, task-incremental: EWC, per sample, predicted, λ")
     assert max(map(len, lines)) <= 100
     words = set(printed.replace("\N{NO-BREAK SPACE}", " ").split())
     assert {"Avalanche's", "difference", "undecided", "+0.0025", "[−0.0293,", "forgetting"} <= words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -85,6 +85,7 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
         rows = rows[rows.groupby(pair)["metric"].transform("size") <= comparison.MOST_SENTENCES]
     if rows.empty:
         return None
+    labels = comparison.sides(rows)
     naive = rows["other_method"] == "naive"
     parts = [part.iloc[:MOST_ROWS] for part in (rows[~naive], rows[naive]) if len(part)]
     figure, axes = plt.subplots(
@@ -95,16 +96,17 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
         layout="constrained",
     )
     for axis, part in zip(axes[:, 0], parts, strict=True):
-        _draw_part(axis, part.to_dict("records"))
+        _draw_part(axis, part.to_dict("records"), labels)
     axes[-1, 0].set_xlabel("average accuracy of the first less that of the second, seed by seed")
     note = f"mean and 95 % interval; grey: a difference below the margin of {MARGIN:g}"
     style.title(figure, "Paired differences of average accuracy", note)
     return figure
 
 
-def _draw_part(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    labels = [
-        f"{comparison.stream_of(row)}\n{comparison.side(row)} − {comparison.side(row, 'other_')}"
+def _draw_part(axis: Axes, rows: list[dict[str, Any]], labels: Mapping[str, str]) -> None:
+    names = [
+        f"{comparison.stream_of(row)}\n"
+        f"{labels[row['config_hash']]} − {labels[row['other_config_hash']]}"
         for row in rows
     ]
     axis.axvspan(-MARGIN, MARGIN, color=style.INK, alpha=0.07, lw=0)
@@ -117,7 +119,7 @@ def _draw_part(axis: Axes, rows: list[dict[str, Any]]) -> None:
         text = f"{text}\nn = {row['n']}: {row['verdict']}"
         at = axis.get_yaxis_transform()
         axis.text(1.02, place, text, transform=at, va="center", fontsize=7.5)
-    axis.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    axis.set_yticks(range(len(rows)), names, fontsize=7.5)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     bounds = [[row[name] for name in ("ci_low", "ci_high", "difference")] for row in rows]
     reach = np.abs(np.array(bounds, float))
