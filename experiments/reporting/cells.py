@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.reporting.labels import (
+    cell_labels,
     in_words,
     method_of,
     method_place,
@@ -30,6 +31,7 @@ class Cell:
 
     Attributes:
         method: In words.
+        label: Method, Fisher type and settings, in words.
         fisher_type: Empty where the method has none.
         ewc_lambda: NaN where it has none.
         settings: In which it differs from other cells of its method, in words.
@@ -42,6 +44,7 @@ class Cell:
     """
 
     method: str
+    label: str
     fisher_type: str
     ewc_lambda: float
     settings: Mapping[str, str]
@@ -78,24 +81,32 @@ def summary_cells(runs: pd.DataFrame) -> dict[str, list[Cell]]:
     streams = sorted(runs.groupby(STREAM), key=lambda item: (item[0][0] != "split", item[0]))
     for (*stream, validation), group in streams:
         varied = statistics.varied_settings(group)
+        labels = cell_labels(group, with_lambda=False, with_type=True)
         cells = sorted(
             (cell for _, cell in group.groupby("config_hash")),
             key=lambda c: (
-                (method_place(c["method"].iloc[0]), str(c["fisher_type"].iloc[0]))
-                + (c["ewc_lambda"].iloc[0],)
+                method_place(c["method"].iloc[0]),
+                labels[str(c["config_hash"].iloc[0])],
+                c["ewc_lambda"].iloc[0],
             ),
         )
         title = stream_title(*stream) + (", validation images" if validation else "")
-        found[title] = [_cell(cell, varied, best) for cell in cells]
+        found[title] = [_cell(cell, varied, best, labels) for cell in cells]
     return found
 
 
-def _cell(rows: pd.DataFrame, varied: Sequence[str], best: Mapping[str, set[str]]) -> Cell:
+def _cell(
+    rows: pd.DataFrame,
+    varied: Sequence[str],
+    best: Mapping[str, set[str]],
+    labels: Mapping[str, str],
+) -> Cell:
     first, done = rows.iloc[0], rows[rows["status"] == "ok"]
     values = {m: done[m].dropna().to_numpy(float) for m in UNITS}
     config_hash = str(first["config_hash"])
     return Cell(
         method=method_of(first),
+        label=labels[config_hash],
         fisher_type=setting_text(first["fisher_type"]),
         ewc_lambda=float("nan") if pd.isna(first["ewc_lambda"]) else float(first["ewc_lambda"]),
         settings={in_words(name): setting_text(first[name]) for name in varied},

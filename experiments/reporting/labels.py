@@ -11,14 +11,14 @@ from typing import Any
 import pandas as pd
 
 from experiments.results.statistics import varied_settings
-from experiments.settings.run import RunSettings
+from experiments.settings.run import WITH_FISHER, RunSettings
 from experiments.settings.unset import UNSET
 from experiments.settings.values import is_own
 
 LABELS = {
     "naive": "Naive",
     "avalanche-ewc": "Avalanche's EWC",
-    "ewc": "EWC, per sample",
+    "ewc": "EWC",
     "l2": "L2",
     "si": "SI",
     "mas": "MAS",
@@ -27,6 +27,21 @@ LABELS = {
     "ewc+replay": "EWC and replay",
     "joint": "Joint (upper bound)",
 }
+# Importances that are no mean of squared scores of single samples, the Fisher information.
+IMPORTANCES = {
+    "batched": "per mini-batch",
+    "class_mean": "class means",
+    "class_mean_empirical": "class means, data's labels",
+    "reversed": "reversed logits",
+    "class_mean_reversed": "class means, reversed logits",
+    "batched_reversed": "per mini-batch, reversed logits",
+}
+NORMALIZED = {
+    "mean": "F by its mean",
+    "trace": "F by its trace",
+    "max": "F by its maximum",
+    "avalanche": "F at Avalanche's scale",
+}
 BENCHMARKS = {"split": "Split", "permuted": "Permuted", "rotated": "Rotated"}
 DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
@@ -34,14 +49,27 @@ DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIS
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def method_label(method: str) -> str:
-    """A method's name in words; a method without one is called as in `runs.csv`."""
-    return LABELS.get(method, method)
+def method_of(row: Mapping[str, Any], *, with_type: bool = False) -> str:
+    """The method of a row in words, with what its importances are and are divided by.
 
+    Args:
+        row: With the settings of a run; of a logger's file, which has none, the method is called as
+            it is there.
+        with_type: Whether the labels of a Fisher are named too.
 
-def method_of(row: Mapping[str, Any]) -> str:
-    """The method of a row in words; of a logger's file, which has no settings, as it is there."""
-    return str(row["method"]) if pd.isna(row["epochs"]) else method_label(row["method"])
+    Returns:
+        Such as `EWC, per sample, predicted, F by its mean`.
+    """
+    method, kind = str(row["method"]), row["fisher_type"]
+    is_ours = method in WITH_FISHER and pd.notna(row["epochs"])
+    words = [method if pd.isna(row["epochs"]) else LABELS.get(method, method)]
+    if is_ours:
+        words.append(IMPORTANCES.get(kind, "per sample"))
+    if with_type and pd.notna(kind) and not (is_ours and kind in IMPORTANCES):
+        words.append(str(kind))
+    if (normalize := row.get("normalize")) in NORMALIZED:
+        words.append(NORMALIZED[normalize])
+    return ", ".join(words)
 
 
 def method_place(method: str) -> int:
@@ -108,10 +136,8 @@ def cell_labels(
     several = cells.groupby("method")["fisher_type"].nunique()
     labels = {}
     for cell in cells.to_dict("records"):
-        words = [method_of(cell)]
         names_type = several[cell["method"]] > 1 if with_type is None else with_type
-        if names_type and pd.notna(cell["fisher_type"]):
-            words.append(cell["fisher_type"])
+        words = [method_of(cell, with_type=names_type)]
         set_ = [n for n in varied if pd.notna(cell[n]) and cell[n] != UNSET.get(n)]
         words += [_setting(name, cell[name]) for name in set_]
         if with_lambda and pd.notna(cell["ewc_lambda"]):

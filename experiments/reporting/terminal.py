@@ -74,16 +74,15 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
         console: Where to print.
     """
     for title, cells in summary_cells(runs).items():
-        rows = []
-        for cell in cells:
-            varied = "".join(f", {name} {value or 'none'}" for name, value in cell.settings.items())
-            rows.append({
-                "method": cell.method + varied,
-                "Fisher": cell.fisher_type,
+        rows = [
+            {
+                "method": cell.label,
                 "λ": cell.lambda_text,
                 **{in_words(metric): cell.interval(metric) for metric in SHOWN},
                 "n": str(cell.n),
-            })
+            }
+            for cell in cells
+        ]
         print_table(f"{title}: mean ± 95 % interval", rows, console)
 
 

@@ -62,9 +62,9 @@ def as_given(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:
-    """The settings that tell cells of one method apart, besides Fisher type and lambda."""
+    """The settings that tell cells of one method apart, besides those that every label names."""
     cells = as_given(runs.drop_duplicates("config_hash"))
-    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed")]
+    names = [n for n in SETTING_NAMES if n in runs and n not in (*CELL, "seed", "normalize")]
 
     def varies(name: str) -> bool:
         # A file's hash tells nothing that its name does not, but for another version of it.

@@ -1,17 +1,19 @@
 """Tables hold the value that was used, and are read whether it is written or not."""
 
 from dataclasses import asdict
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.reporting.labels import cell_labels
+from ewc_plugin import FisherType
+from experiments.reporting.labels import IMPORTANCES, NORMALIZED, cell_labels, method_of
 from experiments.results import schemas, tables
 from experiments.results.provenance import content_digest
 from experiments.results.record import RunResult, failed
 from experiments.results.store import Store, read_results
-from experiments.settings.run import RunSettings
+from experiments.settings.run import Normalize, RunSettings
 from experiments.settings.unset import given, used
 
 ALWAYS = {"optimizer_state": "kept", "pixels": "normalized", "loss_classes": "all"}
@@ -70,11 +72,34 @@ def test_a_folder_from_before_is_read_written_anew_and_has_the_same_digests(tmp_
     pd.testing.assert_frame_equal(tables.read(tmp_path, schemas.RUNS), new)
 
 
+KINDS = {
+    "predicted": "EWC, per sample, predicted",
+    "class_mean": "EWC, class means",
+    "class_mean_empirical": "EWC, class means, data's labels",
+    "reversed": "EWC, reversed logits",
+    "batched": "EWC, per mini-batch",
+}
+
+
+def test_a_label_names_a_fisher_information_alone_per_sample_and_what_divides_it():
+    fisher = {kind.value for kind in FisherType} - IMPORTANCES.keys()
+    assert fisher == {"predicted", "empirical", "sampled", "exact"}
+    for kind, label in KINDS.items():
+        cells = [settings("naive"), settings(fisher_type=kind), settings(fisher_type="exact")]
+        rows = tables.frame([failed(cell, "stopped").record for cell in cells], schemas.RUNS)
+        exact = "EWC, per sample, exact"
+        assert list(cell_labels(rows, with_lambda=False).values()) == ["Naive", label, exact]
+    assert NORMALIZED.keys() == set(get_args(Normalize))
+    replay = settings("ewc+replay", fisher_type="class_mean", normalize="mean", memory=9)
+    (row,) = tables.frame([failed(replay, "stopped").record], schemas.RUNS).to_dict("records")
+    assert method_of(row, with_type=True) == "EWC and replay, class means, F by its mean"
+
+
 def test_labels_name_what_differs_from_the_usual():
     cells = [settings(), settings(normalize="mean"), settings(batch_size=64)]
     rows = tables.frame([failed(cell, "stopped").record for cell in cells], schemas.RUNS)
     assert [label.replace("\N{NO-BREAK SPACE}", " ") for label in cell_labels(rows).values()] == [
         "EWC, per sample, batch size 128, λ = 10",
-        "EWC, per sample, batch size 128, mean, λ = 10",
+        "EWC, per sample, F by its mean, batch size 128, λ = 10",
         "EWC, per sample, batch size 64, λ = 10",
     ]

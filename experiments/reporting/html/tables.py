@@ -71,11 +71,11 @@ def summary_table(cells: Sequence[Cell]) -> PageTable:
     words = {"method", "Fisher", *settings}
     rows = []
     for cell in cells:
-        name = [cell.method, cell.fisher_type, *filter(None, cell.settings.values())]
+        name = cell.label
         if cell.lambda_text:
-            name.append(lambda_text(cell.ewc_lambda))
+            name += f", {lambda_text(cell.ewc_lambda)}"
         rows.append([
-            Entry(", ".join(filter(None, name)), ", ".join(name), "name"),
+            Entry(name, name, "name"),
             _interval(cell, first),
             _entry(cell.n),
             *(_interval(cell, metric) for metric in others),
