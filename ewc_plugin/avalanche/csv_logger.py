@@ -13,6 +13,9 @@ from typing import Any
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import phase_and_task
 from avalanche.logging import BaseLogger
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from avalanche.training.templates.base_sgd import PeriodicEval
 
 from ewc_plugin.fisher.scores import FisherType
 
@@ -27,6 +30,8 @@ MISSING = {
     *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
 }
 _KEY = ("run_id", "stream", "train_exp", "eval_exp")  # no two rows of a file agree in all of them
+
+_OF_EVERY_STRATEGY = (EvaluationPlugin, PeriodicEval, Clock)
 
 Row = dict[str, str]
 
@@ -53,7 +58,7 @@ class TidyCSVLogger(BaseLogger):
         dataset: Names the data, such as "mnist".
         scenario: Whether task labels are given: "task", "domain" or "class".
         method: Names the method, such as "naive" and "ewc" for two arms of a comparison. Default:
-            the strategy's class, which is the same with and without a plugin.
+            the strategy's class and its plugins: "Naive", "Naive+DiagonalEWC", "DiagonalEWC".
         train_exp: The experience that a resumed run had trained through, where the logger itself
             does not come out of a checkpoint.
 
@@ -157,8 +162,15 @@ class TidyCSVLogger(BaseLogger):
 def _method_of(strategy: Any) -> dict[str, Any]:
     ewc = next((p for p in strategy.plugins if hasattr(p, "ewc_lambda")), None)
     kind = getattr(ewc, "fisher_type", None)
+    name = type(strategy).__name__
+    # Such as `EWC`, whose plugin is `EWCPlugin`, is named once.
+    added = [
+        type(plugin).__name__.removesuffix("Plugin")
+        for plugin in strategy.plugins
+        if not isinstance(plugin, _OF_EVERY_STRATEGY)
+    ]
     return {
-        "method": type(strategy).__name__,
+        "method": "+".join([name, *(plugin for plugin in added if plugin != name)]),
         "fisher_type": kind.value if isinstance(kind, FisherType) else _name(kind),
         "ewc_lambda": None if ewc is None else float(ewc.ewc_lambda),
     }

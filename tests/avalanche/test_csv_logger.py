@@ -16,7 +16,7 @@ from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import TextLogger
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
 
 from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, TidyCSVLogger, ewc_metrics, gaussian_score
 from experiments.results import schemas, tables
@@ -73,7 +73,7 @@ def test_rows_are_what_was_measured_to_the_last_bit(tmp_path):
     assert constant.iloc[0].to_dict() == {
         "run_id": "a",
         **NAMES,
-        "method": "Naive",
+        "method": "Naive+DiagonalEWC",
         "fisher_type": "predicted",
         "ewc_lambda": 5.5,
         "n_samples": 24,
@@ -97,18 +97,21 @@ def test_pandas_alone_makes_the_matrix_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("plugins", "expected"),
     [
-        ([], ("", "")),
-        ([EWCPlugin(2)], ("", "2.0")),
-        ([DiagonalEWCPlugin(0, fisher_type="exact")], ("exact", "0.0")),
-        ([DiagonalEWCPlugin(1, fisher_type=gaussian_score)], ("gaussian_score", "1.0")),
+        ([], ("Naive", "", "")),
+        ([EWCPlugin(2)], ("Naive+EWC", "", "2.0")),
+        ([DiagonalEWCPlugin(0, fisher_type="exact")], ("Naive+DiagonalEWC", "exact", "0.0")),
+        (
+            [ReplayPlugin(9), DiagonalEWCPlugin(1, fisher_type=gaussian_score)],
+            ("Naive+Replay+DiagonalEWC", "gaussian_score", "1.0"),
+        ),
     ],
-    ids=["none", "avalanche's", "ours", "likelihood"],
+    ids=["none", "avalanche's", "ours", "likelihood and replay"],
 )
 def test_the_method_is_read_off_the_strategy(tmp_path, plugins, expected):
     path = tmp_path / "accuracy.csv"
     logged(path, *plugins).eval(benchmark().test_stream)
     row = csv_rows(path)[0]
-    assert (row["fisher_type"], row["ewc_lambda"]) == expected
+    assert (row["method"], row["fisher_type"], row["ewc_lambda"]) == expected
     tables.load(tmp_path)
 
 
