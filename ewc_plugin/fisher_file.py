@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import import_module
@@ -91,15 +92,21 @@ def load_fisher(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
-    check_weights: bool = False,
+    check_weights: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> SavedFisher:
     """Load a Fisher; check it against its metadata and, if given, a model.
 
+    `consolidate` takes the model's weights as the anchor, and F belongs to the weights that it was
+    computed at. So the model's weights are compared with those in the file, if it was saved with
+    `anchor`. By default a difference is a warning and not an error: in a resumed run, say, the
+    model has been trained further.
+
     Args:
         path: Of a file of `save_fisher`.
         model: Must have the parameters that the Fisher is of, by name and shape.
-        check_weights: Whether they must also have the values that the Fisher was computed at.
+        check_weights: If the model's weights are not those in the file, True is an error, None a
+            warning, and False nothing. Without weights in the file, True is an error.
         device: Of the tensors.
 
     Returns:
@@ -126,13 +133,16 @@ def load_fisher(
     except (KeyError, ValueError):
         raise ValueError(f"`path` {path} is damaged: its record cannot be read.") from None
     if model is not None:
-        _check_model(path, model, fisher, anchor, check_weights)
+        _check_model(path, model, fisher)
+        if check_weights is not False:
+            _check_weights(path, model, anchor, must_be_equal=check_weights is True)
     loaded = SavedFisher(fisher, fisher_type=notes["fisher_type"], n_samples=notes["n_samples"])
     loaded.anchor, loaded.about = anchor or None, notes["about"]
     loaded.versions, loaded.saved_at = notes["versions"], saved_at
     return loaded
 
 
+_MOST_NAMES = 3  # of a message
 _NOTES = ("fisher_type", "n_samples", "versions", "about")
 
 
@@ -166,9 +176,7 @@ def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     )
 
 
-def _check_model(
-    path: Any, model: nn.Module, fisher: Any, anchor: dict[str, Tensor], check_weights: bool
-) -> None:
+def _check_model(path: Any, model: nn.Module, fisher: dict[str, Tensor]) -> None:
     parameters = canonical_parameters(model)
     trainable = {name for name, p in parameters.items() if p.requires_grad}
     differences = [
@@ -180,16 +188,37 @@ def _check_model(
             if n in parameters and f.shape != parameters[n].shape
         ),
     ]
-    if check_weights and not differences:
-        if not anchor:
-            raise ValueError(f"`path` {path} has no weights; save it with `anchor=model`.")
-        differences = [
-            f"the weights of {n!r} are others"
-            for n, weight in anchor.items()
-            if not torch.equal(weight.to(parameters[n].device), parameters[n].detach())
-        ]
     if differences:
         raise ValueError(f"`path` {path} is the Fisher of another model: {'; '.join(differences)}.")
+
+
+def _check_weights(
+    path: Any, model: nn.Module, anchor: dict[str, Tensor], *, must_be_equal: bool
+) -> None:
+    """Raise, or warn, if the model's weights are not those in the file."""
+    if must_be_equal and not anchor:
+        raise ValueError(f"`path` {path} has no weights; save it with `anchor=model`.")
+    parameters = canonical_parameters(model)
+    others = [
+        repr(name)
+        for name, weight in anchor.items()
+        if not torch.equal(weight.to(parameters[name].device), parameters[name].detach())
+    ]
+    if not others:
+        return
+    names = ", ".join(others[:_MOST_NAMES]) + (", ..." if len(others) > _MOST_NAMES else "")
+    message = (
+        f"`path` {path} is the Fisher of other weights than the model's: {len(others)} of "
+        f"{len(anchor)} parameters differ ({names})."
+    )
+    if must_be_equal:
+        raise ValueError(message)
+    warnings.warn(
+        f"{message} `consolidate` would anchor the penalty at the model's. Those that the Fisher "
+        "was computed at are `anchor` of what is returned; if others are meant, pass "
+        "`check_weights=False`.",
+        stacklevel=3,
+    )
 
 
 def _checked(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:

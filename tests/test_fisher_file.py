@@ -48,7 +48,7 @@ def saved(tmp_path):
 def test_a_fisher_knows_its_type_and_samples(kind):
     fisher = diagonal_fisher(network(), batches(), kind)
     assert fisher.fisher_type == getattr(kind, "value", "bernoulli_score")
-    assert fisher.n_samples == (None if kind is FisherType.BATCHED else N)
+    assert fisher.n_samples == (None if getattr(kind, "is_batched", False) else N)
     for again in (copy.deepcopy(fisher), pickle.loads(pickle.dumps(fisher))):
         assert (again.fisher_type, again.n_samples) == (fisher.fisher_type, fisher.n_samples)
         assert all(torch.equal(again[n], f) for n, f in fisher.items())
@@ -97,22 +97,35 @@ def changed(model):
 
 
 OTHERS = {
-    "another width": (lambda: network(6), False, r"'0.weight' is \(5, 4\) in the file, \(6, 4\)"),
+    "another width": (lambda: network(6), r"'0.weight' is \(5, 4\) in the file, \(6, 4\)"),
     "a layer more": (
         lambda: network().append(nn.Linear(C, C)),
-        False,
         "the file has no '3.bias'; the file has no '3.weight'",
     ),
-    "a layer less": (lambda: network()[:2], False, "the model has no '2.bias'"),
-    "other weights": (lambda: changed(network()), True, "the weights of '2.bias' are others"),
+    "a layer less": (lambda: network()[:2], "the model has no '2.bias'"),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_another_model_is_refused_with_what_differs(saved, case):
-    make, weights, message = OTHERS[case]
+@pytest.mark.parametrize("weights", [None, False, True])
+def test_another_model_is_refused_with_what_differs(saved, case, weights):
+    make, message = OTHERS[case]
     with pytest.raises(ValueError, match=f"is the Fisher of another model: .*{message}"):
         load_fisher(saved[0], make(), check_weights=weights)
+
+
+def test_other_weights_are_a_warning_an_error_or_accepted(saved):
+    path, model = saved[0], changed(network())
+    differ = r"is the Fisher of other weights than the model's: 1 of 4 parameters differ \('2.bias'"
+    with pytest.warns(UserWarning, match=differ) as caught:
+        loaded = load_fisher(path, model)
+    assert caught[0].filename == __file__
+    assert not torch.equal(loaded.anchor["2.bias"], model[2].bias)
+    with pytest.raises(ValueError, match=differ):
+        load_fisher(path, model, check_weights=True)
+    load_fisher(path, model, check_weights=False)  # warnings are errors here
+    load_fisher(path, network())
+    load_fisher(path)
 
 
 def test_weights_can_be_checked_only_where_they_were_saved(tmp_path):
