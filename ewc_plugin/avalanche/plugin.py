@@ -130,6 +130,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         storage_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if normalize is not None and normalize != AVALANCHE:
+            parsed(Normalization, "normalize", normalize, AVALANCHE)
         self.ewc_lambda = ewc_lambda
         self.penalty = QuadraticPenalty(
             mode,
@@ -308,9 +310,15 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 on, from which F is computed; or F by parameter name, such as `load_fisher` gives.
 
         Raises:
+            TypeError: `model` is no module, as when both arguments change places.
             ValueError: F does not fit the model; or `normalize="avalanche"`, which is the scale of
                 a strategy's mini-batches.
         """
+        if not isinstance(model, nn.Module) or isinstance(batches_or_fisher, nn.Module):
+            raise TypeError(
+                "`consolidate(model, batches_or_fisher)` takes an nn.Module, then batches or a "
+                f"Fisher, got {type(model).__name__} and {type(batches_or_fisher).__name__}."
+            )
         if self.normalize == AVALANCHE:
             raise ValueError(
                 "`consolidate` knows no strategy, whose mini-batches normalize='avalanche' is the "

@@ -59,13 +59,14 @@ _STATISTIC: dict[Normalization, Callable[[list[Tensor]], float]] = {
 E_ = TypeVar("E_", bound=Enum)
 
 
-def parsed(kind: type[E_], argument: str, value: E_ | str) -> E_:
+def parsed(kind: type[E_], argument: str, value: E_ | str, *also: str) -> E_:
     """Look an option up by its value.
 
     Args:
         kind: The enum of the allowed values.
         argument: Its name, for the message.
         value: A member or its string.
+        also: Values that the caller allows besides, for the message.
 
     Returns:
         The member.
@@ -76,7 +77,7 @@ def parsed(kind: type[E_], argument: str, value: E_ | str) -> E_:
     try:
         return kind(value)
     except ValueError:
-        allowed = ", ".join(repr(member.value) for member in kind)
+        allowed = ", ".join(map(repr, (*(member.value for member in kind), *also)))
         raise ValueError(f"`{argument}` must be one of {allowed}, got {value!r}.") from None
 
 

@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 
-from ewc_plugin import DiagonalEWCPlugin, bernoulli_score
+from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, QuadraticPenalty, bernoulli_score
 from support.plugin_streams import assert_same, benchmark, mlp, strategy, train
 
 LAMBDAS = [float("nan"), float("inf"), -1, -1e-9, "30", None, True, 1j, [30]]
@@ -39,6 +40,15 @@ REFUSED = {
 def test_constructor_refuses(case):
     with pytest.raises((ValueError, TypeError), match=r"`\w+`"):
         DiagonalEWCPlugin(1.0, **REFUSED[case])
+
+
+def test_an_unknown_normalization_is_told_every_known_one():
+    known = "'mean', 'trace', 'max', 'avalanche', got 'median'"
+    for kind in (DiagonalEWCPlugin, partial(strategy, mlp(), kind=DiagonalEWC)):
+        with pytest.raises(ValueError, match=f"`normalize` must be one of {known}"):
+            kind(ewc_lambda=1.0, normalize="median")
+    with pytest.raises(ValueError, match="'mean', 'trace', 'max', got 'avalanche'"):
+        QuadraticPenalty(normalize="avalanche")
 
 
 SETTABLE = {"fisher_options", "fisher_batches", "implicit", "fisher_type", "decay_factor"}

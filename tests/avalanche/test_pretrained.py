@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, diagonal_fisher
+from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, QuadraticPenalty, diagonal_fisher
 from support.plugin_streams import (
     N_FEATURES,
     Blobs,
@@ -75,6 +75,16 @@ def test_mappings_with_labels_are_understood():
     parts = (batch["input_ids"], batch["attention_mask"])
     expected = loop_fisher(model, parts, batch["labels"], "empirical", lambda m, p: m(*p).logits)
     assert relative_error(plugin.fisher, expected) < 1e-9
+
+
+def test_arguments_that_change_places_are_refused():
+    model, fisher = network(), {"weight": torch.ones(2)}
+    for pair in ((batches(), model), (fisher, model), (model, model)):
+        with pytest.raises(TypeError, match=r"`consolidate\(model, batches_or_fisher\)` takes an"):
+            DiagonalEWCPlugin(1.0).consolidate(*pair)
+    for pair in ((fisher, model), (model, model), (model, [fisher])):
+        with pytest.raises(TypeError, match=r"`consolidate\(model, fisher\)` takes an nn.Module"):
+            QuadraticPenalty().consolidate(*pair)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_remembered():

@@ -218,6 +218,15 @@ def test_bad_input_gets_a_clear_line(arguments, said, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_page_that_is_replaced_is_said_to_be(report, tmp_path, capsys):
+    arguments = ["report", str(report.with_name("sweep")), "--out", str(tmp_path / "page.html")]
+    said = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1].removeprefix(f"Report: {tmp_path}"))
+    assert said == ["/page.html", "/page.html, in the place of the page that was there"]
+
+
 def test_tables_below_a_folder_are_shown_as_well(tmp_path):
     for name in ("a.csv", "b/c/d.csv", "e/f.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

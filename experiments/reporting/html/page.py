@@ -126,12 +126,14 @@ def run(settings: Report) -> Path:
             line = f"{i + 1} of {len(folders)}: {folder}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
             shown.append(_folder(folder, i, settings.figures))
+        is_new = not out.exists()
         tables.replace_file(out, _render(shown))
     except OSError as error:
         raise ValueError(
             f"`out` must be a file that can be written, got {out} ({error})."
         ) from None
-    console.print(f"Report: {out}", highlight=False, soft_wrap=True, markup=False)
+    line = f"Report: {out}" + ("" if is_new else ", in the place of the page that was there")
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
     return out
 
 
