@@ -41,6 +41,7 @@ STUDIES = {
     "table": "print a results folder's summary as markdown, LaTeX or CSV",
     "parity": "ours beside Avalanche's EWC: whole runs, paired seeds, curves over lambda",
     "drop-in": "DiagonalEWC beside Avalanche's EWC at the lambda that was found for the latter",
+    "factorial": "importances by what they are made of: labels, what is squared, scale, loss",
     "reproduce": "a published experiment and whether its number comes out",
     "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
