@@ -161,7 +161,7 @@ def diagonal_fisher(
         # parameter. Join or split the batches into chunks of a fast size, which changes no sample's
         # gradient unless samples interact (see `Raises`). Per chunk, run one forward pass and one
         # backward pass per score vector, square each sample's gradient, and add it to the sums.
-        # Last, divide by N. (The class means square the mean of a class instead: `class_mean`.)
+        # Last, divide by N. (All that is in `accumulate`; `class_mean` squares means of classes.)
         stream = not_empty(batches)
         samples, first_batches = first_samples(stream)
         if samples is None:

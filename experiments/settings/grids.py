@@ -491,7 +491,7 @@ class Sweep(Grid):
 class Main(Job):
     """The main job: split MNIST (task-incremental) and permuted MNIST, all methods."""
 
-    seeds: tuple[Seed, ...] = axis(0, 1, 2)
+    seeds: tuple[Seed, ...] = axis(0, 1, 2, 3, 4)
     """Each seeds the stream, the initial weights and the order of the samples."""
     tuned: tuple[str, ...] = ()
     """Folders or files of `python -m experiments tune`, instead of the lambdas chosen once."""

@@ -213,7 +213,7 @@ def test_processes_keep_their_streams_and_none_waits():
         built += task.cell.stream != held[i]
         held[i] = task.cell.stream
         free_at[i] += task.work
-    assert n_streams == 4
+    assert n_streams == 6
     assert built <= n_streams + 1
     longest = max(work(cell) for cell in Main().cells("mnist"))
     assert abs(free_at[0] - free_at[1]) <= longest
