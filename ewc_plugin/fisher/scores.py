@@ -291,6 +291,8 @@ def _exact(p: Tensor) -> Scores:
     # No entry cancels, so saturated outputs keep their digits.
     N, C = p.shape
     active = (p > 0).any(0).nonzero().squeeze(1)  # [A]
+    if len(active) == 1:  # all samples are certain, and of the same class
+        return Scores(1, lambda s: torch.zeros_like(p))
     q = p[:, active].sqrt()  # [N, A]
     q_top, top = q.max(1, keepdim=True)  # [N, 1]
     base = (-q * q / (1 + q_top)).scatter_(1, top, -q_top)  # [N, A]: w_i / (1 + q_k), times -q_i

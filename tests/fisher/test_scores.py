@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from ewc_plugin import diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType, score_vectors
 
 
@@ -88,3 +90,12 @@ def test_refused(kind, message):
 def test_unknown_type_lists_the_allowed_ones():
     with pytest.raises(ValueError, match="'predicted', 'empirical', 'sampled', 'exact', 'batched'"):
         FisherType.parse("true")
+
+
+def test_the_exact_fisher_of_a_model_that_is_certain_of_one_class_is_zero():
+    model = nn.Linear(2, 2)
+    model.bias.data = torch.tensor([0.0, -1e6])
+    fisher = diagonal_fisher(
+        model, [(torch.randn(5, 2), torch.zeros(5, dtype=torch.int64))], "exact"
+    )
+    assert all(float(F.abs().max()) == 0 for F in fisher.values())
