@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
@@ -97,12 +99,16 @@ class OneProcess:
         self._process.join()
         self._listener.join()
         self._pipe.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._future = Future[Any]()
         self._pipe, of_process = context.Pipe()
-        self._process = context.Process(target=worker.serve, args=(of_process,), daemon=True)
+        # Its own, since what it imports makes files there, and it is ended without notice.
+        self._temporary = tempfile.mkdtemp(prefix="ewc-plugin-")
+        arguments = (of_process, self._temporary)
+        self._process = context.Process(target=worker.serve, args=arguments, daemon=True)
         with _interrupts_blocked():  # the process inherits it: the parent handles Ctrl-C
             self._process.start()
         of_process.close()

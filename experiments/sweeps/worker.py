@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,11 +55,18 @@ class TaskError(RuntimeError):
     """A task raised an error in a worker process; the message names its type."""
 
 
-def serve(parent: Connection) -> None:
-    """Do the tasks that come from the parent process, one after the other, until it ends."""
+def serve(parent: Connection, temporary: str) -> None:
+    """Do the tasks that come from the parent process, one after the other, until it ends.
+
+    Args:
+        parent: A pipe to it.
+        temporary: Folder for temporary files, which the parent deletes.
+    """
     global _parent
     _parent = parent
+    tempfile.tempdir = temporary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # third parties' notes, once per process
     try:
@@ -71,7 +80,7 @@ def serve(parent: Connection) -> None:
                 answer = ("error", TaskError(f"{type(error).__name__}: {error}"))
             parent.send(answer)
     except (EOFError, OSError):  # the parent has ended
-        os._exit(1)
+        _end()
 
 
 def report_to_parent(event: Event) -> None:
@@ -151,4 +160,10 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    _end()
+
+
+def _end(*_: Any) -> None:
+    """End this worker; its parent may not be there to delete its temporary files."""
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
     os._exit(1)

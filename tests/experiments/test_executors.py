@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -348,3 +350,17 @@ def test_runs_of_one_process_do_not_mix(tmp_path):
     keys = ["run_id", "train_exp", "eval_exp"]
     found = tables.frame(rows, schemas.ACCURACY).sort_values(keys, ignore_index=True)
     pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_worker_leaves_no_temporary_files(tmp_path, monkeypatch, killed):
+    """Avalanche imports modules that make folders there; a worker ends without notice."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    executor = OneProcess()
+    made = Path(executor.submit(tempfile.mkdtemp).result(timeout=60))
+    assert made.is_dir()
+    assert tmp_path in made.parents
+    if killed:
+        executor._process.kill()
+    executor.close()
+    assert not list(tmp_path.iterdir())
