@@ -25,6 +25,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from rich.console import Console  # noqa: E402
 
+from ewc_plugin.penalty.stability import DivergedError  # noqa: E402
 from experiments.command_line import parse, print_completion, unknown, write_ascii_if_needed  # noqa: E402
 from experiments.settings.grids import Main, PermutedMnist, SplitMnist, Sweep  # noqa: E402
 from experiments.settings.values import shown  # noqa: E402
@@ -84,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         stop = _run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # here rather than when Python ends: its disk may be full
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         errors.print(INTERRUPTED, soft_wrap=True)
-        return 130
-    except (ValueError, ChildProcessError) as error:
+        return 128 + next(iter(stop.args), signal.SIGINT)
+    except (ValueError, ChildProcessError, DivergedError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except OSError as error:
@@ -160,13 +161,16 @@ def _help() -> str:
     return "\n".join([usage, "", str(__doc__), "", *lines])
 
 
-def _interrupt_once(*_: Any) -> None:
-    """Stop at the first Ctrl-C; ignore further ones while the command shuts down."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _interrupt_once(number: int, *_: Any) -> None:
+    """Stop at the first Ctrl-C or SIGTERM; ignore further ones while the command shuts down."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt_once)
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, _interrupt_once)
     sys.exit(main())

@@ -201,7 +201,8 @@ def _one_line(box: str) -> str:
     near = [match[0] for line in lines if (match := re.match(r"--\w[\w-]*", line))]
     message = message.replace("'None', ", "")  # what a file's missing entry means
     hint = f"; did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else ""
-    return re.sub(r"^Error parsing [A-Z]\w*: ", "", message) + hint
+    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", message) + hint
+    return message if len(message) <= 800 else f"{message[:400]} ... {message[-400:]}"
 
 
 def _is_rule(line: str) -> bool:

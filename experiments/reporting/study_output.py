@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from ewc_plugin.penalty.stability import DivergedError
 from experiments.data.sources import DataSource, find_data
 from experiments.reporting.figures.style import save
 from experiments.results import tables
 from experiments.results.environment import write_environment
+from experiments.results.files import make_folder
 from experiments.results.provenance import ENTRY, NOT_RECORDED, provenance
 from experiments.results.schemas import PROVENANCE, Schema
 
@@ -51,13 +54,21 @@ class StudyOutput:
 
         Raises:
             TableError: They do not fit the schema.
+            DivergedError: They hold a number that is not finite where the schema has none.
         """
         rows = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
         now = provenance(self.code)
         old = rows.reindex(columns=list(now)).astype(object)
         rows = rows.assign(**{n: old[n].fillna(value or NOT_RECORDED) for n, value in now.items()})
         columns = [name for name, c in schema.columns.items() if c.required or name in rows]
-        table = tables.check(rows.reindex(columns=columns), schema)
+        rows = rows.reindex(columns=columns)
+        for name, values in rows.select_dtypes("number").items():
+            if not schema.columns[name].nullable and not np.isfinite(values).all():
+                raise DivergedError(
+                    f"The training diverged: `{name}` of {schema.name} is not finite. Use a "
+                    "smaller learning rate or `ewc_lambda`."
+                )
+        table = tables.check(rows, schema)
         tables.write(table, self.folder, schema)
         write_environment(self.folder, self.source)
         return table
@@ -83,17 +94,12 @@ def study_output(settings: Any, source: DataSource | None = None) -> StudyOutput
         The output.
 
     Raises:
-        ValueError: The folder can't be made.
+        ValueError: The folder can't be made or written to.
     """
     console, out = Console(), settings.out
     if source is not None and source.note:
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"`out` must be a folder that can be written to, got {out} ({error.strerror})."
-        ) from None
+    make_folder(Path(out))
     return StudyOutput(Path(out), source, console, Path(inspect.getfile(type(settings))))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from experiments.settings.values import shown
+
 # Files that are being written have names which nobody else gives.
 TEMPORARY = ".ewc-plugin.tmp"
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(TEMPORARY))
@@ -19,6 +21,23 @@ LOCK_TIMEOUT_S = 120.0  # normally held for under a second, longer by a suspende
 def folder_lock(parts: Path) -> FileLock:
     """Return the lock of a results folder; it is released if its process is killed."""
     return FileLock(parts / LOCK, timeout=LOCK_TIMEOUT_S)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder if it isn't there, and try whether it can be written to.
+
+    Raises:
+        ValueError: It can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try.", suffix=TEMPORARY) as file:
+            file.write(b"0")
+    except (OSError, ValueError) as error:  # of a name with a zero byte, a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"`out` must be a folder that can be written to, got {shown(str(folder))} ({reason})."
+        ) from None
 
 
 def sweep_leftovers(*folders: Path) -> None:

@@ -18,11 +18,10 @@ import pandas as pd
 from filelock import FileLock
 
 from experiments.results import schemas, tables
-from experiments.results.files import folder_lock, replace_file, sweep_leftovers
+from experiments.results.files import folder_lock, make_folder, replace_file, sweep_leftovers
 from experiments.results.integrity import check_runs
 from experiments.results.record import RunResult, one_line
 from experiments.settings.unset import used
-from experiments.settings.values import shown
 
 PARTS = "parts"  # the folder of the finished runs' files
 DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
@@ -44,19 +43,11 @@ class Store:
         self._say = say
         self._read = Read()
         self.n_added = 0  # results since it was opened
-        try:
-            (folder / PARTS).mkdir(parents=True, exist_ok=True)
-            self.lock: FileLock = folder_lock(folder / PARTS)
-            with self.lock:  # so that what is half-written was left by a kill
-                sweep_leftovers(folder, folder / PARTS)
-                replace_file(folder / PARTS / "writable", "")
-                (folder / PARTS / "writable").unlink()
-        except (OSError, ValueError) as error:  # of a name with a zero byte, a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"`out` must be a folder that can be written to, got {shown(str(folder))} "
-                f"({reason})."
-            ) from None
+        make_folder(folder)
+        make_folder(folder / PARTS)
+        self.lock: FileLock = folder_lock(folder / PARTS)
+        with self.lock:  # so that what is half-written was left by a kill
+            sweep_leftovers(folder, folder / PARTS)
 
     def finished(self) -> set[str]:
         """Ids of the runs that ended well or diverged; failed ones may be tried again.

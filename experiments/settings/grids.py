@@ -56,6 +56,7 @@ from experiments.settings.values import (
     Seed,
     check_values,
     is_own,
+    shown,
 )
 
 OWN_SCENARIO: dict[Benchmark, Scenario] = {
@@ -154,9 +155,10 @@ def check_device(device: str) -> None:
         if torch.device(device) not in (found.device, torch.device(found.device.type)):
             raise ValueError(f"it is {found.device} here")
     except Exception as error:  # each backend raises its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
         raise ValueError(
-            f"`device` must be one that torch can use here, got {device!r} ({reason}); use cpu."
+            f"`device` must be one that torch can use here, got {shown(device)!r} ({reason}); use "
+            "cpu."
         ) from None
 
 

@@ -53,6 +53,12 @@ def chosen_lambda(run: RunSettings) -> float:
         ) from None
 
 
+def check_unseen(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
+    """Raise a `ValueError` if a seed that is reported has a part in the choice of lambda."""
+    for seed in set(seeds) & set(tuning_seeds):
+        raise ValueError(f"`seeds` must be others than `tuning_seeds`, got {seed} in both.")
+
+
 def start_lambda(run: RunSettings) -> float:
     """The lambda that a search of this arm starts from."""
     if run.normalize is not None:

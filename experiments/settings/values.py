@@ -118,6 +118,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is tuple and type(value) is tuple:
         for one in value:
             check_value(name, one, get_args(hint)[0])
+        if twice := [one for i, one in enumerate(value) if one in value[:i]]:
+            raise ValueError(f"{name} must hold each value once, got {shown(twice[0])} twice.")
     elif not fits(value, hint):
         raise ValueError(f"{name} must be {allowed(hint)}, got {shown(value)}.")
 

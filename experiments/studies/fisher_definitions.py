@@ -29,6 +29,7 @@ from experiments.reporting.figures.style import FISHER_COLOURS
 from experiments.reporting.labels import number
 from experiments.reporting.study_output import columns, study_output
 from experiments.results.schemas import PROVENANCE
+from experiments.settings.run import require
 from experiments.settings.values import Count, CountOrNone, Positive, Seed
 
 LABELS = {
@@ -125,8 +126,10 @@ def run(settings: Identities) -> pd.DataFrame:
     """
     torch.set_num_threads(1)
     source = find_data("digits", None)
-    output = study_output(settings, source)
     train, _ = load_images(source)
+    rule = f"<= {len(train.targets)}, the number of training images"
+    require(settings.samples <= len(train.targets), "samples", rule, settings.samples)
+    output = study_output(settings, source)
     x, y = train.images().flatten(1)[: settings.samples].double(), train.targets[: settings.samples]
     rows: list[dict[str, Any]] = []
     for name, (make, labels) in problems(settings).items():
@@ -301,7 +304,7 @@ def draw_definitions(table: pd.DataFrame) -> Figure:
     for row, (quantity, label) in zip(axes, PANELS.items(), strict=True):
         row[0].set_ylabel(label)
         row[0].set_xscale("symlog", linthresh=3)
-        row[0].set_xlim(0, table["step"].max())
+        row[0].set_xlim(0, max(1, table["step"].max()))
         ticks = [0, *(10**k for k in range(1, 9) if 10**k <= table["step"].max())]
         row[0].set_xticks(ticks, [number(tick) for tick in ticks])
         if quantity == "mean_square_of_own":

@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments.data.sources import find_data
 from experiments.settings.grids import Job, Sweep
 from experiments.settings.run import Dataset, RunSettings
-from experiments.settings.tuned import TUNING_SEEDS
+from experiments.settings.tuned import TUNING_SEEDS, check_unseen
 from experiments.settings.values import Seed
 from experiments.studies import tune
 from experiments.sweeps.jobs import completed_runs, show_plan
@@ -26,6 +26,10 @@ class TunedFirst(Job):
     """Reported: each seeds the stream, the initial weights and the order of the samples."""
     tuning_seeds: tuple[Seed, ...] = TUNING_SEEDS
     """Lambda is chosen with them, on validation images; none of them is reported."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_unseen(self.seeds, self.tuning_seeds)
 
     @property
     def grids(self) -> list[dict[str, Any]]:

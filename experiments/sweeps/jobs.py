@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.data.sources import DataSource, find_data, own_data
 from experiments.results import schemas, statistics, tables
 from experiments.results.environment import keep_environment
-from experiments.results.store import Store
+from experiments.results.store import Store, read_results
 from experiments.settings.grids import Job
 from experiments.settings.run import RunSettings
 from experiments.sweeps import exit_status
@@ -116,7 +116,12 @@ def completed_runs(job: Job, console: Console, *, make: bool = True) -> tuple[pd
 
     Returns:
         The job's rows of `runs.csv`, and the folder.
+
+    Raises:
+        ValueError: No run is to be made and the folder has none.
     """
+    if not make and read_results(job.folder)[1].empty:
+        raise ValueError(f"`tables_only` needs runs, got {job.folder} without any: leave it out.")
     store, cells, source = prepare(job, console)
     if make:
         make_runs(job, store, cells, source, console)

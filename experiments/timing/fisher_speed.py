@@ -31,7 +31,6 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
@@ -131,25 +130,24 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
     """
     _check(settings)
     torch.set_num_threads(1)
-    console = Console()
+    output = study_output(settings)
+    held = tables.read(output.folder, FISHER_SPEED)
     rows = []
     for network in settings.networks:
         for kind in settings.kinds:
-            console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
+            output.console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
             rows += _measure(network, kind, settings)
-    output = study_output(settings)
-    table = output.table(_with_kept(pd.DataFrame(rows), output.folder), FISHER_SPEED)
+    table = output.table(_with_kept(pd.DataFrame(rows), held), FISHER_SPEED)
     if table["multiple_of_gradient_pass"].notna().any():
         output.figure(draw_speeds(table), "fisher_speed")
     names = ("network", "kind", "engine", "status", "multiple_of_gradient_pass", "peak_multiple")
     output.show(table[[*names, "relative_error"]], index=False)
-    console.print(f"Table and figure: {output.folder}")
+    output.console.print(f"Table and figure: {output.folder}")
     return table
 
 
-def _with_kept(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """The new rows, and those that the folder's table holds of what was not measured anew."""
-    held = tables.read(folder, FISHER_SPEED)
+def _with_kept(table: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
+    """The new rows, and those held of what was not measured anew."""
     if held.empty:
         return table
     new = set(table[MEASURED].itertuples(index=False, name=None))
@@ -169,8 +167,6 @@ def _check(settings: FisherSpeedSettings) -> None:
         for name in given:
             if name not in allowed:
                 raise ValueError(f"`{field}` must be among {', '.join(allowed)}, got {name!r}.")
-    if settings.rounds < 1:
-        raise ValueError(f"`rounds` must be >= 1, got {settings.rounds}.")
     check_device(settings.device)
 
 

@@ -30,7 +30,7 @@ from experiments.results.schemas import PROVENANCE
 from experiments.results.tables import replace_file
 from experiments.settings.grids import PermutedMnist
 from experiments.settings.run import Dataset, RunSettings
-from experiments.settings.values import Count, CountOrNone, Processes
+from experiments.settings.values import Count, CountOrNone, Processes, check_values
 from experiments.timing.plain_loop import Accuracies, Timed, run_plainly
 from experiments.training.run import run as run_once
 
@@ -104,11 +104,7 @@ class SweepSpeed:
     """Folder of the tables."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "experiences", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if not self.processes or min(self.processes) < 1:
-            raise ValueError(f"`processes` must be one or more numbers >= 1, got {self.processes}.")
+        check_values(self)
         if self.seeds < max(self.processes) and self.seeds:
             raise ValueError(
                 "`seeds` must be 0 (no grid), or enough for every process to have a run, got "

@@ -73,6 +73,18 @@ BAD_INPUT = [
     ("sweep --config none.toml", "`config` must be a readable TOML file, got none.toml"),
     (f"sweep --config {'x' * 300}", "`config` must be a readable TOML file, got xxx"),
     ("sweep --config= --quiet", "`config` must be a readable TOML file, got ''"),
+    ("sweep --seeds 0 1 0", "`seeds` must hold each value once, got 0 twice"),
+    ("identities --steps 3 3", "`steps` must hold each value once, got 3 twice"),
+    ("penalty-speed --models cnn cnn", "`models` must hold each value once, got cnn twice"),
+    ("identities --samples 2000", "`samples` must be <= 1437, the number of training images"),
+    ("laplace --n 9", "`n` must be a whole number, >= 10 and <= 10000, got 9"),
+    ("laplace --n 20", "`pictured` must be one of `n` (20,), got 100"),
+    ("laplace --factors 2", "`factors` must be odd"),
+    ("parity --seeds 0 --tuning-seeds 0", "`seeds` must be others than `tuning_seeds`, got 0"),
+    ("drop-in --seeds 0 --tuning-seeds 0", "`seeds` must be others than `tuning_seeds`, got 0"),
+    ("factorial --seeds 1 --tuning-seeds 1", "`seeds` must be others than `tuning_seeds`, got 1"),
+    ("parity --tables-only", "`tables_only` needs runs, got runs/parity/curves without any"),
+    ("reproduce --tables-only", "`tables_only` needs runs, got runs/reproduce/kirkpatrick2017"),
     ("sweep --out=", "`out` must be a string that is not empty or unset, got ''"),
     ("sweep --scheduler=", "`scheduler` must be a string that is not empty or unset, got ''"),
     (
@@ -94,12 +106,44 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(line, said, capsys, monke
     raw.mkdir(parents=True)
     for name in UNPACKED_MD5:
         (raw / name).write_bytes(b"not this")
-    needs_a_dataset = arguments[0] in JOBS and CORRUPT not in arguments
+    of_images = [*JOBS, "parity", "drop-in", "factorial", "reproduce"]
+    needs_a_dataset = arguments[0] in of_images and CORRUPT not in arguments
     more = ["--dataset", "digits"] if needs_a_dataset else []
     assert main([*arguments, *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.parametrize("option", ["--device", "--dataset", "--data-path", "--nonsense"])
+def test_an_error_is_short_whatever_was_given(option, capsys):
+    assert main(["sweep", option, "x" * 50_000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 1000
+
+
+STUDIES_WITH_OUT = ["demonstration", "laplace", "identities", "importance", "lambda-translation"]
+STUDIES_WITH_OUT += ["fisher-speed", "penalty-speed", "sweep-speed"]
+
+
+@pytest.mark.parametrize("name", STUDIES_WITH_OUT)
+@pytest.mark.parametrize("out", ["file", "file/folder"])
+def test_a_study_refuses_its_folder_before_it_computes(name, out, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    digits = [] if name in ("laplace", "identities", "fisher-speed", "penalty-speed") else QUICK[:2]
+    assert main([name, *digits, "--out", out]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"`out` must be a folder that can be written to, got {out}" in printed.err
+
+
+def test_a_study_that_diverges_says_so(tmp_path, capsys):
+    arguments = ["--samples", "20", "--steps", "0", "3", "--seeds", "0", "--learning-rate", "1e6"]
+    assert main(["identities", *arguments, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "The training diverged: `" in line
+    assert not list(tmp_path.glob("*.csv"))
 
 
 def test_lists_take_spaces_or_commas():

@@ -49,7 +49,7 @@ def draw_densities(pictured: dict[str, Solved], rows: pd.DataFrame) -> Figure:
     for row, (name, solved) in zip(axes, pictured.items(), strict=True):
         _draw_posterior(row[0], solved)
         first = rows[rows["problem"] == name]
-        _draw_joint(row[1], solved, first[first["seed"] == first["seed"].min()])
+        _draw_joint(row[1], solved, first[first["seed"] == first["seed"].iloc[0]])
         row[0].set_title(f"{name}: p(θ | A) and its stand-ins")
         row[1].set_title(f"{name}: p(θ | A, B), EWC's optima over λ")
         for axis in row:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from experiments.reporting.study_output import columns, study_output
 from experiments.results.schemas import PROVENANCE
-from experiments.settings.values import Count, Seed
+from experiments.settings.run import require
+from experiments.settings.values import Between, Count, Seed, check_values
 from experiments.studies.laplace.figure import NAIVE, draw_densities, draw_weights
 from experiments.studies.laplace.problems import (
     PROBLEMS,
@@ -54,13 +55,17 @@ LAPLACE = pa.DataFrameSchema(
 )
 
 
+# Fewer can be so alike that F is singular; more need gigabytes for the posterior on its grid.
+Samples = Annotated[int, Between(10, 10_000)]
+
+
 @dataclass(frozen=True)
 class Laplace:
     """EWC's quadratic beside the true posterior; its optimum beside the joint one."""
 
-    n: tuple[Count, ...] = (30, 100, 300, 1000)
+    n: tuple[Samples, ...] = (30, 100, 300, 1000)
     """Samples per task."""
-    pictured: Count = 100
+    pictured: Samples = 100
     """Which of them the picture shows, and the penalty's weight is varied for."""
     factors: Count = 25
     """Weights of the penalty from 0.001 to 1,000 times Bayes' own."""
@@ -68,6 +73,13 @@ class Laplace:
     """Each draws the tasks' data anew; the first is pictured."""
     out: str = "runs/laplace"
     """Folder of the table and the plot."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        require(self.pictured in self.n, "pictured", f"one of `n` {self.n}", self.pictured)
+        require(
+            self.factors % 2, "factors", "odd, so that Bayes' own is in the middle", self.factors
+        )
 
 
 def run(settings: Laplace) -> pd.DataFrame:

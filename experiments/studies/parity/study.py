@@ -23,6 +23,7 @@ from experiments.results.statistics import chosen_lambdas, paired_differences
 from experiments.results.store import read_results
 from experiments.settings.grids import Job, PermutedMnist, SplitMnist
 from experiments.settings.run import PENALISED, Dataset, RunSettings
+from experiments.settings.tuned import check_unseen
 from experiments.settings.values import Count, Seed
 from experiments.studies.parity.curves import Curves, run_curves
 from experiments.sweeps.jobs import completed_runs, show_plan
@@ -62,6 +63,10 @@ class Parity(Job):
     """Units per hidden layer in the numerical checks and the curves."""
     tables_only: bool = False
     """Run nothing: write tables and pictures of what is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_unseen(self.seeds, self.tuning_seeds)
 
     name = "parity"
 
