@@ -218,6 +218,28 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         ValueError: The outputs are no finite logits [N, C].
         RuntimeError: The model's own backward pass fails.
     """
+    call, seen, alone = _probe_alone(call, samples)
+    if call.single_sample == "copies":
+        return call, replace(
+            seen, why_not_joined="it takes no batch of another size than the loader's"
+        )
+    return _probe_together(call, seen, alone)
+
+
+def _probe_alone(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe, Tensor]:
+    """Run the first sample alone, forwards and backwards.
+
+    Args:
+        call: The model.
+        samples: The samples.
+
+    Returns:
+        The call, with the way to compute one sample's logits; what was seen; the logits [1, C].
+
+    Raises:
+        SamplesInteractError: As `probe`.
+        RuntimeError: As `probe`.
+    """
     batch = samples.batch
     random_state = _random_state(call)
     try:
@@ -244,28 +266,41 @@ def probe(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe]:
         alone = call.sample_logits(batch, 0)
         reference = gradient_squares(call, alone, v[:1])
     seen = Probe(samples, v, reference, half, reached, untraced=untraced, single=single)
-    alone = alone.detach()
-    if call.single_sample == "copies":
-        return call, replace(
-            seen, why_not_joined="it takes no batch of another size than the loader's"
-        )
+    return call, seen, alone.detach()
+
+
+def _probe_together(call: ModelCall, seen: Probe, alone: Tensor) -> tuple[ModelCall, Probe]:
+    """Run the samples in one batch, and record the layer calls and their gradients.
+
+    Args:
+        call: The model.
+        seen: What was seen of the first sample alone.
+        alone: Its logits [1, C].
+
+    Returns:
+        The call, and what was seen of both.
+
+    Raises:
+        SamplesInteractError: As `probe`.
+    """
     gradients: dict[int, Tensor] = {}
     try:
         together, trace, copies_input = _run(
-            call, batch, lambda traced, g: gradients.__setitem__(id(traced), g)
+            call, seen.samples.batch, lambda traced, g: gradients.__setitem__(id(traced), g)
         )
     except SamplesInteractError:
         raise
     except Exception as error:  # whatever a model's code raises
         return call, _not_together(call, seen, alone, error)
     call = replace(call, copies_input=copies_input)
-    if not outputs_agree(together[:1], alone, together, half):
+    if not outputs_agree(together[:1], alone, together, seen.half):
         return call, _not_together(call, seen, alone, None)
     check_finite(together, 0)
     direct = parameters_in_graph(together)
+    untraced = seen.untraced
     if not untraced:
         try:
-            trace.pull_back(together, v, retain_graph=False)
+            trace.pull_back(together, seen.v, retain_graph=False)
         except RuntimeError as error:
             untraced = f"its backward pass can't be cut: {_line(error)}"
     return call, replace(
