@@ -14,12 +14,11 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
-from experiments.reporting.folders import given_or_newest
+from experiments.reporting.folders import given_or_newest, notes
 from experiments.reporting.labels import cell_labels, method_place, setting_text
 from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import statistics
-from experiments.results.logged import load_results, logged_note
-from experiments.results.provenance import mixed_code
+from experiments.results.logged import load_results
 from experiments.results.schemas import SETTING_NAMES, SHARED_SETTINGS
 
 MOST_NAMES = 20  # of an error
@@ -66,7 +65,7 @@ def run(settings: Compare) -> pd.DataFrame:
         if comparisons.empty:
             console.print("No two methods have the same seeds and settings.")
         print_comparisons(comparisons, console, all_pairs=against is not None)
-        if note := mixed_code(runs) or logged_note(runs):
+        if note := notes(folder, runs):
             console.print(f"NOTE: {note}", style="bold yellow", soft_wrap=True)
     if "checks" in found:
         print_checks(found["checks"], console, all_of_them=settings.checks)

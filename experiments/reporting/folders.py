@@ -1,9 +1,15 @@
-"""The results folder that a command shows where none is named: the user's own, newest one."""
+"""The results folder that a command shows where none is named, and what is to be said of it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+import pandas as pd
+
+from experiments.results.logged import logged_note
+from experiments.results.provenance import mixed_code
+from experiments.results.store import unfinished
 
 OWN, COMMITTED = Path("runs"), Path("results/main")
 
@@ -29,3 +35,14 @@ def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
         newest, why = COMMITTED, "committed results, since there are none below runs/"
     print(f"{newest}: {why}. Name another to see that one.", file=sys.stderr)
     return newest
+
+
+def notes(folder: Path | str, runs: pd.DataFrame) -> str:
+    """What is to be said of a folder's runs beside what they show; "" if nothing is.
+
+    Args:
+        folder: Of results, or file of `TidyCSVLogger`.
+        runs: Its rows of `runs.csv`.
+    """
+    found = (unfinished(Path(folder), runs), mixed_code(runs), logged_note(runs))
+    return " ".join(filter(None, found))

@@ -19,11 +19,10 @@ import tyro
 
 from experiments.reporting import comparison
 from experiments.reporting.cells import SHOWN, interval_text, summary_cells
-from experiments.reporting.folders import given_or_newest
+from experiments.reporting.folders import given_or_newest, notes
 from experiments.reporting.labels import in_words, setting_text
 from experiments.results import statistics
-from experiments.results.logged import load_results, logged_note
-from experiments.results.provenance import mixed_code
+from experiments.results.logged import load_results
 
 POWER_OF_TEN = re.compile(r"(?:(\d(?:\.\d+)?))e(-?\d+)")
 
@@ -92,7 +91,7 @@ def table_of(folder: str | Path, of: str) -> SummaryTable:
         raise ValueError(
             f"`folder` must hold {files}, got {folder} without {', '.join(sorted(missing))}."
         )
-    if "runs" in names and (note := mixed_code(found["runs"]) or logged_note(found["runs"])):
+    if "runs" in names and (note := notes(folder, found["runs"])):
         print(f"NOTE: {note}", file=sys.stderr)  # the table itself may go into a file
     return make(*(found[name] for name in names))
 

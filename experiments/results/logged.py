@@ -18,6 +18,7 @@ import pandas as pd
 from experiments.results import schemas, tables
 from experiments.results.metrics import METRICS, continual_metrics
 from experiments.results.statistics import is_logged
+from experiments.results.store import has_parts, read_results
 from experiments.results.tables import TableError
 
 NAMES = ["benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda"]
@@ -27,6 +28,8 @@ TESTED = "test"  # the stream whose accuracies count
 
 def load_results(path: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a results folder, or those made from a logger's file or a folder of such files.
+
+    Of a sweep that is not done, the runs that are.
 
     Args:
         path: A folder, or a file of `TidyCSVLogger`.
@@ -39,13 +42,22 @@ def load_results(path: str | Path) -> dict[str, pd.DataFrame]:
     """
     files = logged_files(Path(path))
     if not files:
-        return tables.load(path)
+        return _of_folder(Path(path))
     accuracy = tables.check(
         pd.concat([tables.read_file(file, schemas.ACCURACY) for file in files], ignore_index=True),
         schemas.ACCURACY,
     )
     accuracy = _tested(accuracy, path)
     return {"accuracy": accuracy, "runs": _runs_of(accuracy, path)}
+
+
+def _of_folder(folder: Path) -> dict[str, pd.DataFrame]:
+    found = {}
+    if has_parts(folder):
+        found = dict(zip(("accuracy", "runs"), read_results(folder), strict=True))
+    if found and not any((folder / name).exists() for name in schemas.SCHEMAS):
+        return found
+    return {**tables.load(folder), **found}
 
 
 def logged_files(path: Path) -> Sequence[Path]:

@@ -24,6 +24,7 @@ from experiments.results.record import RunResult, one_line
 from experiments.settings.unset import used
 
 PARTS = "parts"  # the folder of the finished runs' files
+PLAN = "plan.txt"  # in it: the ids of all runs of the last sweep, a line each
 DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
 
 
@@ -48,6 +49,10 @@ class Store:
         self.lock: FileLock = folder_lock(folder / PARTS)
         with self.lock:  # so that what is half-written was left by a kill
             sweep_leftovers(folder, folder / PARTS)
+
+    def plan(self, run_ids: Sequence[str]) -> None:
+        """Remember which runs a sweep is to make, for `unfinished`."""
+        replace_file(self.folder / PARTS / PLAN, "".join(f"{run_id}\n" for run_id in run_ids))
 
     def finished(self) -> set[str]:
         """Ids of the runs that ended well or diverged; failed ones may be tried again.
@@ -111,6 +116,31 @@ class Store:
                 stamps = {**self._read.stamps, **{path: _stamp(path) for path in written}}
                 self._read = replace(self._read, stamps=stamps)
         return accuracy, runs
+
+
+def unfinished(folder: Path, runs: pd.DataFrame) -> str:
+    """How many runs of the last sweep are done; "" if all are, or no sweep is known.
+
+    Args:
+        folder: Of results.
+        runs: All rows of its `runs.csv`, and of the runs' files.
+    """
+    path = folder / PARTS / PLAN
+    planned = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    done = runs[runs["run_id"].isin(planned)]
+    if len(done) == len(planned):
+        return ""
+    lost = int((done["status"] != "ok").sum())
+    words = f", {lost} of them not well" if lost else ""
+    return (
+        f"{len(done)} of {len(planned)} runs of the last sweep are done{words}. If it was stopped, "
+        "the same command makes the others."
+    )
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether a folder has files of runs, such as those of a sweep that was stopped."""
+    return any((folder / PARTS).glob("*.json"))
 
 
 Stamp = tuple[int, int]  # of a file: the time of its last change, and its size

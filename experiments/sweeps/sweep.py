@@ -69,6 +69,7 @@ def sweep(
         ValueError: The scheduler can't be reached, or the store has runs of other code.
         WorkerDiedError: The scheduler was lost, or a check's process died again and again.
     """
+    store.plan([cell.run_id for cell in cells])
     finished = store.finished()  # also with `force`: a damaged table is found before any run
     wanted = [cell for cell in cells if force or cell.run_id not in finished]
     if n_done := len(cells) - len(wanted):

@@ -6,7 +6,9 @@ import pytest
 from experiments.__main__ import main
 from experiments.reporting.compare import Compare, run
 from experiments.results import schemas, statistics, tables
+from experiments.results.record import RunResult
 from experiments.results.statistics import interval
+from experiments.results.store import Store
 from support.run_rows import run_rows
 
 ACCURACIES = {
@@ -119,3 +121,26 @@ def test_of_several_arms_of_that_name_the_one_with_the_same_settings_counts(tmp_
     assert len(found) == 2 * len(schemas.COMPARED)
     only = run(Compare(tmp_path, against="naive,batch_size=16"))
     assert len(only) == 3 * len(schemas.COMPARED)  # Naive at the other size, too
+
+
+@pytest.mark.parametrize("has_tables", [False, True])
+def test_of_a_stopped_sweep_every_command_shows_what_is_done(tmp_path, capsys, has_tables):
+    store, ids = Store(tmp_path / "sweep"), []
+    for records, rows in (run_rows("naive", [0.5, 0.6]), run_rows("ewc", [0.7], ewc_lambda=1)):
+        for record in records:
+            mine = [row for row in rows if row["run_id"] == record["run_id"]]
+            store.add(RunResult.sealed(record, mine))
+            ids.append(record["run_id"])
+    if has_tables:  # of an earlier command
+        store.write_tables()
+    store.plan([*ids, "to-come"])
+    page = tmp_path / "page.html"
+    for command in (["table"], ["compare"], ["report", "--out", str(page)]):
+        assert main([*command, str(store.folder)]) == 0
+        printed = " ".join("".join(capsys.readouterr()).split())
+        said = page.read_text(encoding="utf-8") if page.exists() else printed
+        assert "3 of 4 runs of the last sweep are done" in said
+        assert "Naive" in said
+    store.plan(ids)
+    assert main(["table", str(store.folder)]) == 0
+    assert "of the last sweep" not in capsys.readouterr().err

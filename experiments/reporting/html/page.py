@@ -31,13 +31,13 @@ from experiments.reporting.figures import style
 from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, matrices_of
 from experiments.reporting.figures.runs import draw_differences
 from experiments.reporting.figures.runs import figures as figures_of_runs
-from experiments.reporting.folders import given_or_newest
+from experiments.reporting.folders import given_or_newest, notes
 from experiments.reporting.html import tables as page_tables
 from experiments.reporting.html.svg import inline_svg
 from experiments.reporting.html.tables import PageTable
 from experiments.results import schemas, statistics, tables
-from experiments.results.logged import load_results, logged_files, logged_note
-from experiments.results.provenance import mixed_code
+from experiments.results.logged import load_results, logged_files
+from experiments.results.store import PARTS, has_parts
 
 NO_DITHER = Image.Dither.NONE
 TEMPLATES = Path(__file__).parent / "templates"
@@ -145,7 +145,10 @@ def _with_tables(folder: Path) -> list[Path]:
     """
     if folder.is_file():
         return [folder]
-    found = sorted({file.parent for file in folder.rglob("*.csv")})
+    found = sorted(
+        {file.parent for file in folder.rglob("*.csv")}
+        | {parts.parent for parts in folder.rglob(PARTS) if has_parts(parts.parent)}
+    )
     if not found:
         raise ValueError(f"`folders` must hold result tables (*.csv), got {folder}.")
     return found
@@ -171,7 +174,8 @@ def _render(folders: Sequence[Folder]) -> str:
 def _folder(path: Path, index: int, figures: Path | None) -> Folder:
     known = {str(s.name) for s in schemas.SCHEMAS.values() if (path / str(s.name)).exists()}
     logged = [file.name for file in logged_files(path)]
-    has_runs = logged or known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
+    tabled = known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
+    has_runs = logged or tabled or has_parts(path)
     hidden = (*HIDDEN, *logged) if has_runs else ()
     common: dict[str, Any] = {
         "id": f"f{index}",
@@ -202,7 +206,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
         differences_picture=draw(figure, "differences", "") if figure else None,
         streams=list(_streams(runs, accuracy, draw)),
         n_runs=len(runs),
-        note=mixed_code(runs) or logged_note(runs),
+        note=notes(path, runs),
         troubles=page_tables.trouble_table(runs),
         checks=None if checks is None else page_tables.checks_page_table(checks),
         runs=page_tables.runs_table(runs),
