@@ -9,13 +9,13 @@ import pandas as pd
 
 from experiments.results.logged import logged_note
 from experiments.results.provenance import mixed_code
-from experiments.results.store import unfinished
+from experiments.results.store import PARTS, PLAN, has_parts, unfinished
 
 OWN, COMMITTED = Path("runs"), Path("results/main")
 
 
 def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
-    """The folder; unset, the newest below `runs` that has a table, else the repository's results.
+    """The folder; unset, the newest below `runs` with a table or runs, else the committed results.
 
     Args:
         folder: As named by the user.
@@ -27,9 +27,12 @@ def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
     """
     if folder is not None:
         return Path(folder)
-    found = [file for name in tables for file in OWN.rglob(f"{name}.csv")]
+    found = [(file, file.parent) for name in tables for file in OWN.rglob(f"{name}.csv")]
+    if {"runs", "*"} & set(tables):  # a sweep that was stopped has no tables yet
+        plans = [(file, file.parents[1]) for file in OWN.rglob(f"{PARTS}/{PLAN}")]
+        found += [(file, folder) for file, folder in plans if has_parts(folder)]
     if found:
-        newest = max(found, key=lambda file: file.stat().st_mtime).parent
+        newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]
         why = "the newest folder below runs/"
     else:
         newest, why = COMMITTED, "committed results, since there are none below runs/"

@@ -148,6 +148,7 @@ def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(found, columns=list(COMPARISONS.columns))  # without settings
     done = done[~done["method"].isin([UPPER_BOUND])]
     others = [m for m in done["method"].unique() if m not in ("ewc", "naive")]
+    done = done.sort_values(["fisher_type", "normalize", "ewc_lambda"], kind="stable")
     pairs = [("ewc", other) for other in [*others, "naive"]] + [(m, "naive") for m in others]
     rows = [row for pair in pairs for row in _pair(*(done[done["method"] == m] for m in pair))]
     return frame(rows, COMPARISONS).sort_values(list(STREAM), kind="stable", ignore_index=True)

@@ -144,3 +144,13 @@ def test_of_a_stopped_sweep_every_command_shows_what_is_done(tmp_path, capsys, h
     store.plan(ids)
     assert main(["table", str(store.folder)]) == 0
     assert "of the last sweep" not in capsys.readouterr().err
+
+
+def test_a_stopped_sweep_can_be_the_newest_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    records, rows = run_rows("naive", [0.5])
+    for name in ("empty", "stopped"):
+        Store(tmp_path / "runs" / name).plan(["to-come"])
+    Store(tmp_path / "runs" / "stopped").add(RunResult.sealed(records[0], rows))
+    assert main(["table"]) == 0
+    assert "stopped: the newest folder below runs/" in " ".join(capsys.readouterr().err.split())

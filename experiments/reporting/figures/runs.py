@@ -22,6 +22,7 @@ from experiments.reporting.figures.over_lambda import (
     seeds_text,
 )
 from experiments.reporting.labels import number, wrapped
+from experiments.results.schemas import METHOD_SETTINGS
 from experiments.results.statistics import MARGIN
 
 
@@ -80,9 +81,11 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
         The figure; None where there is nothing to compare, or only methods at many lambdas each.
     """
     rows = comparisons[(comparisons["metric"] == "average_accuracy") & (comparisons["n"] > 1)]
-    pair = [*comparison.STREAM, "validation", "method", "other_method"]
+    arm = [name for name in METHOD_SETTINGS if name != "ewc_lambda"]
+    pair = [*comparison.STREAM, "validation", *arm, *(f"other_{name}" for name in arm)]
     if len(rows):
-        rows = rows[rows.groupby(pair)["metric"].transform("size") <= comparison.MOST_SENTENCES]
+        several = rows.groupby(pair, dropna=False)["metric"].transform("size")
+        rows = rows[several <= comparison.MOST_SENTENCES]
     if rows.empty:
         return None
     labels = comparison.sides(rows)
