@@ -52,7 +52,9 @@ class Store:
 
     def plan(self, run_ids: Sequence[str]) -> None:
         """Remember which runs a sweep is to make, for `unfinished`."""
-        replace_file(self.folder / PARTS / PLAN, "".join(f"{run_id}\n" for run_id in run_ids))
+        path, content = self.folder / PARTS / PLAN, "".join(f"{run_id}\n" for run_id in run_ids)
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            replace_file(path, content)
 
     def finished(self) -> set[str]:
         """Ids of the runs that ended well or diverged; failed ones may be tried again.
