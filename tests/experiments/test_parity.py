@@ -121,7 +121,7 @@ def test_training_has_as_many_steps_as_asked_for(iterations, monkeypatch):
 
 
 def test_per_sample_fishers_refuse_mini_batches():
-    with pytest.raises(ValueError, match="`importance_batch` must be unset where F is exact"):
+    with pytest.raises(ValueError, match="`importance_batch` must be unset where F does not"):
         settings(fisher_type="predicted", importance_batch=8)
 
 
