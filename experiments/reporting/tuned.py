@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.reporting.figures.over_lambda import lines_of, over_lambda
 from experiments.reporting.figures.style import MOST_LINES
-from experiments.reporting.labels import cell_labels, number, stream_title
+from experiments.reporting.labels import cell_labels, method_of, number, stream_title
 from experiments.reporting.terminal import print_table
 from experiments.settings.run import STREAM, in_file_name
 
@@ -75,10 +75,10 @@ def print_edges(table: pd.DataFrame, console: Console) -> None:
         table: Rows of `tuned.csv`.
         console: Where to print.
     """
-    for row in table[table["place"] != "inside"].itertuples():
+    for row in table[table["place"] != "inside"].to_dict("records"):
         line = (
-            f"AT THE EDGE: {row.method} ({row.config_hash}) is best at the {row.place} of "
-            f"{row.n_values} values, {row.ewc_lambda:g}: its best may lie beyond; start there by "
-            f"--ewc-lambda {row.ewc_lambda:g}."
+            f"AT THE EDGE: {method_of(row, with_type=True)} ({row['config_hash']}) is best at the "
+            f"{row['place']} of {row['n_values']} values, {row['ewc_lambda']:g}: its best may lie "
+            f"beyond; start there by --ewc-lambda {row['ewc_lambda']:g}."
         )
         console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -266,5 +266,5 @@ def test_an_edge_is_said_loudly(tmp_path, capsys):
     """With so small lambdas none is better than another, and the smallest is best."""
     options = ["--benchmark", "split", "--methods", "l2", "--ewc-lambda", "1e-12", "--seeds", "100"]
     assert main(["tune", *SMALL[:-1], *options, "--out", str(tmp_path)]) == 0
-    assert "AT THE EDGE: l2" in capsys.readouterr().out
+    assert "AT THE EDGE: L2" in capsys.readouterr().out
     assert set(tables.load(tmp_path)["tuned"]["place"]) == {"smallest"}
