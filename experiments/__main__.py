@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -74,6 +75,11 @@ MODULES = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, io.StringIO())
+    if os.environ.get("COLUMNS", "80").strip() in map(str, range(20)):  # 0: nobody knows
+        del os.environ["COLUMNS"]  # rich would print nothing, or have no room for a box
     errors = Console(stderr=True)
     for message in AVALANCHE_NOTES:
         warnings.filterwarnings("ignore", message=message)
@@ -83,8 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_ascii_if_needed(stream)
     try:
         stop = _run(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here rather than when Python ends: its disk may be full
+        sys.stdout.flush()  # here rather than when Python ends: its disk may be full
     except KeyboardInterrupt as stop:
         errors.print(INTERRUPTED, soft_wrap=True)
         return 128 + next(iter(stop.args), signal.SIGINT)
@@ -92,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except OSError as error:
-        if _is_lost(sys.stdout) and isinstance(error, BrokenPipeError):  # to `head`, say
+        _let_go(sys.stdout)
+        if isinstance(error, BrokenPipeError):  # to `head`, say; workers' pipes are theirs
             return 128 + getattr(signal, "SIGPIPE", 13)
         path = error.filename2 or error.filename  # of a rename: where to
         where = f" {shown(str(path))}" if path else ""
@@ -106,15 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
     return stop or int(bool(failures))
 
 
-def _is_lost(stream: Any) -> bool:
-    """Whether a stream can't be written to; then let what it still holds go nowhere."""
+def _let_go(stream: Any) -> None:
+    """Let what a stream still holds go nowhere if it can't be written to."""
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return True
-    return False
 
 
 def _run(arguments: list[str]) -> int:
@@ -127,6 +130,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _run_command(arguments: list[str]) -> None:
+    try:
+        os.getcwd()  # as imports do
+    except FileNotFoundError:
+        raise ValueError("The current folder was deleted; change to one that is there.") from None
     if arguments and arguments[0] in ("-h", "--help"):
         print(_help())
         return

@@ -31,8 +31,12 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try.", suffix=TEMPORARY) as file:
-            file.write(b"0")
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".try.", suffix=TEMPORARY)
+        try:
+            os.write(handle, b"0")
+        finally:
+            os.close(handle)
+            os.unlink(name)
     except (OSError, ValueError) as error:  # of a name with a zero byte, a ValueError
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
@@ -53,7 +57,9 @@ def replace_file(path: Path, content: str | bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # A path may have bytes that are no text.
+            text = isinstance(content, str)
+            file.write(content.encode(errors="backslashreplace") if text else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

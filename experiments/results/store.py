@@ -43,6 +43,7 @@ class Store:
         self.folder = folder
         self._say = say
         self._read = Read()
+        self._named: set[Path] = set()  # damaged files that stay where they are
         self.n_added = 0  # results since it was opened
         make_folder(folder)
         make_folder(folder / PARTS)
@@ -94,13 +95,23 @@ class Store:
         with self.lock:
             self._read = read_folder(self.folder, self._read)
             for path, reason in self._read.damaged.items():
-                aside = path.with_name(path.name + DAMAGED)
-                path.replace(aside)
-                self._say(
-                    f"`{path}` is not a run's result ({reason}); it is now {aside.name}. Rows of "
-                    "that run in the tables count; without any, it is repeated."
-                )
+                if path not in self._named:
+                    self._set_aside(path, reason)
         return self._read.accuracy, self._read.runs
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        """Rename a damaged run file, and say so."""
+        aside = path.with_name(path.name + DAMAGED)
+        try:
+            path.replace(aside)
+            became = f"it is now {aside.name}"
+        except OSError as error:
+            self._named.add(path)
+            became = f"it can't be renamed ({error.strerror})"
+        self._say(
+            f"`{path}` is not a run's result ({reason}); {became}. Rows of that run in the tables "
+            "count; without any, it is repeated."
+        )
 
     def write_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Write all rows of the folder to `accuracy.csv` and `runs.csv`; return both.
@@ -255,10 +266,7 @@ def _read_parts(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[Path,
     return list(parts.values()), damaged
 
 
-_NOT_A_RESULT = (
-    *(ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError),
-    IsADirectoryError,
-)
+_NOT_A_RESULT = (*(ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError),)
 
 
 def _reason(error: Exception) -> str:
@@ -266,6 +274,8 @@ def _reason(error: Exception) -> str:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError("it is no regular file")
     part = dict(json.loads(path.read_text(encoding="utf-8")))
     if part["record"]["run_id"] != path.stem:
         raise ValueError(f"it is of {part['record']['run_id']}")

@@ -138,6 +138,15 @@ def test_a_study_refuses_its_folder_before_it_computes(name, out, capsys, monkey
     assert f"`out` must be a folder that can be written to, got {out}" in printed.err
 
 
+def test_a_deleted_current_folder_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["laplace", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: The current folder was deleted; change to one that is there."
+
+
 def test_a_study_that_diverges_says_so(tmp_path, capsys):
     arguments = ["--samples", "20", "--steps", "0", "3", "--seeds", "0", "--learning-rate", "1e6"]
     assert main(["identities", *arguments, "--out", str(tmp_path)]) == 2

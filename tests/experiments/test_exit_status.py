@@ -129,12 +129,13 @@ def test_a_stream_that_encodes_nothing_stays_as_it_is():
     assert stream.getvalue() == "λ"
 
 
-def test_a_reader_that_ended_is_no_error_message(monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"]], ids=" ".join)
+def test_a_reader_that_ended_is_no_error_message(monkeypatch, capsys, arguments):
     reader, writer = os.pipe()
     os.close(reader)  # as `head` does
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert main(["--help"]) == 128 + signal.SIGPIPE
+        assert main(arguments) == 128 + signal.SIGPIPE
     assert capsys.readouterr().err == ""
 
 
@@ -180,3 +181,16 @@ def test_studies_refuse_nonsense_in_one_line(line, tmp_path, monkeypatch, capsys
     assert main(line.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
+
+
+def test_a_command_without_streams_ends_with_its_status(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["sweep", "--nonsense"]) == 2
+
+
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_an_error_is_seen_whatever_the_terminals_width(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["sweep", "--nonsense"]) == 2
+    assert "Unrecognized options: --nonsense" in capsys.readouterr().err

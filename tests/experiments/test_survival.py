@@ -292,6 +292,34 @@ def test_an_edited_part_is_named_set_aside_and_made_again(copy, undisturbed, cap
     assert_same_tables(complete(copy), complete(undisturbed))
 
 
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def with_its_new_name_taken(path):
+    path.write_text("")
+    (path.parent / f"{path.name}.damaged" / "full").mkdir(parents=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("spoil", [as_folder, as_pipe, with_its_new_name_taken])
+def test_what_is_no_file_in_the_place_of_a_part_is_named_once(copy, undisturbed, capsys, spoil):
+    for name in ("runs.csv", "accuracy.csv"):
+        (copy / name).unlink()
+    path = sorted((copy / PARTS).glob("*.json"))[1]
+    spoil(path)
+    assert main([*SWEEP, "--out", str(copy)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path.name}` is not a run's result (" in line
+    assert_same_tables(complete(copy), complete(undisturbed))
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_the_terminal_ends_in_one_line(tmp_path):
     """It reaches every process of the command at once, also while they start."""
