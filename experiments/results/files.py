@@ -54,12 +54,12 @@ def sweep_leftovers(*folders: Path) -> None:
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write beside the file, force the bytes to the disk, then rename over it."""
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")  # a path may have bytes of no text
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
-            # A path may have bytes that are no text.
-            text = isinstance(content, str)
-            file.write(content.encode(errors="backslashreplace") if text else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -266,7 +266,7 @@ def _read_parts(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[Path,
     return list(parts.values()), damaged
 
 
-_NOT_A_RESULT = (*(ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError),)
+_NOT_A_RESULT = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 def _reason(error: Exception) -> str:

@@ -123,6 +123,8 @@ def read(folder: Path, schema: Schema) -> pd.DataFrame:
         TableError: The file is not a table of the schema.
     """
     path = folder / str(schema.name)
+    if path.exists() and not path.is_file():
+        raise TableError(f"`{path}` can't be read (it is no regular file); move it away.")
     return read_file(path, schema) if path.exists() else empty(schema)
 
 

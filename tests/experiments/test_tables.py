@@ -206,3 +206,14 @@ def test_a_summary_says_every_setting_and_unit():
         *("fraction", "s"),
         "MiB",
     )
+
+
+def test_a_folder_in_the_place_of_a_table_is_named(tmp_path):
+    (tmp_path / "runs.csv").mkdir()
+    with pytest.raises(TableError, match=r"runs.csv` can't be read \(it is no regular file"):
+        tables.read(tmp_path, schemas.RUNS)
+
+
+def test_a_page_may_name_a_path_of_bytes_that_are_no_text(tmp_path):
+    tables.replace_file(tmp_path / "page", "results in \udcff")
+    assert (tmp_path / "page").read_text() == "results in \\udcff"
