@@ -37,7 +37,7 @@ from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
 from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import check_device
-from experiments.settings.values import Count
+from experiments.settings.values import Count, check_values
 from experiments.timing.fisher_engines import (
     ENGINES,
     NETWORKS,
@@ -160,6 +160,7 @@ def _with_kept(table: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check(settings: FisherSpeedSettings) -> None:
+    check_values(settings)
     for field, given, allowed in (
         ("networks", settings.networks, NETWORKS),
         ("engines", settings.engines, ENGINES),

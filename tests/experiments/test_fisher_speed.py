@@ -94,11 +94,15 @@ def test_what_is_not_measured_anew_is_kept_in_its_place(tmp_path):
 
     cells = [(n, k, "cpu") for n in ("mlp-512", "simple-cnn") for k in ("predicted", "exact")]
     tables.write(tables.check(rows(1.5, *cells), FISHER_SPEED), tmp_path, FISHER_SPEED)
-    table = _with_kept(rows(2.5, ("mlp-512", "predicted", "cpu")), tmp_path)
+    table = _with_kept(
+        rows(2.5, ("mlp-512", "predicted", "cpu")), tables.read(tmp_path, FISHER_SPEED)
+    )
     assert list(table[MULTIPLE]) == [2.5] * 2 + [1.5] * 6
-    table = _with_kept(rows(2.5, ("simple-cnn", "predicted", "cpu")), tmp_path)
+    table = _with_kept(
+        rows(2.5, ("simple-cnn", "predicted", "cpu")), tables.read(tmp_path, FISHER_SPEED)
+    )
     assert list(table[MULTIPLE]) == [1.5] * 4 + [2.5] * 2 + [1.5] * 2
-    table = _with_kept(rows(2.5, ("mlp-512", "exact", "cuda")), tmp_path)
+    table = _with_kept(rows(2.5, ("mlp-512", "exact", "cuda")), tables.read(tmp_path, FISHER_SPEED))
     assert list(table["device"]) == ["cpu"] * 8 + ["cuda"] * 2
     assert list(table["engine"]) == [UNIT, OURS] * 5
 
@@ -108,7 +112,7 @@ def test_what_is_not_measured_anew_is_kept_in_its_place(tmp_path):
     [
         ({"networks": ("vgg",)}, "`networks` must be among mlp-512, .*, got 'vgg'"),
         ({"engines": ("magic",)}, "`engines` must be among gradient pass, .*, got 'magic'"),
-        ({"rounds": 0}, "`rounds` must be >= 1, got 0"),
+        ({"rounds": 0}, "`rounds` must be a whole number, >= 1 and <= 1000000, got 0"),
     ],
 )
 def test_impossible_settings(options, message):

@@ -54,10 +54,10 @@ def test_the_benchmark_compares_equals(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rounds", "0"], "`rounds` must be >= 1, got 0"),
-        (["--processes", "0"], "`processes` must be one or more numbers >= 1, got (0,)"),
+        (["--rounds", "0"], "`rounds` must be a whole number, >= 1 and <= 1000000, got 0"),
+        (["--processes", "0"], "`processes` must be a whole number, >= 1 and <= 1024, got 0"),
         (["--seeds", "1"], "`seeds` must be 0 (no grid), or enough for every process"),
-        (["--seeds", "-1"], "got -1 with `processes` (1, 2)"),
+        (["--seeds", "-1"], "`seeds` must be a whole number, >= 0 and <= 1000000, got -1"),
     ],
 )
 def test_bad_sizes_get_a_clear_line(arguments, said, capsys, monkeypatch):
