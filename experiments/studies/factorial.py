@@ -97,13 +97,12 @@ class Factorial(TunedFirst):
             "epochs": (1,),
             "batch_size": (128,),
             "optimizer_state": ("reset",),
-            "hidden_size": (400,),
-            "hidden_layers": (2,),
         }
-        by_class = {"scenario": ("class",), "head": ("cosine",), "loss": LOSS}
+        by_class = {"scenario": ("class",), "head": ("cosine",), "hidden_size": (1000,)}
+        two_layers = {"hidden_size": (400,), "hidden_layers": (2,)}
         return [
-            {**every, **split, **by_class, "learning_rate": (3e-4,)},
-            {**every, **split, "scenario": ("domain",), "learning_rate": (1e-3,)},
+            {**every, **split, **by_class, "learning_rate": (3e-4,), "loss": LOSS},
+            {**every, **split, **two_layers, "scenario": ("domain",), "learning_rate": (1e-3,)},
             {**every, "benchmark": ("permuted",)},
         ]
 
