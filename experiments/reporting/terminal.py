@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from collections.abc import Sequence
 
@@ -32,9 +31,12 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
     """
     if not rows:
         return
-    # Lines are broken at spaces: `λ=30` stays whole.
-    rows = [{column: text.replace(NO_BREAK, "") for column, text in row.items()} for row in rows]
-    show = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+    def show(text: str, **style: str) -> None:
+        # Lines were broken at other spaces: `λ = 30` stays whole.
+        text = text.replace(NO_BREAK, " ")
+        console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
+
     show(f"\n{wrapped(title, console.width)}", style="italic")
     first, *others = rows[0]
     header, *lines = _aligned(rows, [first, *others])

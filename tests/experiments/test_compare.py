@@ -57,7 +57,7 @@ def against(folder, name):
         ("Naive", "naive"),
         ("exact", "exact"),
         ("ewc,fisher_type=exact", "exact"),
-        ("EWC, per sample, predicted, λ=10", "predicted"),
+        ("EWC, per sample, predicted, λ = 10", "predicted"),
         ("EWC, per sample, predicted, λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}10", "predicted"),
         ("ewc,predicted,lambda=100", "strong"),
         ("l2", "online"),
@@ -104,7 +104,7 @@ def test_arms_of_one_folder_may_differ_in_any_setting(tmp_path, capsys):
     write(tmp_path, sizes.values())
     assert main(["compare", str(tmp_path), "--against", "ewc,batch_size=16"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    pair = "EWC, per sample, predicted, batchsize{}, λ=1"
+    pair = "EWC, per sample, predicted, batch size {}, λ = 1"
     assert f"{pair.format(64)} − {pair.format(16)}" in printed
     assert "margin 0.01" in printed
 

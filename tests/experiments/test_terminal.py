@@ -32,7 +32,7 @@ def test_no_line_is_too_long_and_no_entry_is_cut(width):
         words = " ".join(text.split())
         assert all(name in words for name in ("Naive", "Avalanche's EWC", "EWC, per sample", "1e6"))
     assert " ".join(summary.split()).count(" ± ") >= 9  # three metrics of three methods
-    assert ", predicted, λ=1e6 − Avalanche's EWC, λ=10" in " ".join(comparisons.split())
+    assert ", predicted, λ = 1e6 − Avalanche's EWC, λ = 10" in " ".join(comparisons.split())
 
 
 def test_the_first_column_becomes_a_line_before_a_row_becomes_a_sentence():
