@@ -87,10 +87,12 @@ def read_checkpoint(
     Returns:
         The state; None without a file, or if it is damaged or of other code, data or settings.
     """
-    try:
-        stored = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        if not path.is_file():
+            raise OSError("it is no regular file")  # a named pipe would be waited for
+        stored = path.read_bytes()
     except OSError as error:
         reason = error.strerror or error
         say(f"{settings.run_id}: its checkpoint can't be read ({reason}); the run starts anew.")
