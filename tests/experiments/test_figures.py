@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from experiments.reporting.figures import style
 from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, matrices_of
 from experiments.reporting.figures.over_lambda import draw_over_lambda
-from experiments.reporting.figures.runs import draw_differences, draw_trade_off
+from experiments.reporting.figures.runs import draw_differences, draw_methods, draw_trade_off
 from experiments.reporting.labels import number, without_common
 from experiments.results import schemas, statistics, tables
 from support.run_rows import run_rows
@@ -43,7 +44,8 @@ def drawn(kind, runs, accuracy):
         return (draw_curves if kind == "curves" else draw_matrices)(cells, title)
     if kind == "differences":
         return draw_differences(statistics.paired_differences(runs))
-    return (draw_over_lambda if kind == "lambda" else draw_trade_off)(runs, title)
+    draw = {"lambda": draw_over_lambda, "trade-off": draw_trade_off, "methods": draw_methods}
+    return draw[kind](runs, title)
 
 
 def extent(text, renderer):
@@ -51,13 +53,17 @@ def extent(text, renderer):
     return Text.get_window_extent(text, renderer)
 
 
-@pytest.mark.parametrize("kind", ["curves", "matrices", "lambda", "trade-off", "differences"])
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 5), (4, 2, 6)], ids=str)
+KINDS = ["curves", "matrices", "lambda", "trade-off", "differences", "methods"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 5), (4, 2, 6), (5, 1, 3)], ids=str)
 def test_names_lie_inside_legends_off_the_data_and_no_axes_collapse(kind, size):
     figure = drawn(kind, *grid(*size))
     if figure is None:
-        assert (kind, size) in {("lambda", (1, 1)), ("differences", (1, 5)),
-                                ("differences", (5, 5)), ("differences", (4, 2, 6))}  # fmt: skip
+        none = {"lambda": [(1, 1), (5, 1, 3)], "differences": [(1, 5), (5, 5), (4, 2, 6)]}
+        none["methods"] = [(1, 1), (1, 5), (5, 5), (4, 2, 6)]  # few, or at several lambdas
+        assert size in none[kind]
         return
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
@@ -128,3 +134,15 @@ def test_a_figure_is_written_whole_and_in_few_bytes(tmp_path):
         assert image.mode == "P"
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
     assert not plt.fignum_exists(figure.number)
+
+
+def test_methods_have_a_panel_per_loss_and_the_best_is_on_top():
+    runs, _ = grid(5, 1, 3)
+    masked = runs.assign(loss_classes="current", config_hash="m" + runs["config_hash"])
+    masked = masked.assign(average_accuracy=runs["average_accuracy"] / 2)
+    figure = draw_methods(pd.concat([runs, masked]), "Split digits")
+    assert [axis.get_title() for axis in figure.axes] == [
+        "loss over all classes",
+        "loss over current classes",
+    ]
+    assert figure.axes[0].get_yticklabels()[0].get_text().startswith("Joint")

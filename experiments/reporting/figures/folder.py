@@ -40,6 +40,8 @@ def _figures(accuracy: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, 
         if cells := matrices_of(accuracy, group):
             yield f"accuracy-{name}", draw_curves(cells, title)
             yield f"matrix-{name}", draw_matrices(cells, title)
+        if (figure := of_runs.draw_methods(group, f"Every method: {title}")) is not None:
+            yield f"methods-{name}", figure
         if (figure := draw_over_lambda(group, f"Accuracy over λ: {title}")) is not None:
             yield f"lambda-{name}", figure
     if (figure := of_runs.draw_differences(paired_differences(runs))) is not None:

@@ -21,9 +21,10 @@ from experiments.reporting.figures.over_lambda import (
     lines_of,
     seeds_text,
 )
-from experiments.reporting.labels import number, wrapped
+from experiments.reporting.labels import cell_labels, number, wrapped
 from experiments.results.schemas import METHOD_SETTINGS
-from experiments.results.statistics import MARGIN
+from experiments.results.statistics import MARGIN, interval
+from experiments.settings.unset import UNSET
 
 
 def draw_trade_off(runs: pd.DataFrame, title: str) -> Figure | None:
@@ -69,6 +70,60 @@ def _name_lambdas(axis: Axes, line: Line, x: str, y: str) -> None:
             look: dict[str, Any] = {"fontsize": 6.5, "color": line.colour}
             text = f"λ = {number(value)}"
             axis.annotate(text, means.loc[value], (5, 4), textcoords="offset points", **look)
+
+
+def draw_methods(runs: pd.DataFrame, title: str) -> Figure | None:
+    """Average accuracy of every method with its interval, a panel per loss, the best on top.
+
+    For streams with more methods than can be told apart as lines.
+
+    Args:
+        runs: Rows of `runs.csv` of one stream.
+        title: What they are of.
+
+    Returns:
+        The figure; None where the methods are few, or one has several lambdas.
+    """
+    done = runs[runs["status"] == "ok"]
+    losses = done["loss_classes"].fillna(UNSET["loss_classes"])
+    panels = {str(loss): part for loss, part in done.groupby(losses)}
+    cells = [_method_cells(part) for part in panels.values()]
+    if not cells or max(map(len, cells)) <= style.MOST_LINES:
+        return None
+    if any(not part.index.is_unique for part in cells):
+        return None
+    best_first = pd.concat(cells).sort_values("mean", ascending=False)
+    places = {label: y for y, label in enumerate(dict.fromkeys(best_first.index))}
+    size = (4.2 + 2.8 * len(panels), 1.3 + 0.24 * len(places))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, loss, part in zip(axes[0], panels, cells, strict=True):
+        for label, cell in part.iterrows():
+            y, colour = places[label], cell["colour"]
+            axis.plot([cell["ci_low"], cell["ci_high"]], [y, y], color=colour, lw=2)
+            axis.plot(cell["mean"], y, "o", color=colour, markersize=5)
+        axis.set_xlabel("average accuracy")
+        if len(panels) > 1:
+            axis.set_title(f"loss over {loss} classes", fontsize=9)
+    axes[0, 0].set_yticks(list(places.values()), list(places), fontsize=8)
+    axes[0, 0].set_ylim(len(places) - 0.5, -0.5)
+    style.title(figure, title, f"mean and 95 % interval over seeds ({seeds_text(done)})")
+    return figure
+
+
+def _method_cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, interval and colour of each cell, by its label without lambda."""
+    labels = cell_labels(runs, with_lambda=False)
+    found = []
+    for config_hash, cell in runs.groupby("config_hash", sort=False):
+        first = cell.iloc[0]
+        found.append({
+            "label": labels[str(config_hash)],
+            "colour": style.colour_of(first["method"], first["fisher_type"]),
+            **interval(cell["average_accuracy"].to_numpy(float)),
+        })
+    return pd.DataFrame(found).set_index("label")
 
 
 def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
