@@ -1,12 +1,16 @@
 """Whole runs on the digits beside Avalanche's EWC; the λ curves' bookkeeping."""
 
+import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from avalanche.training.plugins import EWCPlugin
+from torch import nn
 
+from ewc_plugin import diagonal_fisher
 from experiments.data.sources import find_data
 from experiments.reporting.figures.over_lambda import METRICS
 from experiments.results import schemas, tables
@@ -14,6 +18,7 @@ from experiments.settings.run import RunSettings
 from experiments.settings.unset import used
 from experiments.studies.parity import study as parity
 from experiments.studies.parity.curves import LAMBDAS, WAYS, Curves, curves, draw_ways
+from experiments.studies.parity.importances import softmax_rounding
 from experiments.studies.parity.numerical import beside_a_sample_loop
 from experiments.studies.parity.whole_runs import same_definition, same_mathematics, trace_of
 from experiments.training.run import run
@@ -83,6 +88,25 @@ def test_predicted_is_the_sample_loops_and_empirical_where_all_is_right():
     rows = list(beside_a_sample_loop(replace(settings(), method="naive", fisher_type=None), DIGITS))
     assert [row["verdict"] for row in rows] == ["equal"] * 3
     assert rows[2]["size"] > 50
+
+
+def test_the_built_ins_rounding_on_a_sure_network_is_within_the_tolerance():
+    """One sample, logits (16, 0): F of the first bias is (1 - p)^2, p = 1 / (1 + exp(-16))."""
+    model = nn.Linear(1, 2).double()
+    model.load_state_dict({"weight": torch.zeros(2, 1), "bias": torch.tensor([16.0, 0.0])})
+    sample = [(torch.zeros(1, dtype=torch.float64), 0, 0)]
+    theirs = (
+        EWCPlugin(1.0)
+        .compute_importances(
+            model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.0), sample, "cpu", 1
+        )["bias"]
+        .data
+    )
+    ours = diagonal_fisher(model, [(sample[0][0][None], torch.tensor([0]))], "empirical")["bias"]
+    exact = (math.exp(-16) / (1 + math.exp(-16))) ** 2
+    bound = softmax_rounding(torch.tensor([[16.0, 0.0]], dtype=torch.float64), torch.tensor([0]))
+    assert abs(float(ours[0]) / exact - 1) < 1e-15
+    assert 1e-11 < abs(float(theirs[0]) / exact - 1) < bound < 1e-7
 
 
 def test_importances_have_mini_batches_of_their_own():
