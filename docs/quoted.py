@@ -15,7 +15,7 @@ import generated
 import pandas as pd
 
 from experiments.reporting.cells import interval_text
-from experiments.reporting.labels import number
+from experiments.reporting.labels import method_of, number
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
 from experiments.timing.fisher_engines import OURS, UNIT
@@ -82,6 +82,49 @@ def _choose_fisher() -> dict[str, Any]:
         "sampled_low": f"{_end('tanh network', 'sampled')['mean_square_of_own'].min():.2g}",
         "sampled_high": f"{_end('tanh network', 'sampled')['mean_square_of_own'].max():.2g}",
     }
+
+
+def _class_incremental() -> dict[str, Any]:
+    summary = _csv("class_incremental/summary")
+    rows = summary[summary["metric"] == "average_accuracy"]
+    names = {False: "loss over all classes", True: "loss over the current classes"}
+    text = pd.DataFrame({
+        "method": [method_of(row, with_type=True) for row in rows.to_dict("records")],
+        "loss": (rows["loss_classes"] == "current").map(names),
+        "mean": rows["mean"],
+        "shown": [interval_text(r.mean, r.ci_high) for r in rows.itertuples()],
+    })
+    text["method"] = text["method"].str.replace(", F by its mean", "")
+    best_first = text.sort_values("mean", ascending=False)["method"].drop_duplicates()
+    table = text.pivot(index="method", columns="loss", values="shown").loc[best_first]
+    tuned = _csv("class_incremental/search/tuned").sort_values("mean", ascending=False)
+    search = pd.DataFrame({
+        "head": tuned["head"],
+        "units": tuned["hidden_size"],
+        "learning rate": tuned["learning_rate"].map(number),
+        "λ": tuned["ewc_lambda"].map(number),
+        "accuracy": [interval_text(r.mean, r.ci_high) for r in tuned.itertuples()],
+    })
+    return {
+        "n": rows["n"].min(),
+        "class_mean_all": _less_avalanche("class_incremental", "class_mean", "all"),
+        "class_mean_current": _less_avalanche("class_incremental", "class_mean", "current"),
+        "predicted_current": _less_avalanche("class_incremental", "predicted", "current"),
+        "table": _markdown(table[[names[True], names[False]]].fillna("–").reset_index()),
+        "search": _markdown(search.astype(str)),
+    }
+
+
+def _less_avalanche(folder: str, fisher_type: str, loss: str, benchmark: str = "split") -> str:
+    """Average accuracy of ours less that of Avalanche's EWC: `+0.0123 [+0.0100, +0.0146]`."""
+    pairs = _csv(f"{folder}/comparisons").query(
+        "method == 'ewc' and other_method == 'avalanche-ewc' and metric == 'average_accuracy'"
+        f" and fisher_type == '{fisher_type}' and loss_classes == '{loss}'"
+        f" and benchmark == '{benchmark}'"
+    )
+    (row,) = pairs.itertuples()
+    text = f"{row.difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _choose_lambda() -> dict[str, Any]:
@@ -343,6 +386,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "results": _results,
     "choose-fisher": _choose_fisher,
     "choose-lambda": _choose_lambda,
+    "class-incremental": _class_incremental,
     "choose-engine": _choose_engine,
     "fisher": _fisher,
     "laplace": _laplace,

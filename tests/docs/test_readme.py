@@ -128,5 +128,18 @@ def test_the_readme_shows_the_committed_tables():
     assert quoted.with_tables(readme) == readme, "run `python docs/quoted.py`"
 
 
+@pytest.mark.results
+def test_the_readme_says_in_words_what_the_tables_have():
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert quoted._less_avalanche("main", "predicted", "all", "permuted") in words
+    assert quoted._less_avalanche("class_incremental", "class_mean", "all") in words
+    assert quoted._less_avalanche("class_incremental", "class_mean", "current") in words
+    summary = quoted._csv("class_incremental/summary")
+    rows = summary.query("metric == 'average_accuracy' and loss_classes == 'all'")
+    for kind in (rows["method"] == "avalanche-ewc", rows["fisher_type"] == "class_mean"):
+        (row,) = rows[kind].itertuples()
+        assert f"{row.mean:.3f} ± {row.ci_high - row.mean:.3f}" in words
+
+
 def test_the_readme_is_one_reading():
     assert 100 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -8,7 +8,7 @@ from experiments.results import schemas, statistics, tables
 from experiments.results.statistics import chosen_lambdas
 from experiments.results.store import read_results
 from experiments.settings.run import RunSettings
-from experiments.settings.tuned import CHOSEN_LAMBDA, TUNING_SEEDS
+from experiments.settings.tuned import CHOSEN_LAMBDA, TUNING_SEEDS, read_tuned
 from experiments.settings.unset import given
 from experiments.studies.demonstration.fisher import FISHER
 from experiments.studies.demonstration.study import CURVES
@@ -22,7 +22,10 @@ from support.paths import RESULTS
 pytestmark = pytest.mark.results
 
 
-@pytest.mark.parametrize("folder", ["main", "parity", "tuning", "tuning_digits"])
+@pytest.mark.parametrize(
+    "folder",
+    ["main", "parity", "tuning", "tuning_digits", "class_incremental", "class_incremental/tuning"],
+)
 def test_committed_tables_fit_their_schemas_and_each_other(folder):
     found = tables.load(RESULTS / folder)
     runs = found["runs"]
@@ -54,8 +57,26 @@ def test_the_main_results_are_checked_against_the_built_in():
     builtin = comparisons[comparisons["other_method"] == "avalanche-ewc"]
     accuracy = builtin[builtin["metric"] == "average_accuracy"].set_index("benchmark")
     # As README.md puts it into words.
-    assert dict(accuracy["within_margin"]) == {"split": "yes", "permuted": "no"}
-    assert set(accuracy["differs"]) == {"no"}
+    assert dict(accuracy["within_margin"]) == {"split": "yes", "permuted": "yes"}
+    assert dict(accuracy["differs"]) == {"split": "no", "permuted": "yes"}
+
+
+def test_class_incremental_lambdas_are_those_of_the_search():
+    found = tables.load(RESULTS / "class_incremental")["runs"]
+    tuned = read_tuned([str(RESULTS / "class_incremental" / "tuning")])
+    for row in found.drop_duplicates("config_hash").to_dict("records"):
+        run = RunSettings(**given(row))
+        assert run.ewc_lambda is None or run.ewc_lambda == tuned.lambda_of(run)
+    assert set(found.groupby("config_hash")["seed"].nunique()) == {10}
+    assert not found["validation"].any()
+
+
+def test_the_class_incremental_network_is_the_one_that_the_search_found_best():
+    tuned = tables.read(RESULTS / "class_incremental" / "search", schemas.TUNED)
+    best = tuned.loc[tuned["mean"].idxmax()]
+    runs = tables.load(RESULTS / "class_incremental")["runs"]
+    for name in ("head", "hidden_size", "learning_rate"):
+        assert set(runs[name]) == {best[name]}
 
 
 @pytest.mark.slow
