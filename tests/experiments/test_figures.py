@@ -15,6 +15,7 @@ from experiments.reporting.figures.over_lambda import draw_over_lambda
 from experiments.reporting.figures.runs import draw_differences, draw_methods, draw_trade_off
 from experiments.reporting.labels import number, without_common
 from experiments.results import schemas, statistics, tables
+from support.paths import RESULTS
 from support.run_rows import run_rows
 
 TYPES = ("predicted", "empirical", "sampled", "exact", "batched")
@@ -146,3 +147,25 @@ def test_methods_have_a_panel_per_loss_and_the_best_is_on_top():
         "loss over current classes",
     ]
     assert figure.axes[0].get_yticklabels()[0].get_text().startswith("Joint")
+
+
+def test_a_saved_figure_keeps_the_colours_of_a_few_dots(tmp_path):
+    figure, axis = plt.subplots(figsize=(6, 6))
+    axis.imshow(np.random.default_rng(0).uniform(size=(40, 40)), cmap="gray")
+    for x, (colour, _) in enumerate(style.PALETTE.values()):
+        axis.plot(3 * x, 3, "o", color=colour, markersize=6)
+    with Image.open(style.save(figure, tmp_path / "dots.png")) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=int).reshape(-1, 3)
+    for colour, _ in style.PALETTE.values():
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(pixels - wanted).max(axis=1).min() <= 3, colour
+
+
+@pytest.mark.results
+def test_differences_that_are_left_out_are_counted():
+    comparisons = tables.read(RESULTS / "class_incremental", schemas.COMPARISONS)
+    rows = comparisons[comparisons["metric"] == "average_accuracy"]
+    n_naive = int((rows["other_method"] == "naive").sum())
+    titles = [axis.get_title() for axis in draw_differences(comparisons).axes]
+    n_others = len(rows) - n_naive
+    assert titles == [f"the first 20 of {n_others}", f"the first 20 of {n_naive}"]

@@ -145,7 +145,8 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
         return None
     labels = comparison.sides(rows)
     naive = rows["other_method"] == "naive"
-    parts = [part.iloc[:MOST_ROWS] for part in (rows[~naive], rows[naive]) if len(part)]
+    wholes = [part for part in (rows[~naive], rows[naive]) if len(part)]
+    parts = [part.iloc[:MOST_ROWS] for part in wholes]
     figure, axes = plt.subplots(
         *(len(parts), 1),
         figsize=(8.6, 0.45 * sum(map(len, parts)) + 0.6 * len(parts) + 0.9),
@@ -153,8 +154,10 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
         squeeze=False,
         layout="constrained",
     )
-    for axis, part in zip(axes[:, 0], parts, strict=True):
+    for axis, part, whole in zip(axes[:, 0], parts, wholes, strict=True):
         _draw_part(axis, part.to_dict("records"), labels)
+        if len(whole) > len(part):
+            axis.set_title(f"the first {len(part)} of {len(whole)}", fontsize=8)
     axes[-1, 0].set_xlabel("average accuracy of the first less that of the second, seed by seed")
     note = f"mean and 95 % interval; grey: a difference below the margin of {MARGIN:g}"
     style.title(figure, "Paired differences of average accuracy", note)

@@ -276,8 +276,11 @@ def save(figure: Figure, path: Path) -> Path:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI, bbox_inches="tight", facecolor="white")
     plt.close(figure)
-    # A palette makes a file of a third of the size, of the same look.
-    Image.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    # A palette makes a file of a third of the size. It covers all colours, also the rare ones: the
+    # common ones are greys of letters' edges, which would leave no room for a method's few dots.
+    picture = Image.open(drawn).convert("RGB")
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True)
     replace_file(path, small.getvalue())
     return path
 
