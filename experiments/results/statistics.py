@@ -169,13 +169,12 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
     rows: list[dict[str, Any]] = []
     for one, other in pairs:
         pair = cells[one].merge(cells[other], on="seed", suffixes=("", "_theirs"))
-        for metric in COMPARED if len(pair) else ():
-            a, b = (pair[name].to_numpy(float) for name in (metric, f"{metric}_theirs"))
-            if np.isfinite(a - b).all():
+        for metric in COMPARED:
+            if values := _measured(pair, metric):
                 rows.append({
                     **{name: pair[name].iloc[0] for name in names},
                     **{f"other_{name}": pair[f"{name}_theirs"].iloc[0] for name in names},
-                    **_difference(metric, a, b),
+                    **_difference(metric, *values),
                     **provenance_of(_both(pair)),
                 })
     return pd.DataFrame(rows)
@@ -200,14 +199,22 @@ def _pair(mine: pd.DataFrame, theirs: pd.DataFrame) -> Iterator[dict[str, Any]]:
         both = {name: first[name] for name in shared}
         sides = {f"other_{n}": first[n if n in form else f"{n}_theirs"] for n in [*own, *form]}
         for metric in COMPARED:
-            a, b = (pair[name].to_numpy(float) for name in (metric, f"{metric}_theirs"))
-            yield {
-                **both,
-                **{name: first[name] for name in own},
-                **sides,
-                **_difference(metric, a, b),
-                **provenance_of(_both(pair)),
-            }
+            if values := _measured(pair, metric):
+                yield {
+                    **both,
+                    **{name: first[name] for name in own},
+                    **sides,
+                    **_difference(metric, *values),
+                    **provenance_of(_both(pair)),
+                }
+
+
+def _measured(
+    pair: pd.DataFrame, metric: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """A metric of both sides, seed by seed, where both have it; None where no seed does."""
+    found = pair[[metric, f"{metric}_theirs"]].dropna().to_numpy(float)
+    return (found[:, 0], found[:, 1]) if len(found) else None
 
 
 def _difference(metric: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict[str, Any]:

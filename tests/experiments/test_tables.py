@@ -13,6 +13,7 @@ from experiments.results.metrics import METRICS
 from experiments.results.record import run_record
 from experiments.results.tables import TableError
 from experiments.settings.run import RunSettings
+from support.run_rows import run_rows
 
 ROW = {
     "run_id": "a",
@@ -217,3 +218,19 @@ def test_a_folder_in_the_place_of_a_table_is_named(tmp_path):
 def test_a_page_may_name_a_path_of_bytes_that_are_no_text(tmp_path):
     tables.replace_file(tmp_path / "page", "results in \udcff")
     assert (tmp_path / "page").read_text() == "results in \\udcff"
+
+
+def test_a_metric_that_was_not_measured_is_not_compared():
+    """Forgetting has no value where `eval_every` leaves out what it needs."""
+    left_out = {"ewc": [0], "avalanche-ewc": [0, 1], "naive": [0, 1, 2]}
+    records = []
+    for method, seeds in left_out.items():
+        ewc_lambda = None if method == "naive" else 1.0
+        for record in run_rows(method, [0.5, 0.6, 0.8], ewc_lambda=ewc_lambda)[0]:
+            unknown = {"forgetting": None} if record["seed"] in seeds else {}
+            records.append({**record, **unknown})
+    found = statistics.paired_differences(tables.frame(records, schemas.RUNS))
+    n = found.set_index(["method", "other_method", "metric"])["n"]
+    assert n["ewc", "avalanche-ewc", "average_accuracy"] == 3
+    assert n["ewc", "avalanche-ewc", "forgetting"] == 1
+    assert ("ewc", "naive", "forgetting") not in n
