@@ -33,8 +33,8 @@ def test_committed_tables_fit_their_schemas_and_each_other(folder):
     assert set(found["accuracy"]["run_id"]) == set(runs["run_id"])
     again = statistics.summarise(runs)
     pd.testing.assert_frame_equal(again, found["summary"])
-    differences = statistics.paired_differences(runs)
-    if "comparisons" in found:
+    if "comparisons" in found:  # searches, with thousands of pairs, have none
+        differences = statistics.paired_differences(runs)
         pd.testing.assert_frame_equal(differences, found["comparisons"])
 
 
