@@ -279,7 +279,7 @@ def save(figure: Figure, path: Path) -> Path:
     # A palette makes a file of a third of the size. It covers all colours, also the rare ones: the
     # common ones are greys of letters' edges, which would leave no room for a method's few dots.
     picture = Image.open(drawn).convert("RGB")
-    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(small, "PNG", optimize=True)
     replace_file(path, small.getvalue())
     return path
