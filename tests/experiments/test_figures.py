@@ -155,6 +155,7 @@ def test_a_saved_figure_keeps_the_colours_of_a_few_dots(tmp_path):
     for x, (colour, _) in enumerate(style.PALETTE.values()):
         axis.plot(3 * x, 3, "o", color=colour, markersize=6)
     with Image.open(style.save(figure, tmp_path / "dots.png")) as picture:
+        assert picture.mode == "P"  # a palette: a third of the size
         pixels = np.asarray(picture.convert("RGB"), dtype=int).reshape(-1, 3)
     for colour, _ in style.PALETTE.values():
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -1,8 +1,6 @@
 """The report's page, in a real browser; tables as text; and what is said to be the best."""
 
-import base64
 import html
-import io
 import json
 import re
 import shutil
@@ -11,7 +9,6 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from experiments.__main__ import main
 from experiments.reporting.cells import summary_cells
@@ -19,7 +16,6 @@ from experiments.reporting.html import page
 from experiments.reporting.text_table import render, summary_table, table_of
 from experiments.results import schemas, statistics, tables
 from experiments.results.statistics import best_cells
-from support.paths import RESULTS
 from support.run_rows import run_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -313,14 +309,3 @@ def test_a_comparison_as_a_table_has_a_line_per_pair_and_metric(report):
 def test_the_table_of_a_folder_without_it_is_refused(report):
     with pytest.raises(ValueError, match=r"`folder` must hold reproduce\.csv, got .*sweep without"):
         table_of(report.with_name("sweep"), "reproduce")
-
-
-def test_a_picture_in_the_page_is_small_and_has_the_same_colours():
-    file = RESULTS / "implicit_step" / "implicit_step.png"
-    encoded = base64.b64decode(page._png(file))
-    assert len(encoded) < file.stat().st_size / 2
-    before, after = (
-        np.asarray(Image.open(source).convert("RGB"), dtype=int)
-        for source in (file, io.BytesIO(encoded))
-    )
-    assert np.abs(before - after).max() < 16  # of 255: thin lines keep their colour, too
