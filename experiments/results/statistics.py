@@ -169,14 +169,9 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
     rows: list[dict[str, Any]] = []
     for one, other in pairs:
         pair = cells[one].merge(cells[other], on="seed", suffixes=("", "_theirs"))
-        for metric in COMPARED:
-            if values := _measured(pair, metric):
-                rows.append({
-                    **{name: pair[name].iloc[0] for name in names},
-                    **{f"other_{name}": pair[f"{name}_theirs"].iloc[0] for name in names},
-                    **_difference(metric, *values),
-                    **provenance_of(_both(pair)),
-                })
+        if len(pair):
+            sides = {f"other_{name}": pair[f"{name}_theirs"].iloc[0] for name in names}
+            rows += _rows(pair, {**{name: pair[name].iloc[0] for name in names}, **sides})
     return pd.DataFrame(rows)
 
 
@@ -196,25 +191,17 @@ def _pair(mine: pd.DataFrame, theirs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     own = [*(name for name in METHOD_SETTINGS if name not in shared), "config_hash"]
     for _, pair in pairs.groupby(["config_hash", "config_hash_theirs"], sort=False):
         first = pair.iloc[0]
-        both = {name: first[name] for name in shared}
         sides = {f"other_{n}": first[n if n in form else f"{n}_theirs"] for n in [*own, *form]}
-        for metric in COMPARED:
-            if values := _measured(pair, metric):
-                yield {
-                    **both,
-                    **{name: first[name] for name in own},
-                    **sides,
-                    **_difference(metric, *values),
-                    **provenance_of(_both(pair)),
-                }
+        yield from _rows(pair, {**{name: first[name] for name in [*shared, *own]}, **sides})
 
 
-def _measured(
-    pair: pd.DataFrame, metric: str
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """A metric of both sides, seed by seed, where both have it; None where no seed does."""
-    found = pair[[metric, f"{metric}_theirs"]].dropna().to_numpy(float)
-    return (found[:, 0], found[:, 1]) if len(found) else None
+def _rows(pair: pd.DataFrame, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each metric that both sides have of a seed, with the settings of both."""
+    provenance = provenance_of(_both(pair))
+    for metric in COMPARED:
+        found = pair[[metric, f"{metric}_theirs"]].dropna().to_numpy(float)
+        if len(found):
+            yield {**settings, **_difference(metric, found[:, 0], found[:, 1]), **provenance}
 
 
 def _difference(metric: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict[str, Any]:
