@@ -19,7 +19,8 @@ from experiments.results import schemas, tables
 from experiments.results.statistics import paired_differences
 from experiments.settings.run import Dataset, RunSettings
 from experiments.settings.values import Count, Seed
-from experiments.studies.tuned_first import TunedFirst, tuned_runs
+from experiments.studies.tuned_first import TunedFirst, search_lambdas
+from experiments.sweeps.jobs import completed_runs
 
 STREAMS: tuple[tuple[str, tuple[int, ...]], ...] = (("permuted", (5, 10)), ("split", (5,)))
 
@@ -60,9 +61,10 @@ def run(settings: DropIn) -> pd.DataFrame:
         Rows of `comparisons.csv`; `difference` is the drop-in's accuracy less Avalanche's.
     """
     console = Console(quiet=settings.quiet)
-    runs = tuned_runs(settings, console)
-    plot_all(tables.read(settings.folder, schemas.ACCURACY), runs, settings.folder / "plots")
+    search_lambdas(settings, console)
+    runs, folder = completed_runs(settings, console)
+    plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / "plots")
     comparisons = paired_differences(runs)
-    tables.write(comparisons, settings.folder, schemas.COMPARISONS)
+    tables.write(comparisons, folder, schemas.COMPARISONS)
     print_comparisons(comparisons, console)
     return comparisons

@@ -20,16 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.data.sources import find_data
 from experiments.reporting.figures import style
 from experiments.reporting.labels import stream_title
-from experiments.reporting.study_output import StudyOutput, columns
+from experiments.reporting.study_output import columns
 from experiments.results.provenance import provenance_of
 from experiments.results.schemas import PROVENANCE
 from experiments.results.statistics import differs, interval
 from experiments.settings.run import STREAM
 from experiments.settings.values import Seed
-from experiments.studies.tuned_first import TunedFirst, tuned_runs
+from experiments.studies.completed import completed_study
+from experiments.studies.tuned_first import TunedFirst, search_lambdas
 
 IMPORTANCE_BATCH = 128
 # Fisher type -> whether its logits are reversed, and what is squared.
@@ -116,10 +116,8 @@ def run(settings: Factorial) -> pd.DataFrame:
     Returns:
         Rows of `effects.csv`.
     """
-    console = Console(quiet=settings.quiet)
-    runs = tuned_runs(settings, console)
-    source = find_data(settings.dataset, settings.data_root)
-    output = StudyOutput(settings.folder, source, console)
+    search_lambdas(settings, Console(quiet=settings.quiet))
+    runs, output = completed_study(settings)
     table = output.table(effects(runs), EFFECTS)
     output.figure(draw_effects(table), "effects")
     shown = table[table["given_factor"] == ALL]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from experiments.data.sources import find_data
@@ -15,7 +14,7 @@ from experiments.settings.run import Dataset, RunSettings
 from experiments.settings.tuned import TUNING_SEEDS, check_unseen
 from experiments.settings.values import Seed
 from experiments.studies import tune
-from experiments.sweeps.jobs import completed_runs, show_plan
+from experiments.sweeps.jobs import show_plan
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,12 @@ class TunedFirst(Job):
         return [tune.Tune(**shared | grid) for grid in self.grids]
 
 
-def tuned_runs(job: TunedFirst, console: Console) -> pd.DataFrame:
-    """Search the lambdas that are missing, then make the runs that are.
+def search_lambdas(job: TunedFirst, console: Console) -> None:
+    """Search the lambdas that are missing.
 
     Args:
         job: The study.
         console: Where progress is shown.
-
-    Returns:
-        The study's rows of `runs.csv`.
 
     Raises:
         SystemExit: It is a dry run, which is done.
@@ -72,4 +68,3 @@ def tuned_runs(job: TunedFirst, console: Console) -> pd.DataFrame:
         raise SystemExit(0)
     for search in job.searches():
         tune.run(search)
-    return completed_runs(job, console)[0]
