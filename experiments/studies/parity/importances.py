@@ -43,9 +43,10 @@ def numerical_checks(cell: RunSettings, source: DataSource) -> Iterator[dict[str
         model = model.double()
         x, y, task = some[:N_SINGLE]
         single = TensorRows(x.double(), y, task)
-        predicted = TensorRows(single.x, _logits(model, single).argmax(dim=1), task)
-        for fisher_type, samples in (("empirical", single), ("predicted", predicted)):
-            tolerance = FLOAT64_TOLERANCE + softmax_rounding(_logits(model, samples), samples[:][1])
+        logits = _logits(model, single)
+        for fisher_type, labels in (("empirical", y), ("predicted", logits.argmax(dim=1))):
+            samples = TensorRows(single.x, labels, task)
+            tolerance = FLOAT64_TOLERANCE + softmax_rounding(logits, labels)
             yield _compare(cell, fisher_type, model, samples, 1, tolerance=tolerance)
 
 
