@@ -15,6 +15,7 @@ import generated
 import pandas as pd
 
 from experiments.reporting.cells import interval_text
+from experiments.reporting.comparison import difference_text
 from experiments.reporting.labels import method_of, number
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
@@ -87,14 +88,14 @@ def _choose_fisher() -> dict[str, Any]:
 def _class_incremental() -> dict[str, Any]:
     summary = _csv("class_incremental/summary")
     rows = summary[summary["metric"] == "average_accuracy"]
+    methods = rows.assign(normalize=None).to_dict("records")  # the same for all of ours
     names = {False: "loss over all classes", True: "loss over the current classes"}
     text = pd.DataFrame({
-        "method": [method_of(row, with_type=True) for row in rows.to_dict("records")],
+        "method": [method_of(row, with_type=True) for row in methods],
         "loss": (rows["loss_classes"] == "current").map(names),
         "mean": rows["mean"],
         "shown": [interval_text(r.mean, r.ci_high) for r in rows.itertuples()],
     })
-    text["method"] = text["method"].str.replace(", F by its mean", "")
     best_first = text.sort_values("mean", ascending=False)["method"].drop_duplicates()
     table = text.pivot(index="method", columns="loss", values="shown").loc[best_first]
     tuned = _csv("class_incremental/search/tuned").sort_values("mean", ascending=False)
@@ -123,8 +124,7 @@ def _less_avalanche(folder: str, fisher_type: str, loss: str, benchmark: str = "
         f" and benchmark == '{benchmark}'"
     )
     (row,) = pairs.itertuples()
-    text = f"{row.difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
-    return text.replace("-", "\N{MINUS SIGN}")
+    return difference_text(row.difference, row.ci_low, row.ci_high)
 
 
 def _choose_lambda() -> dict[str, Any]:
