@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -128,14 +129,21 @@ def tuned_content(chosen: Iterable[RunSettings], seeds: Sequence[int]) -> str:
     for run in chosen:
         settings = {k: v for k, v in asdict(run).items() if v is not None}
         arms.append({k: v for k, v in settings.items() if k not in ("seed", "validation")})
-    return json.dumps({"seeds": list(seeds), "arms": arms}, indent=1) + "\n"
+    content = {"seeds": list(seeds), "arms": arms}
+    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of the seeds and arms, as values; layout and order of keys do not count."""
+    own = {name: content[name] for name in ("seeds", "arms")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_tuned(paths: Iterable[str]) -> Tuned:
     """The lambdas in the files, or folders, that `tune` wrote.
 
     Raises:
-        ValueError: One is not such a file, or two give an arm different lambdas.
+        ValueError: One is not such a file, was edited, or two give an arm different lambdas.
     """
     lambdas: dict[RunSettings, float] = {}
     seeds: set[int] = set()
@@ -143,6 +151,8 @@ def read_tuned(paths: Iterable[str]) -> Tuned:
         file = path / TUNED_FILE if path.is_dir() else path
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            if content.get("digest") != _digest(content):
+                raise ValueError("it was edited; give a lambda of your own by --ewc-lambda")
             runs = [RunSettings(seed=0, **arm) for arm in content["arms"]]
             seeds |= {int(seed) for seed in content["seeds"]}
         except (OSError, ValueError, TypeError, KeyError) as error:

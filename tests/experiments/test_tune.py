@@ -15,7 +15,7 @@ from experiments.__main__ import main
 from experiments.results import tables
 from experiments.settings.grids import Main
 from experiments.settings.run import WITH_FISHER, WITH_LAMBDA, WITH_MEMORY, Normalize, RunSettings
-from experiments.settings.tuned import arm_of, read_tuned, start_lambda
+from experiments.settings.tuned import arm_of, read_tuned, start_lambda, tuned_content
 from experiments.studies.tune import Tune
 from experiments.sweeps.lambda_search import MOST_VALUES, Arm, best_step, next_steps, search
 
@@ -229,12 +229,29 @@ def test_without_options_the_arms_are_those_of_the_main_job():
 
 
 def test_two_files_must_agree(folder, tmp_path):
-    content = json.loads((folder / "tuned.json").read_text())
-    content["arms"][0]["ewc_lambda"] *= 2
-    (tmp_path / "other.json").write_text(json.dumps(content))
+    arm, *_ = read_tuned([str(folder)]).lambdas
+    (tmp_path / "other.json").write_text(tuned_content([replace(arm, ewc_lambda=7.0)], [100]))
     with pytest.raises(ValueError, match="`tuned` must give an arm one lambda"):
         read_tuned([str(folder), str(tmp_path / "other.json")])
     assert len(read_tuned([str(folder), str(folder / "tuned.json")]).lambdas) == 3
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["arms"][0].update(ewc_lambda=7.0),
+        lambda content: content["arms"][0].update(fisher_type="exact"),
+        lambda content: content["arms"].pop(),
+        lambda content: content["seeds"].append(0),
+        lambda content: content.pop("digest"),
+    ],
+)
+def test_an_edited_choice_is_refused(folder, tmp_path, edit):
+    content = json.loads((folder / "tuned.json").read_text())
+    edit(content)
+    (tmp_path / "tuned.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"`tuned` .*edited; give a lambda of your own by"):
+        read_tuned([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
