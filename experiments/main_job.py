@@ -17,7 +17,7 @@ from experiments.reporting.terminal import (
 )
 from experiments.results import schemas, statistics, tables
 from experiments.results.provenance import mixed_code, provenance
-from experiments.results.store import Store
+from experiments.results.store import PLOTS, Store
 from experiments.settings.grids import Job
 from experiments.settings.run import PENALISED, STREAM, RunSettings
 from experiments.sweeps import exit_status
@@ -76,7 +76,7 @@ def write_report(
     """
     with store.lock:  # another sweep may be writing to the folder as well
         accuracy, runs, summary = write_run_tables(store, source)
-        files = plot_all(accuracy, runs, store.folder / "plots")
+        files = plot_all(accuracy, runs, store.folder / PLOTS)
         comparisons = statistics.paired_differences(runs)
         if job.compares and len(comparisons):
             tables.write(comparisons, store.folder, schemas.COMPARISONS)

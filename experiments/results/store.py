@@ -24,6 +24,7 @@ from experiments.results.record import RunResult, one_line
 from experiments.settings.unset import used
 
 PARTS = "parts"  # the folder of the finished runs' files
+PLOTS = "plots"
 PLAN = "plan.txt"  # in it: the ids of all runs of the last sweep, a line each
 DAMAGED = ".damaged"  # suffix added to the name of a run file that cannot be read
 
@@ -45,11 +46,11 @@ class Store:
         self._read = Read()
         self._named: set[Path] = set()  # damaged files that stay where they are
         self.n_added = 0  # results since it was opened
-        make_folder(folder)
-        make_folder(folder / PARTS)
+        for name in (".", PARTS, PLOTS):
+            make_folder(folder / name)
         self.lock: FileLock = folder_lock(folder / PARTS)
         with self.lock:  # so that what is half-written was left by a kill
-            sweep_leftovers(folder, folder / PARTS)
+            sweep_leftovers(folder, folder / PARTS, folder / PLOTS)
 
     def plan(self, run_ids: Sequence[str]) -> None:
         """Remember which runs a sweep is to make, for `unfinished`."""

@@ -17,6 +17,7 @@ from experiments.reporting.figures.folder import plot_all
 from experiments.reporting.terminal import print_comparisons
 from experiments.results import schemas, tables
 from experiments.results.statistics import paired_differences
+from experiments.results.store import PLOTS
 from experiments.settings.run import Dataset, RunSettings
 from experiments.settings.values import Count, Seed
 from experiments.studies.tuned_first import TunedFirst, search_lambdas
@@ -63,7 +64,7 @@ def run(settings: DropIn) -> pd.DataFrame:
     console = Console(quiet=settings.quiet)
     search_lambdas(settings, console)
     runs, folder = completed_runs(settings, console)
-    plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / "plots")
+    plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / PLOTS)
     comparisons = paired_differences(runs)
     tables.write(comparisons, folder, schemas.COMPARISONS)
     print_comparisons(comparisons, console)

@@ -24,7 +24,7 @@ from experiments.reporting.tuned import draw_tuned, print_edges, print_tuned
 from experiments.results import schemas, statistics, tables
 from experiments.results.files import replace_file
 from experiments.results.provenance import provenance_of
-from experiments.results.store import Store
+from experiments.results.store import PLOTS, Store
 from experiments.settings.grids import Sweep, axis
 from experiments.settings.run import (
     WITH_LAMBDA,
@@ -131,7 +131,7 @@ def run(settings: Tune) -> pd.DataFrame:
         _write(table, arms, store.folder)
     mine = runs[runs["run_id"].isin(_tried(searches))]
     for name, figure in draw_tuned(mine):
-        save(figure, store.folder / "plots" / f"{name}.png")
+        save(figure, store.folder / PLOTS / f"{name}.png")
     print_tuned(table, mine, console)
     errors = Console(stderr=True) if settings.quiet else console
     print_edges(table, errors)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.data.sources import find_data
 from experiments.results import schemas, tables
-from experiments.results.store import PARTS, Store
+from experiments.results.store import PARTS, PLOTS, Store
 from experiments.settings.run import RunSettings
 from experiments.training.run import run
 
@@ -41,6 +41,14 @@ def test_results_become_tables(tmp_path, results):
     row = accuracy[(accuracy["seed"] == 1) & (accuracy["train_exp"] == 1)].iloc[1]
     assert row["accuracy"] == expected
     pd.testing.assert_frame_equal(tables.read(tmp_path, schemas.ACCURACY), accuracy)
+
+
+@pytest.mark.parametrize("name", [PARTS, PLOTS])
+def test_a_file_in_the_place_of_a_folder_is_named_before_any_run(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"`out` must be a folder .*{name} .File exists"):
+        Store(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_result_survives_the_process_that_made_it(tmp_path, results):

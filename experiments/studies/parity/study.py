@@ -20,7 +20,7 @@ from experiments.reporting.terminal import print_checks, print_comparisons
 from experiments.results import schemas, tables
 from experiments.results.provenance import provenance
 from experiments.results.statistics import chosen_lambdas, paired_differences
-from experiments.results.store import read_results
+from experiments.results.store import PLOTS, read_results
 from experiments.settings.grids import Job, PermutedMnist, SplitMnist
 from experiments.settings.run import PENALISED, Dataset, RunSettings
 from experiments.settings.tuned import check_unseen
@@ -142,7 +142,7 @@ def run(settings: Parity) -> pd.DataFrame:
     if "behaviour" in settings.parts:
         completed_runs(tuning, console, make=make)
         runs, _ = completed_runs(settings, console, make=make)
-        plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / "plots")
+        plot_all(tables.read(folder, schemas.ACCURACY), runs, folder / PLOTS)
     comparisons = paired_differences(tables.read(folder, schemas.RUNS))
     if len(comparisons):
         tables.write(comparisons, folder, schemas.COMPARISONS)

@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments.reporting.figures.folder import plot_all
 from experiments.reporting.figures.style import save
 from experiments.results import schemas, tables
+from experiments.results.store import PLOTS
 from experiments.settings.grids import Job
 from experiments.settings.run import Dataset, RunSettings
 from experiments.settings.values import Seed
@@ -92,9 +93,9 @@ def report(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Consol
     tables.write(table, folder, schemas.REPRODUCE)
     accuracy = tables.read(folder, schemas.ACCURACY)
     accuracy = accuracy[accuracy["run_id"].isin(runs["run_id"])]
-    plot_all(accuracy, runs, folder / "plots")
+    plot_all(accuracy, runs, folder / PLOTS)
     if protocol.name in TASKS_DRAWN:
-        save(draw_tasks(protocol, accuracy, runs), folder / "plots" / "tasks.png")
+        save(draw_tasks(protocol, accuracy, runs), folder / PLOTS / "tasks.png")
     shown = ["arm", "reference", "n", "mean", "ci_low", "ci_high", "reproduced"]
     console.print(table[shown].to_string(index=False), highlight=False)
     return table
