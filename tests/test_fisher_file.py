@@ -19,6 +19,7 @@ from ewc_plugin import (
     load_fisher,
     save_fisher,
 )
+from ewc_plugin.fisher.scores import BATCHED
 
 safetensors = pytest.importorskip("safetensors.torch")
 N, K, C = 9, 4, 3
@@ -48,7 +49,7 @@ def saved(tmp_path):
 def test_a_fisher_knows_its_type_and_samples(kind):
     fisher = diagonal_fisher(network(), batches(), kind)
     assert fisher.fisher_type == getattr(kind, "value", "bernoulli_score")
-    assert fisher.n_samples == (None if getattr(kind, "is_batched", False) else N)
+    assert fisher.n_samples == (None if kind in BATCHED else N)
     for again in (copy.deepcopy(fisher), pickle.loads(pickle.dumps(fisher))):
         assert (again.fisher_type, again.n_samples) == (fisher.fisher_type, fisher.n_samples)
         assert all(torch.equal(again[n], f) for n, f in fisher.items())

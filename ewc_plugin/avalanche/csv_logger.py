@@ -17,7 +17,7 @@ from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 
-from ewc_plugin.fisher.scores import FisherType
+from ewc_plugin.fisher.scores import type_name
 
 COLUMNS = (
     *("run_id", "benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda", "seed"),
@@ -171,13 +171,9 @@ def _method_of(strategy: Any) -> dict[str, Any]:
     ]
     return {
         "method": "+".join([name, *(plugin for plugin in added if plugin != name)]),
-        "fisher_type": kind.value if isinstance(kind, FisherType) else _name(kind),
+        "fisher_type": None if kind is None else type_name(kind),
         "ewc_lambda": None if ewc is None else float(ewc.ewc_lambda),
     }
-
-
-def _name(score: Any) -> str | None:
-    return None if score is None else getattr(score, "__name__", type(score).__name__)
 
 
 def _checked_name(argument: str, name: Any) -> str:

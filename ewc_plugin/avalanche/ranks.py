@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ewc_plugin.batches import Batch, n_samples
 from ewc_plugin.fisher.class_mean import keeping_class_sums
 from ewc_plugin.fisher.result import Fisher as FisherResult
-from ewc_plugin.fisher.scores import FisherType, Score
+from ewc_plugin.fisher.scores import BATCHED, CLASS_MEANS, FisherType, Score
 
 Fisher = Mapping[str, Tensor]
 _FAILED = -1.0
@@ -171,7 +171,7 @@ def fisher_over_ranks(
         if counted.is_empty or limit == 0:
             return {}, 0
         fisher = compute(counted, **({} if limit is None else {"max_samples": limit}))
-        if isinstance(fisher_type, FisherType) and fisher_type.is_batched:
+        if fisher_type in BATCHED:
             return fisher, counted.n_batches
         # Samples without any label or position count neither in a rank's mean nor in its weight.
         N = fisher.n_samples if isinstance(fisher, FisherResult) else None
@@ -179,7 +179,7 @@ def fisher_over_ranks(
             N = counted.n_samples if limit is None else min(limit, counted.n_samples)
         return fisher, N
 
-    if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
+    if fisher_type in CLASS_MEANS:
         return class_means_over_ranks(share, like)
     return mean_over_ranks(share, like)
 

@@ -23,7 +23,7 @@ from ewc_plugin.batch_parts import labelled, logits_of
 from ewc_plugin.batches import Batch, take
 from ewc_plugin.contexts import evaluating, untouched_randomness
 from ewc_plugin.fisher.diagonal import diagonal_fisher
-from ewc_plugin.fisher.scores import FisherType, Score
+from ewc_plugin.fisher.scores import BATCHED, FisherType, Score
 
 
 class StrategyFisher:
@@ -76,7 +76,7 @@ class StrategyFisher:
             F, by parameter name.
         """
         defaults: dict[str, Any] = {"forward": self.logits, "targets": self.targets}
-        if isinstance(self._fisher_type, FisherType) and self._fisher_type.is_batched:
+        if self._fisher_type in BATCHED:
             defaults["criterion"] = self._strategy._criterion
         options = defaults | options
 
@@ -147,4 +147,4 @@ class StrategyFisher:
 
 def needs_likelihood(fisher_type: FisherType | Score) -> TypeGuard[FisherType]:
     """Return whether a Fisher type is defined by labels, so that the likelihood must be known."""
-    return isinstance(fisher_type, FisherType) and not fisher_type.is_batched
+    return isinstance(fisher_type, FisherType) and fisher_type not in BATCHED

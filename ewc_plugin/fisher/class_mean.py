@@ -34,7 +34,13 @@ from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
 from ewc_plugin.fisher.per_sample import zeros
 from ewc_plugin.fisher.rules.base import Sums
-from ewc_plugin.fisher.scores import FisherType, Scores, score_vectors
+from ewc_plugin.fisher.scores import (
+    AT_DATA_LABELS,
+    REVERSED_LOGITS,
+    FisherType,
+    Scores,
+    score_vectors,
+)
 
 _TRIED = 4  # samples, on which gradients are compared
 _TOLERANCES = 0.01, 1e-5  # relative to a tensor's largest entry, and to the largest of all
@@ -160,7 +166,7 @@ class ClassMeans:
 
     def _grouped(self, batch: Batch, first: int) -> tuple[Tensor, _Waiting]:
         """The classes of samples, and whether they are known or guessed."""
-        if self._type.at_data_labels:
+        if self._type in AT_DATA_LABELS:
             return self.label_scores.sample_labels(batch), self._known
         guess = self.label_scores.labels(batch)
         if is_index(guess, n_samples(batch)) and self._n_wrong <= _MOST_WRONG * self._n_guesses:
@@ -237,7 +243,7 @@ class ClassMeans:
     def _pull_back_each_class(self, batch: Batch, first: int) -> None:
         logits = self._logits(batch, first)
         labels = logits.detach().argmax(1)
-        if self._type.at_data_labels:
+        if self._type in AT_DATA_LABELS:
             labels = self.label_scores.sample_labels(batch)
             self.label_scores.check_labels(labels, logits)
         for c in labels.unique().tolist():
@@ -253,7 +259,7 @@ class ClassMeans:
             return
         if not self._sums.counts:
             self.label_scores.check_outputs(logits)
-        kind = FisherType.REVERSED if self._type.is_reversed else FisherType.EMPIRICAL
+        kind = FisherType.REVERSED if self._type in REVERSED_LOGITS else FisherType.EMPIRICAL
         vectors = score_vectors(logits, kind, targets=labels.where(own, c).long())
         v = vectors.vector(0) * own[:, None]
         factor = score_factor(self.call, Scores(1, lambda s: v), logits)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ewc_plugin.batches import Batch
 from ewc_plugin.fisher.outputs import has_decoder
-from ewc_plugin.fisher.scores import FisherType, Scores, drawn_labels, label_scores, score_vectors
+from ewc_plugin.fisher.scores import (
+    AT_DATA_LABELS,
+    FisherType,
+    Scores,
+    drawn_labels,
+    label_scores,
+    score_vectors,
+)
 
 _MOST_EXACT = 2**11  # vectors, each of which takes a backward pass
 
@@ -190,7 +197,7 @@ def dense_vectors(
             lambda s: spread(label_scores(p, drawn[:, s].contiguous()) / n_draws**0.5),
             n_samples,
         )
-    y = labels[at].long() if labels is not None and fisher_type.at_data_labels else None
+    y = labels[at].long() if labels is not None and fisher_type in AT_DATA_LABELS else None
     of_rows = score_vectors(rows, fisher_type, targets=y)
     if fisher_type is FisherType.EXACT:
         return _one_position_each(of_rows, at, spread, n_samples)

@@ -28,7 +28,16 @@ from ewc_plugin.fisher.per_sample import check_backward_is_linear
 from ewc_plugin.fisher.plan import Served, make_plan
 from ewc_plugin.fisher.probe import Probe, first_samples, probe
 from ewc_plugin.fisher.result import Fisher
-from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
+from ewc_plugin.fisher.scores import (
+    AT_DATA_LABELS,
+    BATCHED,
+    CLASS_MEANS,
+    REVERSED_LOGITS,
+    FisherType,
+    Score,
+    parsed_type,
+    type_name,
+)
 
 _SEED = 0  # seed of the default generator
 
@@ -139,21 +148,20 @@ def diagonal_fisher(
     )
     check_model(model)
     _check_batches(batches)
-    at_data_labels = isinstance(fisher_type, FisherType) and fisher_type.at_data_labels
-    if at_data_labels and forward is None and targets is None:
+    if fisher_type in AT_DATA_LABELS and forward is None and targets is None:
         check_labels_are_shifted(model)
     generator = generator or torch.Generator().manual_seed(_SEED)
     with evaluating(model) as state:
         call = ModelCall(model, forward or default_forward, trainable(model), state)
-        if isinstance(fisher_type, FisherType) and fisher_type.is_batched:
+        if fisher_type in BATCHED:
             tensors = batched_importances(
                 call,
                 not_empty(batches),
                 targets or default_targets,
                 criterion or F.cross_entropy,
-                reverse=fisher_type.is_reversed,
+                reverse=fisher_type in REVERSED_LOGITS,
             )
-            return Fisher(tensors, fisher_type=fisher_type.value)
+            return Fisher(tensors, fisher_type=type_name(fisher_type))
         if max_samples is not None:
             batches = draw_samples(batches, max_samples, generator)
         # "Squares" are squared gradients of single samples. Read three samples; try the layer
@@ -182,7 +190,7 @@ def diagonal_fisher(
             check_backward_is_linear(call, one, probed.v[:2])
         size = _chunk_size(call, probed, chunk_size, label_scores.one_vector)
         accumulator: Accumulator | ClassMeans
-        if isinstance(fisher_type, FisherType) and fisher_type.is_class_mean:
+        if fisher_type in CLASS_MEANS:
             accumulator = ClassMeans(call, label_scores, size, may_regroup=probed.may_join)
         else:
             accumulator = Accumulator(
@@ -204,8 +212,11 @@ def diagonal_fisher(
                 show(accumulator.N)
         if show:
             print(file=sys.stderr)
-        name = fisher_type.value if isinstance(fisher_type, FisherType) else _name(fisher_type)
-        fisher = Fisher(accumulator.mean(), fisher_type=name, n_samples=accumulator.n_labelled)
+        fisher = Fisher(
+            accumulator.mean(),
+            fisher_type=type_name(fisher_type),
+            n_samples=accumulator.n_labelled,
+        )
         warn_of_parameters_without_effect(call, samples.batch, fisher, probed.reached)
         return fisher
 
@@ -221,10 +232,6 @@ def _check_batches(batches: object) -> None:
         )
     if isinstance(batches, tuple) and [getattr(item, "ndim", 2) < 2 for item in batches] == [0, 1]:
         raise TypeError("`batches` looks like one batch, (x, y): pass a list of it, [(x, y)].")
-
-
-def _name(score: Score) -> str:
-    return str(getattr(score, "__name__", type(score).__name__))
 
 
 def _chunk_size(call: ModelCall, probed: Probe, given: int | None, one_vector: bool) -> int:

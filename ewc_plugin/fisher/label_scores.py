@@ -13,7 +13,14 @@ from ewc_plugin.fisher.dense import (
     find_class_dim,
 )
 from ewc_plugin.fisher.outputs import check_not_probabilities, default_targets, found_targets
-from ewc_plugin.fisher.scores import FisherType, Score, Scores, own_vectors, score_vectors
+from ewc_plugin.fisher.scores import (
+    AT_DATA_LABELS,
+    FisherType,
+    Score,
+    Scores,
+    own_vectors,
+    score_vectors,
+)
 
 IGNORE_INDEX = -100  # torch's default
 
@@ -89,7 +96,7 @@ class LabelScores:
             )
         if outputs.dim() > 2:
             return self._dense(kind, batch, outputs)
-        if not kind.at_data_labels:
+        if kind not in AT_DATA_LABELS:
             return score_vectors(outputs, kind, n_draws=self.n_draws, generator=self.generator)
         y = self.sample_labels(batch)
         self.check_labels(y, outputs)
@@ -101,7 +108,7 @@ class LabelScores:
         return Scores(1, lambda s: of_all.vector(s) * counted[:, None], n_counted)
 
     def _dense(self, kind: FisherType, batch: Batch, outputs: Tensor) -> Scores:
-        y = self._needed_labels(batch) if kind.at_data_labels else self.labels(batch)
+        y = self._needed_labels(batch) if kind in AT_DATA_LABELS else self.labels(batch)
         mask = self.positions(batch)
         if self._class_dim is None:  # once: another batch may have as many positions as classes
             self._class_dim = find_class_dim(outputs.shape, None if y is None else y.shape, None)
@@ -109,7 +116,7 @@ class LabelScores:
         axis = find_class_dim(outputs.shape, None, self._class_dim)
         shape = outputs.shape[:axis] + outputs.shape[axis + 1 :]
         counted = counted_positions(shape, y, self.ignore_index, mask)
-        if kind.at_data_labels:
+        if kind in AT_DATA_LABELS:
             if y is None:
                 _refuse_labels(y, str(list(shape)))
             assert counted is not None

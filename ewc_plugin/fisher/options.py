@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
+from ewc_plugin.fisher.scores import BATCHED, FisherType, Score, parsed_type
 
 EngineName = Literal["auto", "rules", "vmap", "loop"]
 
@@ -80,7 +80,7 @@ def check_options(
     if class_dim is not None:
         _check_whole("class_dim", class_dim)
     _check_whole("ignore_index", ignore_index)
-    batched = isinstance(fisher_type, FisherType) and fisher_type.is_batched
+    batched = fisher_type in BATCHED
     kind = repr(fisher_type.value) if isinstance(fisher_type, FisherType) else "a score"
     if criterion is not None and not batched:
         raise ValueError(f"`criterion` enters the batched fisher types alone, got {kind}.")

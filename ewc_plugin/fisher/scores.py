@@ -46,39 +46,6 @@ class FisherType(str, Enum):
     CLASS_MEAN_REVERSED = "class_mean_reversed"
     BATCHED_REVERSED = "batched_reversed"
 
-    @property
-    def at_data_labels(self) -> bool:
-        """Whether the scores are those of the data's labels."""
-        return self in (
-            FisherType.EMPIRICAL,
-            FisherType.CLASS_MEAN_EMPIRICAL,
-            FisherType.REVERSED,
-            FisherType.CLASS_MEAN_REVERSED,
-        )
-
-    @property
-    def is_class_mean(self) -> bool:
-        """Whether squares are taken of classes' mean scores, not of samples'."""
-        return self in (
-            FisherType.CLASS_MEAN,
-            FisherType.CLASS_MEAN_EMPIRICAL,
-            FisherType.CLASS_MEAN_REVERSED,
-        )
-
-    @property
-    def is_batched(self) -> bool:
-        """Whether squares are taken of mini-batches' mean gradients, which need no scores."""
-        return self in (FisherType.BATCHED, FisherType.BATCHED_REVERSED)
-
-    @property
-    def is_reversed(self) -> bool:
-        """Whether gradients are those of the reversed logits."""
-        return self in (
-            FisherType.REVERSED,
-            FisherType.CLASS_MEAN_REVERSED,
-            FisherType.BATCHED_REVERSED,
-        )
-
     @classmethod
     def parse(cls, value: "FisherType | str") -> "FisherType":
         """Look a type up by its value.
@@ -104,6 +71,26 @@ class FisherType(str, Enum):
                 f"`fisher_type` must be one of {allowed}, or a function that gives score vectors, "
                 f"got {value!r}."
             ) from None
+
+
+# `fisher_type in BATCHED` is False for a function that gives score vectors.
+BATCHED = (FisherType.BATCHED, FisherType.BATCHED_REVERSED)
+"""Squares of mini-batches' mean gradients, which need no scores."""
+CLASS_MEANS = (
+    FisherType.CLASS_MEAN,
+    FisherType.CLASS_MEAN_EMPIRICAL,
+    FisherType.CLASS_MEAN_REVERSED,
+)
+"""Squares of classes' mean scores."""
+REVERSED_LOGITS = (FisherType.REVERSED, FisherType.CLASS_MEAN_REVERSED, FisherType.BATCHED_REVERSED)
+"""Gradients of the reversed logits."""
+AT_DATA_LABELS = (
+    FisherType.EMPIRICAL,
+    FisherType.CLASS_MEAN_EMPIRICAL,
+    FisherType.REVERSED,
+    FisherType.CLASS_MEAN_REVERSED,
+)
+"""Scores of the data's labels."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +127,13 @@ def parsed_type(value: "FisherType | str | Score") -> "FisherType | Score":
     if callable(value):
         return value
     return FisherType.parse(value)
+
+
+def type_name(fisher_type: "FisherType | Score") -> str:
+    """The type's value, or the name of the caller's own score."""
+    if isinstance(fisher_type, FisherType):
+        return fisher_type.value
+    return str(getattr(fisher_type, "__name__", type(fisher_type).__name__))
 
 
 def score_vectors(
@@ -190,10 +184,10 @@ def score_vectors(
             "gaussian_score."
         )
     logits = logits.detach()
-    if fisher_type.is_reversed:
+    if fisher_type in REVERSED_LOGITS:
         logits = reversed_logits(logits)
     p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    if fisher_type.at_data_labels:
+    if fisher_type in AT_DATA_LABELS:
         if targets is None:
             raise ValueError(
                 f"`targets` are needed by fisher_type {fisher_type.value!r}, got None."

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from ewc_plugin.fisher.scores import FisherType
+from ewc_plugin.fisher.scores import BATCHED, FisherType
 from experiments.settings.values import (
     Between,
     Count,
@@ -53,7 +53,6 @@ WITH_MODE: tuple[Method, ...] = ("avalanche-ewc", *WITH_FISHER, "l2")
 WITH_LAMBDA: tuple[Method, ...] = (*WITH_MODE, "si", "mas", "lwf")
 WITH_MEMORY: tuple[Method, ...] = ("replay", "ewc+replay")
 WITH_ALL_CLASSES: tuple[Method, ...] = ("joint", *WITH_MEMORY)  # in every experience
-BATCHED = tuple(kind.value for kind in FisherType if kind.is_batched)
 STREAM = ("benchmark", "dataset", "scenario")  # the settings that name a stream
 
 

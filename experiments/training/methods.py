@@ -20,10 +20,11 @@ from avalanche.training.utils import ParamData
 from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin
+from ewc_plugin.fisher.scores import BATCHED
 from experiments.data.streams import Stream
 from experiments.data.tensor_path import FISHER_BATCH
 from experiments.settings.own import OPTIONS, OwnFile, function_of
-from experiments.settings.run import BATCHED, RunSettings
+from experiments.settings.run import RunSettings
 from experiments.training.avalanche_ewc import BuiltinEWC, in_order
 
 
