@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.labels import cell_labels, stream_title
-from experiments.results.schemas import SETTING_NAMES
+from experiments.reporting.labels import LABELS, cell_labels, stream_title
+from experiments.results.schemas import METHOD_SETTINGS, SETTING_NAMES, SHARED_SETTINGS, VERDICTS
 
 STREAM = ("benchmark", "dataset", "scenario")
 METRIC_WORDS = {"average_accuracy": "accuracy"}
@@ -32,6 +32,45 @@ def sides(comparisons: pd.DataFrame) -> dict[str, str]:
     return cell_labels(both, with_type=True)
 
 
+def pair_of(row: Mapping[str, Any], labels: Mapping[str, str]) -> tuple[str, str, str]:
+    """Both sides of a row in words, and the settings that two methods share, named once.
+
+    Args:
+        row: Of `comparisons.csv`.
+        labels: Of `sides`.
+
+    Returns:
+        Such as `EWC, per sample, λ = 1`, `Naive` and `epochs 10`, which may be empty.
+    """
+    mine, theirs = (labels[row[n]].split(", ") for n in ("config_hash", "other_config_hash"))
+    shared: list[str] = []
+    if mine[0] != theirs[0]:  # of one method, what they share is its name
+        shared = [part for part in mine if part in theirs and not part.startswith("λ")]
+    first, second = (", ".join(p for p in own if p not in shared) for own in (mine, theirs))
+    return first, second, ", ".join(shared)
+
+
+def pair_text(first: str, second: str, common: str) -> str:
+    """`EWC, per sample, λ = 1 − Naive (epochs 10)`."""
+    return f"{first} − {second}" + (f" ({common})" if common else "")
+
+
+def main_pairs(rows: pd.DataFrame, most: int) -> pd.DataFrame:
+    """The rows; of more than `most`, those of our EWC beside Avalanche's, if there are any."""
+    if len(rows) <= most:
+        return rows
+    ours = rows[(rows["method"] == "ewc") & (rows["other_method"] == "avalanche-ewc")]
+    return ours if len(ours) else rows
+
+
+def has_several_lambdas(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Whether a row's methods are compared at many lambdas: the test must not choose from them."""
+    arms = [n for n in METHOD_SETTINGS if n != "ewc_lambda"]
+    pair = [*SHARED_SETTINGS, *arms, *(f"other_{name}" for name in arms)]
+    sizes = rows.groupby([n for n in pair if n in rows], dropna=False)["metric"].transform("size")
+    return sizes > MOST_SENTENCES
+
+
 def difference_text(difference: float, low: float, high: float) -> str:
     """`+0.0052 [−0.0028, +0.0132]`; the difference alone where there is no interval."""
     interval = f" [{low:+.4f}, {high:+.4f}]" if pd.notna(low) else ""
@@ -50,13 +89,14 @@ SENTENCES = {
 
 
 def answers(comparisons: pd.DataFrame, *, all_pairs: bool = False) -> Iterator[str]:
-    """A sentence per stream: our EWC beside Avalanche's, or beside Naive where that is missing.
+    """Sentences on our EWC beside Avalanche's, or beside Naive where that is missing.
 
-    Without our EWC, a sentence on each pair of methods.
+    One per pair; of more than `MOST_SENTENCES` pairs that share their settings, such as all Fisher
+    types with one loss, one from the worst to the best. Without our EWC, on all pairs of methods.
 
     Args:
         comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
-        all_pairs: Whether there is a sentence on each pair anyway.
+        all_pairs: Whether they are on all pairs anyway.
 
     Yields:
         Sentences; of a stream with several lambdas, which the images of the test must not choose
@@ -74,21 +114,48 @@ def answers(comparisons: pd.DataFrame, *, all_pairs: bool = False) -> Iterator[s
                 break
         else:
             pairs = rows
-        title = stream_of(rows.iloc[0])
-        if len(pairs) > MOST_SENTENCES:
-            yield f"{title}: {len(pairs)} pairs of settings, see the table."
-            continue
-        for row in pairs.to_dict("records"):
-            found = difference_text(row["difference"], row["ci_low"], row["ci_high"])
-            words = SENTENCES[row["verdict"]]
-            yield (
-                f"{title}: {labels[row['config_hash']]} {words} "
-                f"{labels[row['other_config_hash']]}: "
-                f"{found} in average accuracy, n = {row['n']} ({shared_settings(row)})."
-            )
+        settings = [name for name in SHARED_SETTINGS if name in pairs]
+        groups = [part for _, part in pairs.groupby(settings, dropna=False, sort=False)]
+        said = [words for part in groups for words in _sentences(part, labels)]
+        if has_several_lambdas(pairs).any() or not said or len(said) > 2 * MOST_SENTENCES:
+            yield f"{stream_of(rows.iloc[0])}: {len(pairs)} pairs of settings, see the table."
+        else:
+            yield from said
 
 
 MOST_SENTENCES = 3
+
+
+def _sentences(rows: pd.DataFrame, labels: Mapping[str, str]) -> Iterator[str]:
+    """A sentence per row; one on many; none on many that have not one method on each side."""
+    ordered = rows.sort_values("difference").to_dict("records")
+    if len(rows) <= MOST_SENTENCES:
+        for row in rows.to_dict("records"):
+            first, second, common = pair_of(row, labels)
+            yield (
+                f"{stream_of(row)}: {first} {SENTENCES[row['verdict']]} {second}: "
+                f"{_found(row)} in average accuracy, {_conditions(row, common)}."
+            )
+    elif rows["method"].nunique() == rows["other_config_hash"].nunique() == 1:
+        worst, best = ordered[0], ordered[-1]
+        counts = rows["verdict"].value_counts()
+        found = ", ".join(f"{counts[v]} {v.replace(',', '')}" for v in VERDICTS if v in counts)
+        (low, second, common), (high, *_) = pair_of(worst, labels), pair_of(best, labels)
+        yield (
+            f"{', '.join(filter(None, (stream_of(worst), common)))}: of {len(rows)} kinds of "
+            f"{LABELS.get(worst['method'], worst['method'])} beside {second}, {found}, from "
+            f"{_found(worst)} ({low}) to {_found(best)} ({high}) in average accuracy, "
+            f"{_conditions(worst, '')}."
+        )
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    return difference_text(row["difference"], row["ci_low"], row["ci_high"])
+
+
+def _conditions(row: Mapping[str, Any], common: str) -> str:
+    settings = ", ".join(filter(None, (common, shared_settings(row))))
+    return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']} ({settings})"
 
 
 def shared_settings(row: Mapping[str, Any]) -> str:
@@ -114,7 +181,7 @@ def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
     return [
         {
             "stream": stream_of(row),
-            "compared": f"{labels[row['config_hash']]} − {labels[row['other_config_hash']]}",
+            "compared": pair_text(*pair_of(row, labels)),
             "metric": METRIC_WORDS.get(row["metric"], row["metric"]),
             "difference": difference_text(row["difference"], row["ci_low"], row["ci_high"]),
             "verdict": str(row["verdict"]),

@@ -42,6 +42,16 @@ NORMALIZED = {
     "max": "F by its maximum",
     "avalanche": "F at Avalanche's scale",
 }
+# Values of settings that say nothing alone.
+VALUES = {
+    ("importance_order", "shuffled"): "importance shuffled",
+    ("optimizer_state", "reset"): "optimizer reset",
+    ("pixels", "unit"): "pixels in 0 to 1",
+    ("loss_classes", "all"): "loss over all classes",
+    ("loss_classes", "current"): "loss over current classes",
+    ("head", "cosine"): "cosine head",
+    ("penalty_step", "implicit"): "implicit step",
+}
 BENCHMARKS = {"split": "Split", "permuted": "Permuted", "rotated": "Rotated"}
 DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
@@ -115,7 +125,8 @@ def setting_text(value: Any) -> str:
 
 def wrapped(text: str, width: int) -> str:
     """The text in lines of at most `width` letters."""
-    return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) or text
 
 
 def cell_labels(
@@ -138,7 +149,7 @@ def cell_labels(
     for cell in cells.to_dict("records"):
         names_type = several[cell["method"]] > 1 if with_type is None else with_type
         words = [method_of(cell, with_type=names_type)]
-        set_ = [n for n in varied if pd.notna(cell[n]) and cell[n] != UNSET.get(n)]
+        set_ = [n for n in varied if pd.notna(cell[n]) and not _is_usual(n, cell[n])]
         words += [_setting(name, cell[name]) for name in set_]
         if with_lambda and pd.notna(cell["ewc_lambda"]):
             words.append(lambda_text(cell["ewc_lambda"]))
@@ -164,8 +175,15 @@ def run_labels(cells: Sequence[RunSettings]) -> dict[str, str]:
     }
 
 
+def _is_usual(name: str, value: Any) -> bool:
+    """Whether a label leaves the value out: there are two losses, and neither is the usual one."""
+    return name != "loss_classes" and value == UNSET.get(name)
+
+
 def _setting(name: str, value: Any) -> str:
     """Format a setting: a word alone; a number with the setting's name."""
+    if known := VALUES.get((name, value)):
+        return known.replace(" ", "\N{NO-BREAK SPACE}")
     if isinstance(value, str):
         return setting_text(value)
     return f"{in_words(name)} {setting_text(value)}".replace(" ", "\N{NO-BREAK SPACE}")

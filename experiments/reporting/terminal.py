@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from rich.console import Console
@@ -31,12 +32,7 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
     """
     if not rows:
         return
-
-    def show(text: str, **style: str) -> None:
-        # Lines were broken at other spaces: `λ = 30` stays whole.
-        text = text.replace(NO_BREAK, " ")
-        console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
-
+    show = partial(_show, console=console)
     show(f"\n{wrapped(title, console.width)}", style="italic")
     first, *others = rows[0]
     header, *lines = _aligned(rows, [first, *others])
@@ -55,6 +51,12 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
         if not fits:
             line = ", ".join(f"{name} {row[name]}" for name in others if row[name])
         show(textwrap.indent(wrapped(line, console.width - 2) if not fits else line, INDENT))
+
+
+def _show(text: str, console: Console, style: str | None = None) -> None:
+    """Print lines that were broken at other spaces than those of `λ = 30`, which stay whole."""
+    text = text.replace(NO_BREAK, " ")
+    console.print(text, highlight=False, markup=False, soft_wrap=True, style=style)
 
 
 def _aligned(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[str]:
@@ -99,10 +101,10 @@ def print_comparisons(
         all_pairs: Whether there is a sentence on each pair.
     """
     for sentence in comparison.answers(comparisons, all_pairs=all_pairs):
-        words = sentence.replace(NO_BREAK, "")
-        console.print(words, highlight=False, markup=False, style="bold")
+        _show(wrapped(sentence, console.width), console, style="bold")
     rows = pd.DataFrame(comparison.comparison_rows(comparisons))
     for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
+        part = part.assign(verdict=part["verdict"].str.replace("within the margin", "< margin"))
         shown = part.drop(columns="stream").to_dict("records")
         title = f"{stream}: difference [95 % interval], seed by seed; margin {MARGIN:g}"
         print_table(title, shown, console)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
+from experiments.reporting import comparison
 from experiments.reporting.compare import Compare, run
 from experiments.results import schemas, statistics, tables
 from experiments.results.record import RunResult
@@ -154,3 +155,25 @@ def test_a_stopped_sweep_can_be_the_newest_folder(tmp_path, monkeypatch, capsys)
     Store(tmp_path / "runs" / "stopped").add(RunResult.sealed(records[0], rows))
     assert main(["table"]) == 0
     assert "stopped: the newest folder below runs/" in " ".join(capsys.readouterr().err.split())
+
+
+def test_many_kinds_beside_the_built_in_have_one_sentence_with_both_ends(tmp_path, capsys):
+    kinds = {"predicted": 0.5, "empirical": 0.6, "sampled": 0.7, "exact": 0.8}
+    parts = [run_rows("avalanche-ewc", [0.5, 0.52], ewc_lambda=9, epochs=3)]
+    for i, (kind, value) in enumerate(kinds.items()):
+        changes = {"fisher_type": kind, "ewc_lambda": 10**i, "epochs": 3}
+        parts.append(run_rows("ewc", [value, value + 0.021], **changes))
+    write(tmp_path, parts)
+    run(Compare(tmp_path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of 4 kinds of EWC beside Avalanche's EWC, λ = 9, 3 better, 1 " in said
+    assert "(EWC, per sample, predicted, λ = 1) to " in said
+    assert "(EWC, per sample, exact, λ = 1000) in average accuracy, n = 2 (" in said
+
+
+def test_what_both_methods_share_is_named_once_but_lambda_with_each():
+    labels = {"a": "EWC, online, epochs 2, λ = 3", "b": "Avalanche's EWC, epochs 2, λ = 3"}
+    row = {"config_hash": "a", "other_config_hash": "b"}
+    first, second, shared = comparison.pair_of(row, labels)
+    assert (first, second) == ("EWC, online, λ = 3", "Avalanche's EWC, λ = 3")
+    assert comparison.pair_text(first, second, shared).endswith("λ = 3 (epochs 2)")

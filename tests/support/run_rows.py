@@ -9,14 +9,16 @@ from experiments.results.metrics import continual_metrics
 from experiments.settings.run import RunSettings
 
 
-def run_rows(method, accuracies, *, ewc_lambda=None, first_seed=0, status="ok", **changes):
+def run_rows(
+    method, accuracies, *, ewc_lambda=None, first_seed=0, status="ok", scenario="task", **changes
+):
     """Runs of two experiences: R[0, 0] = 0.9, R[1, 0] as given per seed, R[1, 1] = 0.8."""
     penalty = {"ewc_lambda": ewc_lambda, "mode": "separate"} if ewc_lambda is not None else {}
     kind = {"fisher_type": "predicted"} if method == "ewc" else {}
     fields = {"n_experiences": 2, **penalty, **kind, **changes}
     records, rows = [], []
     for seed, value in enumerate(accuracies, start=first_seed):
-        cell = RunSettings("split", "digits", "task", method, seed, **fields)
+        cell = RunSettings("split", "digits", scenario, method, seed, **fields)
         matrix = np.array([[0.5, 0.5], [0.9, 0.5], [value, 0.8]])
         ok = status == "ok"
         metrics = continual_metrics(matrix)

@@ -106,7 +106,8 @@ def differences_table(comparisons: pd.DataFrame, metric: str) -> PageTable | Non
     Returns:
         The table; None without rows, or with so many lambdas that it answers nothing.
     """
-    rows = comparisons[comparisons["metric"] == metric]
+    all_rows = comparisons[comparisons["metric"] == metric]
+    rows = comparison.main_pairs(all_rows, MOST_ROWS)
     if not 0 < len(rows) <= MOST_ROWS:
         return None
     several = rows.groupby([*comparison.STREAM, "validation"]).ngroups > 1
@@ -123,7 +124,9 @@ def differences_table(comparisons: pd.DataFrame, metric: str) -> PageTable | Non
         ])
     columns = ["first − second", "difference", "the first is", "n", "means"]
     title = f"{in_words(metric)}: difference [95 % interval], seed by seed".capitalize()
-    return PageTable(title, columns, [False, True, False, True, True], entries)
+    left_out = len(all_rows) - len(rows)
+    note = f"The {left_out} pairs of other methods are in comparisons.csv." if left_out else ""
+    return PageTable(title, columns, [False, True, False, True, True], entries, note)
 
 
 def trouble_table(runs: pd.DataFrame) -> PageTable | None:
