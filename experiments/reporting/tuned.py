@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.reporting.figures.over_lambda import lines_of, over_lambda
-from experiments.reporting.figures.style import MOST_LINES
+from experiments.reporting.figures.over_lambda import (
+    Line,
+    common_label,
+    lines_of,
+    over_lambda,
+    shaded,
+)
+from experiments.reporting.figures.style import MOST_LINES, panel_of
 from experiments.reporting.labels import cell_labels, method_of, number, stream_title
 from experiments.reporting.terminal import print_table
 from experiments.settings.run import STREAM, in_file_name
@@ -18,6 +24,8 @@ from experiments.settings.run import STREAM, in_file_name
 
 def draw_tuned(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """Validation accuracy over lambda, a figure per stream, at most `MOST_LINES` arms in a panel.
+
+    Many have a panel for ours and one for the others, per loss.
 
     Args:
         runs: Rows of `runs.csv`, of all values that were tried.
@@ -27,16 +35,26 @@ def draw_tuned(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """
     for stream, part in runs.groupby(list(STREAM)):
         names: Any = stream
-        lines = lines_of(part)
-        starts = range(0, len(lines), MOST_LINES)
-        parts = [lines[i : i + MOST_LINES] for i in starts]
-        titles = [f"{i + 1} to {i + len(p)}" for i, p in zip(starts, parts, strict=True)]
-        panels = dict(zip(titles if len(parts) > 1 else [""], parts, strict=True))
         title = f"Accuracy over λ: {stream_title(*names)}, validation images"
         yield (
             f"lambda-{'-'.join(map(in_file_name, names))}",
-            over_lambda(panels, title, ("average_accuracy",)),
+            over_lambda(_panels(lines_of(part)), title, ("average_accuracy",)),
         )
+
+
+def _panels(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines by the title of their panel."""
+    by_loss: dict[tuple[bool, str], list[Line]] = {}
+    for line in lines:
+        by_loss.setdefault(panel_of(line.runs.iloc[0].to_dict()), []).append(line)
+    groups = [own for _, own in sorted(by_loss.items())] if len(lines) > MOST_LINES else [lines]
+    panels = {}
+    for own in groups:
+        parts = [list(own[i : i + MOST_LINES]) for i in range(0, len(own), MOST_LINES)]
+        for i, part in enumerate(parts):
+            place = f" ({i + 1} of {len(parts)})" if len(parts) > 1 else ""
+            panels[common_label(own) + place] = shaded(part)
+    return panels
 
 
 def print_tuned(table: pd.DataFrame, runs: pd.DataFrame, console: Console) -> None:

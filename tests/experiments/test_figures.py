@@ -14,8 +14,9 @@ from experiments.reporting.figures.accuracy import draw_curves, draw_matrices, m
 from experiments.reporting.figures.over_lambda import draw_over_lambda
 from experiments.reporting.figures.runs import draw_differences, draw_methods, draw_trade_off
 from experiments.reporting.labels import number, without_common
+from experiments.reporting.tuned import draw_tuned
 from experiments.results import schemas, statistics, tables
-from support.paths import RESULTS
+from experiments.settings.unset import used
 from support.run_rows import run_rows
 
 TYPES = ("predicted", "empirical", "sampled", "exact", "batched")
@@ -82,6 +83,13 @@ def test_names_lie_inside_legends_off_the_data_and_no_axes_collapse(kind, size):
         if kind in ("curves", "lambda"):
             for a, b in itertools.combinations(names, 2):
                 assert not a.padded(-1.5).overlaps(b.padded(-1.5))
+        words = [*axis.get_xticklabels(), axis.xaxis.label]
+        below = [extent(text, renderer) for text in words if text.get_text()]
+        for a, b in itertools.combinations(below, 2):
+            assert not a.overlaps(b)
+        for other in figure.axes:
+            over = extent(other.title, renderer)
+            assert other is axis or not any(over.overlaps(name) for name in below)
     for legend in figure.legends:
         box = legend.get_window_extent(renderer)
         assert not any(box.overlaps(other) for other in boxes)
@@ -162,11 +170,52 @@ def test_a_saved_figure_keeps_the_colours_of_a_few_dots(tmp_path):
         assert np.abs(pixels - wanted).max(axis=1).min() <= 3, colour
 
 
-@pytest.mark.results
-def test_differences_that_are_left_out_are_counted():
-    comparisons = tables.read(RESULTS / "class_incremental", schemas.COMPARISONS)
-    rows = comparisons[comparisons["metric"] == "average_accuracy"]
-    n_naive = int((rows["other_method"] == "naive").sum())
-    titles = [axis.get_title() for axis in draw_differences(comparisons).axes]
-    n_others = len(rows) - n_naive
-    assert titles == [f"the first 20 of {n_others}", f"the first 20 of {n_naive}"]
+def of_many_methods(ewc_lambda=3.162e5):
+    """The rows of `runs.csv` of eight Fisher types with two losses, beside five other methods."""
+    types = [*TYPES, "class_mean", "reversed", "class_mean_reversed"]
+    parts, losses = [run_rows("naive", [0.3, 0.4], scenario="class")], (None, "current")
+    for i, (kind, loss) in enumerate(itertools.product(types, losses)):
+        values = [0.5 + i / 100, 0.52 + i / 90]
+        changes = {"fisher_type": kind, "loss_classes": loss, "normalize": "mean"}
+        parts.append(run_rows("ewc", values, **changes, scenario="class", ewc_lambda=ewc_lambda))
+    for method, loss in itertools.product(("avalanche-ewc", "l2", "si", "mas", "lwf"), losses):
+        changes = {"loss_classes": loss, "scenario": "class"}
+        parts.append(run_rows(method, [0.5, 0.6], **changes, ewc_lambda=ewc_lambda))
+    records, rows = ([row for part in parts for row in part[i]] for i in (0, 1))
+    return tables.frame(map(used, records), schemas.RUNS), tables.frame(rows, schemas.ACCURACY)
+
+
+def test_of_many_differences_those_from_the_built_in_are_shown_and_the_others_counted():
+    runs, _ = of_many_methods()
+    comparisons = statistics.paired_differences(runs)
+    figure = draw_differences(comparisons)
+    (axis,) = figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(names) == 2 * 8
+    assert all("Avalanche's EWC" in name and "loss" in name for name in names)
+    assert figure.get_suptitle().endswith(f"; 16 of {len(comparisons) // 2} pairs")
+    figure.draw_without_rendering()
+    assert axis.get_window_extent().width > 0.25 * figure.bbox.width
+    plt.close(figure)
+
+
+def test_many_methods_have_panels_by_their_loss_in_their_own_colours():
+    runs, accuracy = of_many_methods()
+    panels = [axis.get_title() for axis in drawn("curves", runs, accuracy).axes]
+    assert len(panels) == 4
+    assert sum("current classes" in plain(title) for title in panels) == 2
+    more, _ = of_many_methods(1.0)
+    ((_, figure),) = draw_tuned(pd.concat([runs.iloc[2:], more.iloc[2:]]))  # without Naive
+    assert [plain(axis.get_title()) for axis in figure.axes] == [
+        "EWC, F by its mean, loss over all classes",
+        "EWC, F by its mean, loss over current classes",
+        "loss over all classes",
+        "loss over current classes",
+    ]
+    for axis in figure.axes[:2]:
+        colours = {line.get_color() for line in axis.lines}
+        assert colours <= set(style.FISHER_COLOURS.values())
+
+
+def plain(text):
+    return " ".join(text.split())

@@ -32,6 +32,7 @@ class CellMatrices:
         label: Method and settings.
         family: The same without lambda.
         kind: Fisher type, or the method where it has none.
+        panel: Of `style.panel_of`.
         colour: In every figure.
         ewc_lambda: NaN where the method has none.
         matrices: R of every seed, [n, T + 1, T].
@@ -40,6 +41,7 @@ class CellMatrices:
     label: str
     family: str
     kind: str
+    panel: tuple[bool, str]
     colour: str
     ewc_lambda: float
     matrices: np.ndarray
@@ -74,6 +76,7 @@ def matrices_of(accuracy: pd.DataFrame, runs: pd.DataFrame) -> list[CellMatrices
                     label=labels[config_hash],
                     family=families[config_hash],
                     kind=first["fisher_type"] if known else first["method"],
+                    panel=style.panel_of(first.to_dict()),
                     colour=style.colour_of(first["method"], first["fisher_type"]),
                     ewc_lambda=first["ewc_lambda"],
                     matrices=np.stack([
@@ -107,9 +110,11 @@ def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
     shown = best_of_each_family(cells)
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
+    names = [f"{wrapped(cell.label, 30)}\nn = {len(cell.matrices)}" for cell in shown]
+    words = 0.16 * max(name.count("\n") for name in names)
     figure, axes = plt.subplots(
         *(rows, columns),
-        figsize=(2.9 * columns + 0.9, 3.3 * rows + 0.6),
+        figsize=(2.9 * columns + 0.9, (3.1 + words) * rows + 0.6),
         squeeze=False,
         layout="compressed",
     )
@@ -118,8 +123,9 @@ def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
     image = None
     for i, (axis, cell) in enumerate(zip(axes.flat, shown, strict=False)):
         image = draw_matrix(axis, cell)
+        axis.set_title(names[i], fontsize=9)
         axis.set_ylabel("trained through" if i % columns == 0 else "")
-        axis.set_xlabel("tested on experience")
+        axis.set_xlabel("tested on experience" if i + columns >= len(shown) else "")
     assert image is not None
     figure.colorbar(image, ax=list(axes.flat[: len(shown)]), shrink=0.7, label="accuracy")
     note = "mean over seeds"
@@ -140,7 +146,6 @@ def draw_matrix(axis: Axes, cell: CellMatrices) -> Any:
             colour = "white" if value < 0.6 else "black"
             text = f"{value:.2f}" if n <= 6 else f"{100 * value:.0f}"
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
-    axis.set_title(f"{wrapped(cell.label, 30)}\nn = {len(cell.matrices)}", fontsize=9)
     ticks = range(n) if n <= MOST_NUMBERS else range(0, n, -(-n // 10))
     axis.set_xticks(ticks, [str(j + 1) for j in ticks])
     axis.set_yticks([0, *(j + 1 for j in ticks)], ["none", *(str(j + 1) for j in ticks)])
@@ -160,7 +165,7 @@ def draw_curves(cells: Sequence[CellMatrices], title: str) -> Figure:
         The figure: a panel per method and Fisher type where one can't hold all lines.
     """
     panels = panels_of(cells)
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         *(rows, columns),
@@ -196,10 +201,16 @@ def panels_of(cells: Sequence[CellMatrices]) -> list[list[CellMatrices]]:
         cells: Of one stream.
 
     Returns:
-        At most `MOST_LINES` cells a panel. Where there are more families than that, the best cell
-        of each of the best.
+        At most `MOST_LINES` cells a panel. Where there are more families than that, a panel for
+        ours and one for the others, per loss; where that does not do, the best cell of each of
+        the best.
     """
     if len({cell.family for cell in cells}) > style.MOST_LINES:
+        by_loss: dict[tuple[bool, str], list[CellMatrices]] = {}
+        for cell in cells:
+            by_loss.setdefault(cell.panel, []).append(cell)
+        if max(map(len, by_loss.values())) <= style.MOST_LINES:
+            return [by_loss[key] for key in sorted(by_loss)]
         cells = best_of_each_family(cells)
     if len(cells) <= style.MOST_LINES:
         return [list(cells)]
@@ -225,9 +236,9 @@ def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
     labels = []
     n_experiences = 1
     tried = [cell.label for cell in cells if not math.isnan(cell.ewc_lambda)]
-    common, rest = without_common(tried)
-    names = dict(zip(tried, rest, strict=True))
-    axis.set_title(wrapped(common, 48))
+    common, _ = without_common(tried)
+    shared = set(common.split(", "))
+    axis.set_title(wrapped(common, 40))
     for cell in cells:
         mates = own[cell.colour]
         colour = style.shades(cell.colour, len(mates))[mates.index(cell.label)]
@@ -243,7 +254,8 @@ def _draw_panel(axis: Axes, cells: Sequence[CellMatrices]) -> None:
         axis.plot(x, means, color=colour, **look)
         if band and len(curves) > 1:
             axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        labels.append(style.EndLabel(names.get(cell.label, cell.label), means[-1], colour))
+        name = ", ".join(part for part in cell.label.split(", ") if part not in shared)
+        labels.append(style.EndLabel(name, means[-1], colour))
     axis.set_xlim(0.9, n_experiences + 0.1)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.label_ends(axis, labels)

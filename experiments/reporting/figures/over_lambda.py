@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +28,7 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>P"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """Cells that differ in lambda alone; without a lambda, a level.
 
@@ -63,9 +63,17 @@ def lines_of(runs: pd.DataFrame) -> list[Line]:
         first = rows.iloc[0]
         colour = style.colour_of(first["method"], first["fisher_type"])
         i = sum(line.colour == colour for line in found)
-        place = i % len(LINES), i % len(MARKERS)
-        found.append(Line(str(label), colour, rows, LINES[place[0]], MARKERS[place[1]]))
+        found.append(
+            Line(str(label), colour, rows, LINES[i % len(LINES)], MARKERS[i % len(MARKERS)])
+        )
     return found
+
+
+def shaded(lines: Sequence[Line]) -> list[Line]:
+    """The lines of one panel; those of one colour in its shades."""
+    colours = [line.colour for line in lines]
+    left = {colour: style.shades(colour, colours.count(colour)) for colour in colours}
+    return [replace(line, colour=left[line.colour].pop(0)) for line in lines]
 
 
 def draw_over_lambda(runs: pd.DataFrame, title: str) -> Figure | None:
@@ -84,7 +92,7 @@ def draw_over_lambda(runs: pd.DataFrame, title: str) -> Figure | None:
         return None
     if len(lines) > style.MOST_LINES:
         lines = best_lines(lines)
-    return over_lambda({"": lines}, title)
+    return over_lambda({"": shaded(lines)}, title)
 
 
 def best_lines(lines: Sequence[Line]) -> list[Line]:
@@ -101,7 +109,7 @@ def best_lines(lines: Sequence[Line]) -> list[Line]:
 def over_lambda(
     panels: Mapping[str, Sequence[Line]], title: str, metrics: Sequence[str] = METRICS
 ) -> Figure:
-    """A row per metric, a column per panel; rows share their axis.
+    """A row per metric, a column per panel; rows share their axis. One metric takes rows of two.
 
     Args:
         panels: Lines by the title of their panel.
@@ -111,15 +119,19 @@ def over_lambda(
     Returns:
         The figure.
     """
+    columns = len(panels) if len(metrics) > 1 or len(panels) < 3 else 2
+    rows = len(metrics) * -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        len(metrics),
-        len(panels),
-        figsize=(1.2 + 4.6 * len(panels), 0.9 + 2.7 * len(metrics)),
+        *(rows, columns),
+        figsize=(1.2 + 4.6 * columns, 0.9 + 2.7 * rows),
         squeeze=False,
-        sharex="col",
+        sharex="col" if len(metrics) > 1 else "none",
         layout="constrained",
     )
-    for metric, row in zip(metrics, axes, strict=True):
+    for axis in axes.flat[len(metrics) * len(panels) :]:
+        axis.remove()
+    places = axes if len(metrics) > 1 else [axes.flat[: len(panels)]]
+    for metric, row in zip(metrics, places, strict=True):
         means = [m for lines in panels.values() for line in lines for m in _means(line, metric)]
         low, high = style.limits(means, bounds=BOUNDS.get(metric, (0.0, 1.0)))
         for axis, (name, lines) in zip(row, panels.items(), strict=True):
@@ -127,10 +139,11 @@ def over_lambda(
             axis.set_ylim(low - strip * (high - low), high)
             draw_lines(axis, lines, metric)
             if metric == metrics[0]:
-                axis.set_title(wrapped(name or _common(lines), 48))
+                axis.set_title(wrapped(name or common_label(lines), 48))
             if metric == metrics[-1]:
                 axis.set_xlabel("λ (weight of the penalty)")
-        row[0].set_ylabel(in_words(metric))
+        for axis in row[::columns]:
+            axis.set_ylabel(in_words(metric))
     runs = pd.concat([line.runs for lines in panels.values() for line in lines])
     many = any(sum(not line.is_level for line in lines) > MOST_BANDS for lines in panels.values())
     note = f"mean over seeds ({seeds_text(runs)})"
@@ -172,7 +185,7 @@ def draw_lines(axis: Axes, lines: Sequence[Line], metric: str) -> None:
     style.label_ends(axis, labels)
 
 
-def _common(lines: Sequence[Line]) -> str:
+def common_label(lines: Sequence[Line]) -> str:
     """Return the common part of the curves' labels."""
     return without_common([line.label for line in lines if not line.is_level])[0]
 

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting import comparison
 from experiments.reporting.figures import style
@@ -20,9 +21,9 @@ from experiments.reporting.figures.over_lambda import (
     draw_over_lambda,
     lines_of,
     seeds_text,
+    shaded,
 )
 from experiments.reporting.labels import cell_labels, number, wrapped
-from experiments.results.schemas import METHOD_SETTINGS
 from experiments.results.statistics import MARGIN, interval
 from experiments.settings.unset import UNSET
 
@@ -41,7 +42,7 @@ def draw_trade_off(runs: pd.DataFrame, title: str) -> Figure | None:
     done = runs[(runs["status"] == "ok") & runs[x].notna() & runs[y].notna()]
     if done.empty:
         return None
-    shown = best_lines(lines_of(done))
+    shown = shaded(best_lines(lines_of(done)))
     figure, axis = plt.subplots(figsize=(6.6, 4.0), layout="constrained")
     for line in shown:
         look: dict[str, Any] = {"color": line.colour, "marker": line.marker, "linewidths": 0}
@@ -135,47 +136,51 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
     Returns:
         The figure; None where there is nothing to compare, or only methods at many lambdas each.
     """
-    rows = comparisons[(comparisons["metric"] == "average_accuracy") & (comparisons["n"] > 1)]
-    arm = [name for name in METHOD_SETTINGS if name != "ewc_lambda"]
-    pair = [*comparison.STREAM, "validation", *arm, *(f"other_{name}" for name in arm)]
-    if len(rows):
-        several = rows.groupby(pair, dropna=False)["metric"].transform("size")
-        rows = rows[several <= comparison.MOST_SENTENCES]
-    if rows.empty:
+    all_rows = comparisons[(comparisons["metric"] == "average_accuracy") & (comparisons["n"] > 1)]
+    all_rows = all_rows[~comparison.has_several_lambdas(all_rows)]
+    if all_rows.empty:
         return None
+    rows = comparison.main_pairs(all_rows, MOST_ROWS).iloc[:MOST_ROWS]
     labels = comparison.sides(rows)
+    streams = {comparison.stream_of(row) for row in rows.to_dict("records")}
     naive = rows["other_method"] == "naive"
-    wholes = [part for part in (rows[~naive], rows[naive]) if len(part)]
-    parts = [part.iloc[:MOST_ROWS] for part in wholes]
+    parts = [part.to_dict("records") for part in (rows[~naive], rows[naive]) if len(part)]
+    names = [[_pair_name(row, labels, len(streams) > 1) for row in part] for part in parts]
+    heights = [0.4 + sum(0.16 + 0.13 * (name.count("\n") + 1) for name in own) for own in names]
     figure, axes = plt.subplots(
         *(len(parts), 1),
-        figsize=(8.6, 0.45 * sum(map(len, parts)) + 0.6 * len(parts) + 0.9),
-        height_ratios=[len(part) + 0.5 for part in parts],
+        figsize=(8.6, sum(heights) + 1.0),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
-    for axis, part, whole in zip(axes[:, 0], parts, wholes, strict=True):
-        _draw_part(axis, part.to_dict("records"), labels)
-        if len(whole) > len(part):
-            axis.set_title(f"the first {len(part)} of {len(whole)}", fontsize=8)
+    for axis, part, own in zip(axes[:, 0], parts, names, strict=True):
+        _draw_part(axis, part, own)
     axes[-1, 0].set_xlabel("average accuracy of the first less that of the second, seed by seed")
     note = f"mean and 95 % interval; grey: a difference below the margin of {MARGIN:g}"
-    style.title(figure, "Paired differences of average accuracy", note)
+    if len(rows) < len(all_rows):
+        note += f"; {len(rows)} of {len(all_rows)} pairs"
+    where = f": {streams.pop()}" if len(streams) == 1 else ""
+    style.title(figure, f"Paired differences of average accuracy{where}", note)
     return figure
 
 
-def _draw_part(axis: Axes, rows: list[dict[str, Any]], labels: Mapping[str, str]) -> None:
-    names = [
-        f"{comparison.stream_of(row)}\n"
-        f"{labels[row['config_hash']]} − {labels[row['other_config_hash']]}"
-        for row in rows
-    ]
+def _pair_name(row: dict[str, Any], labels: Mapping[str, str], with_stream: bool) -> str:
+    """The pair in short lines: the stream and what both sides share, one side, the other."""
+    first, second, common = comparison.pair_of(row, labels)
+    shared = ", ".join(filter(None, (comparison.stream_of(row) * with_stream, common)))
+    pair = f"{first} − {second}"
+    lines = [pair] if len(pair) <= MOST_LETTERS else [first, f"− {second}"]
+    return "\n".join([*([shared] if shared else []), *lines])
+
+
+def _draw_part(axis: Axes, rows: list[dict[str, Any]], names: list[str]) -> None:
     axis.axvspan(-MARGIN, MARGIN, color=style.INK, alpha=0.07, lw=0)
     axis.axvline(0, color=style.INK, lw=0.8)
     for place, row in enumerate(rows):
         colour = style.colour_of(row["method"], row["fisher_type"])
         axis.hlines(place, row["ci_low"], row["ci_high"], color=colour, lw=2)
-        axis.plot(row["difference"], place, "o", markersize=6, color=colour)
+        axis.plot(row["difference"], place, "o", markersize=4.5, color=colour)
         text = comparison.difference_text(row["difference"], row["ci_low"], row["ci_high"])
         text = f"{text}\nn = {row['n']}: {row['verdict']}"
         at = axis.get_yaxis_transform()
@@ -186,10 +191,12 @@ def _draw_part(axis: Axes, rows: list[dict[str, Any]], labels: Mapping[str, str]
     reach = np.abs(np.array(bounds, float))
     reach = reach[np.isfinite(reach)].max(initial=1.5 * MARGIN)
     axis.set_xlim(-1.1 * min(reach, 1.0), 1.1 * min(reach, 1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.grid(axis="y", visible=False)
 
 
 MOST_ROWS = 20
+MOST_LETTERS = 60  # in a line of a name
 
 
 def figures(runs: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image
 
 from experiments.reporting.labels import number, wrapped
 from experiments.results.files import replace_file
+from experiments.settings.run import WITH_FISHER
 
 matplotlib.use("Agg")  # files only; no display is needed
 
@@ -119,6 +120,18 @@ def colour_of(method: str, fisher_type: Any = None) -> str:
         return FISHER_COLOURS[fisher_type]
     other = OTHER_COLOURS[zlib.crc32(method.encode()) % len(OTHER_COLOURS)]
     return METHOD_COLOURS.get(method, other)
+
+
+def panel_of(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Where a cell goes if one panel can't hold all: by whose EWC it is, if any, and by the loss.
+
+    Args:
+        row: With the settings of a run.
+
+    Returns:
+        Whether the method is not ours, and the loss.
+    """
+    return row["method"] not in WITH_FISHER, str(row.get("loss_classes"))
 
 
 def shades(colour: str, n: int) -> list[str]:
