@@ -16,9 +16,11 @@ import pandas as pd
 
 from experiments.reporting.cells import interval_text
 from experiments.reporting.comparison import difference_text
-from experiments.reporting.labels import method_of, number
+from experiments.reporting.labels import method_of, number, stream_title
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas
+from experiments.studies.factorial import ALL, WORDS
+from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
 from experiments.timing.fisher_speed import KINDS, WRONG
 
@@ -125,6 +127,38 @@ def _less_avalanche(folder: str, fisher_type: str, loss: str, benchmark: str = "
     )
     (row,) = pairs.itertuples()
     return difference_text(row.difference, row.ci_low, row.ci_high)
+
+
+def _factorial() -> dict[str, Any]:
+    effects, summary = _csv("factorial/effects"), _csv("factorial/summary")
+    main = effects[effects["given_factor"] == ALL].to_dict("records")
+    of_accuracy = summary[summary["metric"] == "average_accuracy"].to_dict("records")
+    differences = pd.DataFrame({
+        "effect": [WORDS[row["factor"], row["level"]] for row in main],
+        "stream": [_stream_and_loss(row) for row in main],
+        "shown": [difference_text(r["difference"], r["ci_low"], r["ci_high"]) for r in main],
+    })
+    cells = pd.DataFrame({
+        "logits reversed": [TYPES_BY_PARTS[row["fisher_type"]][0] for row in of_accuracy],
+        "squares of": [TYPES_BY_PARTS[row["fisher_type"]][1] for row in of_accuracy],
+        "F by its mean": ["yes" if row["normalize"] == "mean" else "no" for row in of_accuracy],
+        "stream": [_stream_and_loss(row) for row in of_accuracy],
+        "shown": [interval_text(row["mean"], row["ci_high"]) for row in of_accuracy],
+    })
+    parts = ["logits reversed", "squares of", "F by its mean"]
+    wide = {
+        name: table.pivot_table("shown", index, "stream", "first", sort=False)
+        for name, table, index in (("effects", differences, "effect"), ("cells", cells, parts))
+    }
+    return {
+        "n": int(effects["n"].min()),
+        **{name: _markdown(table.fillna("–").reset_index()) for name, table in wide.items()},
+    }
+
+
+def _stream_and_loss(row: dict[str, Any]) -> str:
+    stream = stream_title(row["benchmark"], row["dataset"], row["scenario"])
+    return f"{stream}, {row['loss_classes']} classes" if row["scenario"] == "class" else stream
 
 
 def _choose_lambda() -> dict[str, Any]:
@@ -387,6 +421,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "choose-fisher": _choose_fisher,
     "choose-lambda": _choose_lambda,
     "class-incremental": _class_incremental,
+    "importance": _factorial,
     "choose-engine": _choose_engine,
     "fisher": _fisher,
     "laplace": _laplace,
