@@ -134,6 +134,8 @@ def columns(kind: type, *names: str, check: pa.Check | None = None, **more: Any)
 # Of `statistics.by_lambda`.
 CURVE_COLUMNS = {
     **columns(float, "ewc_lambda", nullable=True, check=pa.Check.ge(0)),
+    **columns(str, "metric", "unit"),
+    **columns(bool, "validation"),
     **columns(int, "n", "diverged", check=pa.Check.ge(0)),
     **columns(float, "mean", "std", "ci_low", "ci_high", nullable=True),
     **PROVENANCE,

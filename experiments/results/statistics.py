@@ -314,8 +314,8 @@ def by_lambda(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
         metric: A column of theirs.
 
     Returns:
-        Columns `ewc_lambda`, `n` (complete runs), `diverged`, `mean`, `std`, `ci_low`, `ci_high`;
-        NaN where no run is complete.
+        Columns `ewc_lambda`, `metric`, `unit`, `validation`, `n` (complete runs), `diverged`,
+        `mean`, `std`, `ci_low`, `ci_high`; NaN where no run is complete.
     """
     rows = []
     for ewc_lambda, group in runs.groupby("ewc_lambda", dropna=False):
@@ -323,6 +323,9 @@ def by_lambda(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
         nothing = {"n": 0} | dict.fromkeys(("mean", "std", "ci_low", "ci_high"), np.nan)
         rows.append({
             "ewc_lambda": ewc_lambda,
+            "metric": metric,
+            "unit": UNITS[metric],
+            "validation": bool(group["validation"].iloc[0]),
             "diverged": int((group["status"] == "diverged").sum()),
             **(interval(done) if len(done) else nothing),
             **provenance_of(group),

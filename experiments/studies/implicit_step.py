@@ -31,7 +31,7 @@ STEPS = {"in the gradient": "gradient", "implicit step": "implicit"}
 
 IMPLICIT_STEP = pa.DataFrameSchema(
     {
-        **columns(str, "optimizer", "penalty", "metric"),
+        **columns(str, "optimizer", "penalty"),
         **CURVE_COLUMNS,
     },
     unique=["optimizer", "penalty", "metric", "ewc_lambda"],
@@ -93,8 +93,8 @@ def run(settings: ImplicitStep) -> pd.DataFrame:
     """
     runs, output = completed_study(settings)
     parts = [
-        part.assign(optimizer=optimizer, penalty=way, metric=metric)
-        for (optimizer, way, metric), part in curves(runs).items()
+        part.assign(optimizer=optimizer, penalty=way)
+        for (optimizer, way, _), part in curves(runs).items()
     ]
     table = output.table(pd.concat(parts, ignore_index=True), IMPLICIT_STEP)
     output.figure(draw_steps(runs), "implicit_step")

@@ -167,7 +167,10 @@ def test_curves_have_every_way_and_count_what_diverged():
     assert len(table) == (len(WAYS) * len(LAMBDAS) + 1) * 2
     assert set(table.loc[table["ewc_lambda"] > 100, "diverged"]) == {2}
     assert set(table.loc[~(table["ewc_lambda"] > 100), "n"]) == {2}
-    assert set(table.loc[table["fisher"] == "naive", "metric"]) == set(METRICS)
+    assert set(table.loc[table["method"] == "naive", "metric"]) == set(METRICS)
+    built_in = table[table["method"] == "avalanche-ewc"]
+    assert set(built_in["importance_batch"]) == {32, 128}
+    assert set(built_in["importance_order"]) == {"dataset", "shuffled"}
     figure = draw_ways(runs)
     words = {text.get_text() for text in figure.axes[0].texts}
     assert {"predicted", "exact", "Naive"} <= words

@@ -21,9 +21,11 @@ def test_by_lambda_counts_what_diverged_and_leaves_it_out_of_the_mean():
     runs = pd.DataFrame({
         "ewc_lambda": [1.0, 1.0, 1.0, 10.0],
         "status": ["ok", "ok", "diverged", "diverged"],
-        "accuracy": [0.5, 0.7, 0.1, 0.1],
+        "average_accuracy": [0.5, 0.7, 0.1, 0.1],
+        "validation": True,
     })
-    one, ten = by_lambda(runs, "accuracy").to_dict("records")
+    one, ten = by_lambda(runs, "average_accuracy").to_dict("records")
+    assert (one["metric"], one["unit"], one["validation"]) == ("average_accuracy", "fraction", True)
     assert (one["n"], one["diverged"], one["mean"]) == (2, 1, pytest.approx(0.6))
     assert (ten["n"], ten["diverged"]) == (0, 1)
     assert pd.isna(ten["mean"])

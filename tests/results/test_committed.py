@@ -38,6 +38,21 @@ def test_committed_tables_fit_their_schemas_and_each_other(folder):
         pd.testing.assert_frame_equal(differences, found["comparisons"])
 
 
+@pytest.mark.parametrize("name", sorted(set(schemas.SCHEMAS) - {"accuracy.csv"}))
+def test_a_table_has_the_same_columns_in_every_folder(name):
+    columns = list(tables.empty(schemas.SCHEMAS[name]))
+    for file in RESULTS.rglob(name):
+        found = list(pd.read_csv(file, nrows=0))
+        older = [column for column in columns if column not in schemas.PROVENANCE]
+        assert found in (columns, older), file
+
+
+def test_a_metric_has_its_unit_beside_it_in_every_table():
+    for file in RESULTS.rglob("*.csv"):
+        found = set(pd.read_csv(file, nrows=0))
+        assert "metric" not in found or {"unit", "validation"} <= found, file
+
+
 @pytest.mark.parametrize("folder", ["tuning", "tuning_digits"])
 def test_lambdas_are_those_that_were_best_on_validation_data(folder):
     found = tables.load(RESULTS / folder)

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from experiments.reporting.figures import style
 from experiments.reporting.figures.over_lambda import METRICS, Line, over_lambda
 from experiments.reporting.labels import number, stream_title
-from experiments.reporting.study_output import CURVE_COLUMNS, columns
+from experiments.reporting.study_output import CURVE_COLUMNS
+from experiments.results.schemas import RUNS
 from experiments.results.statistics import by_lambda
 from experiments.settings.grids import Job
 from experiments.settings.run import STREAM, Dataset, RunSettings
@@ -34,9 +35,14 @@ BUILTIN = {
     (128, None): ("--", "o"),
     (128, "shuffled"): ("--", "s"),
 }
+WAY = ("method", "fisher_type", "importance_batch", "importance_order")
+NETWORK = (
+    *("n_experiences", "hidden_layers", "hidden_size"),
+    *("optimizer", "learning_rate", "batch_size"),
+)
 LAMBDA_CURVES = pa.DataFrameSchema(
-    {**columns(str, "setting", "fisher", "metric"), **CURVE_COLUMNS},
-    unique=["fisher", "metric", "ewc_lambda"],
+    {**{name: RUNS.columns[name] for name in (*WAY, *NETWORK)}, **CURVE_COLUMNS},
+    unique=[*WAY, "metric", "ewc_lambda"],
     strict=True,
     name="lambda_curves.csv",
 )
@@ -111,8 +117,8 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     for name in (*WAYS, NAIVE):
         rows = _runs_of(runs, name)
         for metric in METRICS if len(rows) else ():
-            part = by_lambda(rows, metric)
-            parts.append(part.assign(setting=_setting(runs), fisher=name, metric=metric))
+            settings = {name: rows[name].iloc[0] for name in (*WAY, *NETWORK)}
+            parts.append(by_lambda(rows, metric).assign(**settings))
     return pd.concat(parts, ignore_index=True)
 
 
