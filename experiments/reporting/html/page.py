@@ -9,7 +9,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -116,15 +116,16 @@ def run(settings: Report) -> Path:
     out, console = settings.out, Console()
     named = settings.folders or (given_or_newest(None, "*"),)
     folders = [folder for given in named for folder in _with_tables(given)]
-    shown = []
+    shown: list[Folder] = []
+    styles: dict[str, str] = {}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for i, folder in enumerate(folders):
             line = f"{i + 1} of {len(folders)}: {folder}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-            shown.append(_folder(folder, i, settings.figures))
+            shown.append(_folder(folder, i, settings.figures, styles))
         is_new = not out.exists()
-        tables.replace_file(out, _render(shown))
+        tables.replace_file(out, _render(shown, styles))
     except OSError as error:
         raise ValueError(
             f"`out` must be a file that can be written, got {out} ({error})."
@@ -151,7 +152,7 @@ def _with_tables(folder: Path) -> list[Path]:
     return found
 
 
-def _render(folders: Sequence[Folder]) -> str:
+def _render(folders: Sequence[Folder], styles: Mapping[str, str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -163,12 +164,13 @@ def _render(folders: Sequence[Folder]) -> str:
         title=f"Results of {name}",
         folders=folders,
         palette=style.PALETTE,
+        styles={name: Markup(style) for style, name in styles.items()},  # matplotlib's and ours
         margin=statistics.MARGIN,
         written=datetime.now(timezone.utc).isoformat(sep=" ", timespec="minutes"),
     )
 
 
-def _folder(path: Path, index: int, figures: Path | None) -> Folder:
+def _folder(path: Path, index: int, figures: Path | None, styles: dict[str, str]) -> Folder:
     known = {str(s.name) for s in schemas.SCHEMAS.values() if (path / str(s.name)).exists()}
     logged = [file.name for file in logged_files(path)]
     tabled = known >= {str(schemas.RUNS.name), str(schemas.ACCURACY.name)}
@@ -191,7 +193,7 @@ def _folder(path: Path, index: int, figures: Path | None) -> Folder:
         return Folder(**common)
     found = load_results(path)
     runs, accuracy = found["runs"], found["accuracy"]
-    draw = Draw(common["id"], figures and figures / _slug(path.as_posix()))
+    draw = Draw(common["id"], figures and figures / _slug(path.as_posix()), styles)
     comparisons = statistics.paired_differences(runs)
     figure = draw_differences(comparisons)
     checks = found.get("checks")
@@ -245,24 +247,26 @@ class Draw:
     Attributes:
         id: Of the folder; begins the ids of the figures' parts.
         target: Folder of the files; None: there are none.
+        styles: Classes of the page by style.
         drawn: Names of the figures so far.
     """
 
     id: str
     target: Path | None
+    styles: dict[str, str]
     drawn: list[str] = field(default_factory=list)
 
     def __call__(self, figure: Figure, kind: str, title: str) -> Picture:
         """The figure as an SVG of the page; closes it."""
         name = _slug(f"{kind} {title}")
-        figure.draw_without_rendering()  # arranges the parts once for all files
-        figure.set_layout_engine("none")
         if self.target is not None:
+            figure.draw_without_rendering()  # arranges the parts once for all files
+            figure.set_layout_engine("none")
             self.target.mkdir(parents=True, exist_ok=True)
             style.save_for_papers(figure, self.target / name)
         words = html.escape(f"{title}: {CAPTIONS[kind]}".removeprefix(": "), quote=True)
         self.drawn.append(name)
-        svg = inline_svg(figure, f"{self.id}-{len(self.drawn)}", words)
+        svg = inline_svg(figure, f"{self.id}-{len(self.drawn)}", words, self.styles)
         plt.close(figure)
         wide = figure.get_figwidth() > WIDE
         return Picture(CAPTIONS[kind], Markup(svg), wide)  # matplotlib escapes the words in it
