@@ -53,7 +53,7 @@ def own_benchmark(
         ValueError: It is none, or not one that the runs can be made on.
     """
     if validation and "validation" not in function.parameters:
-        raise function.error("have an argument `validation`, since --validation is set")
+        raise function.error("have an argument `validation`, to evaluate on validation data")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

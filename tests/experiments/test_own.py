@@ -153,7 +153,7 @@ def ended_well(cell, dataset="own"):
 def test_the_page_does_what_it_shows(folder, capsys):
     assert all(len(code.splitlines()) <= 30 for code in FILES.values())
     assert len(FILES) == 3
-    sweep, table, compare, report, *_ = COMMANDS
+    sweep, table, compare, report, tune, *_ = filter(None, COMMANDS)
     assert main(sweep[3:] + ["--processes", "1"]) == 0
     runs = tables.load("runs/mine")["runs"]
     assert runs["status"].eq("ok").all()
@@ -174,6 +174,8 @@ def test_the_page_does_what_it_shows(folder, capsys):
     assert "12 of 12 runs are done already" in capsys.readouterr().out
     assert main(sweep[3:] + ["--dry-run"]) == 0
     assert "0 of 12 runs would run" in capsys.readouterr().out
+    assert main(tune[3:] + ["--dry-run"]) == 0
+    assert "27 of 27 runs would run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
