@@ -47,10 +47,10 @@ def print_plan(
             line += f" (was {had})" if had else ""
         text = f"{labels[cell.run_id]} ({cell.run_id}): {line}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    duration = expected_time(missing, runs, processes) or "an unknown time: no such run is known"
+    known = expected_time(missing, runs, processes) if missing else "none"
     console.print(
-        f"{len(missing)} of {len(cells)} runs would run, {len(cells) - len(missing)} exist: "
-        f"{duration if missing else 'no time'}.",
+        f"{len(missing)} of {len(cells)} runs would run, {len(cells) - len(missing)} exist. "
+        f"Time: {known or 'unknown, since no finished run is like these'}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -177,7 +177,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     assert main([*arguments, "--epochs", "1", "2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("would run\n") == 2
-    assert "2 of 2 runs would run, 0 exist: an unknown time" in printed
+    assert "2 of 2 runs would run, 0 exist. Time: unknown" in printed
     assert not folder.exists()
     assert main([*arguments, "--epochs", "1", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -185,7 +185,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     assert main([*arguments, "--epochs", "1", "2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "exists (ok)" in printed
-    assert "1 of 2 runs would run, 1 exist: about " in printed
+    assert "1 of 2 runs would run, 1 exist. Time: about " in printed
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
