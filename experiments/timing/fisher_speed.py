@@ -108,8 +108,8 @@ class FisherSpeedSettings:
     """Times each engine is measured, in turn, after one round that is not counted."""
     device: str = "cpu"
     """Where to run: cpu, or cuda."""
-    memory: bool = True
-    """Measure peak memory too, in a fresh process per engine."""
+    no_memory: bool = False
+    """Leave out peak memory, which takes a fresh process per engine."""
     out: str = "runs/fisher-speed"
     """Folder of the table and the plot."""
 
@@ -204,7 +204,7 @@ def _measure(network: str, kind: str, settings: FisherSpeedSettings) -> list[dic
         rows[OURS]["relative_error_float64"] = _float64_error(
             network, kind, reference, settings.device
         )
-    if settings.memory:
+    if not settings.no_memory:
         for name in timed:
             compiled = "compiled" in name  # its peak would be the compiler's
             if (kind == "predicted" or name in (UNIT, OURS)) and not compiled:

@@ -21,7 +21,7 @@ def test_table_holds_what_was_measured(tmp_path):
         engines=engines,
         kinds=("predicted",),
         rounds=2,
-        memory=False,
+        no_memory=True,
         out=str(tmp_path),
     )
     table = run(settings).set_index("engine")
@@ -49,7 +49,7 @@ def test_every_parameter_is_served_by_a_rule(network):
 def test_network_whose_library_is_missing_is_absent(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     settings = FisherSpeedSettings(
-        networks=("bert",), engines=(OURS,), kinds=("predicted",), memory=False, out=str(tmp_path)
+        networks=("bert",), engines=(OURS,), kinds=("predicted",), no_memory=True, out=str(tmp_path)
     )
     table = run(settings)
     assert list(table["status"]) == ["absent"] * 2
