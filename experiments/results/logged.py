@@ -89,9 +89,8 @@ def logged_note(runs: pd.DataFrame) -> str:
     if not is_logged(runs):
         return ""
     return (
-        "These rows are of `TidyCSVLogger`, without the settings of the runs, their times and "
-        "their memory: that compared runs differ in method, Fisher type and lambda alone is taken "
-        "for granted."
+        "These rows are of `TidyCSVLogger`, which has no settings, times or memory of the runs. "
+        "Comparisons assume that the runs differ in method, Fisher type and lambda alone."
     )
 
 

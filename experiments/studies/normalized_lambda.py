@@ -1,4 +1,4 @@
-"""Do one lambda serve when each experience's Fisher is divided by its mean?
+"""Does one lambda serve when each experience's Fisher is divided by its mean?
 
 Split (task-incremental) and permuted MNIST, PREDICTED and EXACT Fisher, as it is and divided by its
 mean. Everything is measured on held-out training images: this is where a default is chosen.

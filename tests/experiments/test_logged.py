@@ -76,17 +76,17 @@ def test_the_commands_read_a_file_and_its_folder(logged, of_folder, tmp_path, ca
     shown = capsys.readouterr()
     assert "blobs points, class-incremental" in shown.out
     assert "mine, with EWC" in shown.out
-    assert "without the settings" in shown.err
+    assert "has no settings" in shown.err
     assert main(["table", path, "--of", "comparisons", "--format", "latex"]) == 0
     assert main(["compare", path]) == 0
     shown = capsys.readouterr().out
     assert "mine, with EWC, predicted, λ=0.5" in " ".join(shown.split()).replace(" = ", "=")
-    assert "without the settings" in " ".join(shown.split())
+    assert "has no settings" in " ".join(shown.split())
     page = tmp_path / "page.html"
     assert main(["report", path, "--out", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
     assert "mine, with EWC" in html
-    assert "without the settings" in html
+    assert "has no settings" in html
     assert html.count("<svg") >= 3
     assert not [file for file in logged.parent.iterdir() if file != logged]
 
