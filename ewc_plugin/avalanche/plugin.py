@@ -98,7 +98,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     Attributes:
         penalty: The `QuadraticPenalty`.
         fisher: F of the last experience, by parameter name, as it was computed.
-        fisher_seconds: Spent on F so far.
+        fisher_seconds: Time spent on computing F so far.
         task_loss: Of the last iteration, without the penalty. Unit: that of the criterion.
         penalty_loss: ewc_lambda times the penalty of the last iteration; None before the first.
 
@@ -228,12 +228,12 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self._watch.follows("_unpack_minibatch")
 
     def before_forward(self, strategy: Any, **kwargs: Any) -> None:
-        """Watch on."""
+        """Watch what the template's `forward` does to the batch."""
         if self._watch:
             self._watch.follows("forward")
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
-        """Watch on."""
+        """Watch what happens to batch and outputs between `forward` and the loss."""
         if self._watch:
             self._watch.follows("criterion")
 

@@ -11,7 +11,7 @@ from ewc_plugin.fisher.scores import Scores, label_scores
 
 
 def gaussian_score(outputs: Tensor, batch: Batch, variance: float = 1.0) -> Tensor:
-    """Of regression, y ~ N(outputs, variance I): the exact Fisher J^T J / variance.
+    """Score of regression, y ~ N(outputs, variance I): the exact Fisher J^T J / variance.
 
     E[(y - mean)(y - mean)^T] / variance^2 = I / variance, whose square root has one column e_d /
     sqrt(variance) for each output d.
@@ -37,7 +37,7 @@ def gaussian_score(outputs: Tensor, batch: Batch, variance: float = 1.0) -> Tens
 
 
 def bernoulli_score(outputs: Tensor, batch: Batch) -> Scores:
-    """Of independent yes/no labels, y_d ~ Bernoulli(sigmoid(outputs_d)): the exact Fisher.
+    """Score of independent yes/no labels, y_d ~ Bernoulli(sigmoid(outputs_d)): the exact Fisher.
 
     Args:
         outputs: [N, ...], the logits of binary classifiers, as `nn.BCEWithLogitsLoss` takes them.
@@ -62,7 +62,7 @@ def bernoulli_score(outputs: Tensor, batch: Batch) -> Scores:
 
 
 def weighted_label_score(outputs: Tensor, batch: Batch) -> Tensor:
-    """Of the data's label y, weighted by its probability: F = 1/N sum_n p(y_n | x_n) g_n^2.
+    """Score of the data's label y, weighted by its probability: F = 1/N sum_n p(y_n | x_n) g_n^2.
 
     The term of the exact Fisher's sum over classes that the data's label has, alone: no Fisher
     information, and no mean over labels.
@@ -86,7 +86,7 @@ def weighted_label_score(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def log_likelihood_score(outputs: Tensor, batch: Batch) -> Tensor:
-    """Of a `forward` that returns log p(y_n | x_n) itself: F = 1/N sum_n (d log p_n / d theta)^2.
+    """Score for a `forward` that returns log p(y_n | x_n): F = 1/N sum_n (d log p_n / d theta)^2.
 
     For models whose likelihood is no function of a few outputs, such as flows and detectors. The
     sign does not matter, so that a loss per sample will do.
