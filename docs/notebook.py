@@ -161,4 +161,4 @@ test.assign(mean=test.mean(axis=1)).round(3)
 
 # %% [markdown]
 # `python -m experiments` does the same on MNIST, in parallel, with checked tables and intervals;
-# `python -m experiments tune` is its λ grid.
+# `python -m experiments tune` chooses λ.
