@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting.figures import style
@@ -116,14 +117,14 @@ def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
         *(rows, columns),
         figsize=(2.9 * columns + 0.9, (3.1 + words) * rows + 0.6),
         squeeze=False,
-        layout="compressed",
+        layout=ConstrainedLayoutEngine(compress=True, h_pad=0.12),
     )
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     image = None
     for i, (axis, cell) in enumerate(zip(axes.flat, shown, strict=False)):
         image = draw_matrix(axis, cell)
-        axis.set_title(names[i], fontsize=9)
+        axis.set_title(names[i], fontsize=8.5)
         axis.set_ylabel("trained through" if i % columns == 0 else "")
         axis.set_xlabel("tested on experience" if i + columns >= len(shown) else "")
     assert image is not None

@@ -148,7 +148,9 @@ def over_lambda(
     many = any(sum(not line.is_level for line in lines) > MOST_BANDS for lines in panels.values())
     note = f"mean over seeds ({seeds_text(runs)})"
     if runs["seed"].nunique() > 1:
-        note += f", {'bars' if many else 'band'}: 95 % interval"
+        levels = any(line.is_level for lines in panels.values() for line in lines)
+        shown = "bars" if many else "band, and bar of a level" if levels else "band"
+        note += f", {shown}: 95 % interval"
     if (runs["status"] != "ok").any():
         note += "; ×: a run diverged or failed"
     style.title(figure, title, note)

@@ -14,7 +14,7 @@ import pandera.pandas as pa
 from matplotlib.figure import Figure
 
 from experiments.reporting.figures import style
-from experiments.reporting.figures.over_lambda import METRICS, Line, over_lambda
+from experiments.reporting.figures.over_lambda import METRICS, Line, over_lambda, shaded
 from experiments.reporting.labels import number, stream_title
 from experiments.reporting.study_output import CURVE_COLUMNS
 from experiments.results.schemas import RUNS
@@ -150,12 +150,12 @@ def draw_ways(runs: pd.DataFrame) -> Figure:
     ours = [Line(name, style.colour_of("ewc", name), _runs_of(runs, name)) for name in TYPES]
     theirs = []
     for (name, way), look in zip(list(WAYS.items())[len(TYPES) :], BUILTIN.values(), strict=True):
-        colour = style.shades(style.colour_of(way["method"]), 2)[way["importance_order"] is None]
+        colour = style.colour_of(way["method"])
         words = name.removeprefix("avalanche-ewc, ")
         theirs.append(Line(words, colour, _runs_of(runs, name), *look))
     panels = {
         "This package, by Fisher type": [*ours, naive],
-        "Avalanche's EWC, by importance mini-batch and order": [*theirs, naive],
+        "Avalanche's EWC, by importance mini-batch and order": [*shaded(theirs), naive],
     }
     stream = stream_title(*(runs.iloc[0][name] for name in STREAM))
     return over_lambda(panels, f"Accuracy over λ: {stream}\n{_setting(runs)}", METRICS)
