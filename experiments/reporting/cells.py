@@ -107,7 +107,7 @@ def _cell(
     return Cell(
         method=method_of(first),
         label=labels[config_hash],
-        fisher_type=setting_text(first["fisher_type"]),
+        fisher_type=in_words(setting_text(first["fisher_type"])),
         ewc_lambda=float("nan") if pd.isna(first["ewc_lambda"]) else float(first["ewc_lambda"]),
         settings={in_words(name): setting_text(first[name]) for name in varied},
         intervals={m: statistics.interval(v) for m, v in values.items() if len(v)},
