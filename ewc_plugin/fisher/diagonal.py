@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ewc_plugin.batches import Batch, draw_samples, not_empty, rechunk
 from ewc_plugin.contexts import evaluating
@@ -266,6 +266,7 @@ def explain(
 
     Raises:
         ValueError: As in `diagonal_fisher`.
+        TypeError: `batch` is a loader or a list of batches.
 
     Example:
         >>> explain(nn.Linear(3, 2, bias=False), (torch.zeros(4, 3),))["weight"].detail
@@ -273,6 +274,12 @@ def explain(
     """
     check_options(FisherType.PREDICTED, forward=forward, engine=engine)
     check_model(model)
+    several = isinstance(batch, list) and all(isinstance(b, tuple | Mapping) for b in batch)
+    if isinstance(batch, DataLoader) or several:
+        raise TypeError(
+            f"`batch` must be one batch, such as (x, y), got a {type(batch).__name__} of them: "
+            "pass its first one."
+        )
     with evaluating(model) as state:
         call = ModelCall(model, forward or default_forward, trainable(model), state)
         samples, _ = first_samples(not_empty([batch]))

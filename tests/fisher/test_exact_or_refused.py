@@ -576,6 +576,13 @@ def test_options_are_refused_before_anything_is_read(options, error, message):
         diagonal_fisher(built(mlp), None, **options)
 
 
+@pytest.mark.parametrize("put", [list, DataLoader, lambda pairs: [dict(x=x) for x, _ in pairs]])
+def test_explain_takes_one_batch(put):
+    batches = put([(normal(7, 6), torch.zeros(7).long())])
+    with pytest.raises(TypeError, match="`batch` must be one batch, such as .* of them"):
+        explain(built(mlp), batches)
+
+
 def test_explain_tells_what_was_checked():
     found = explain(built(mlp), (normal(7, 6),))
     assert "3 different samples have the same logits" in " ".join(found.checks)
