@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from operator import is_
@@ -19,7 +20,7 @@ _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value,
 
 
 class ModelState:
-    """A snapshot of what a forward pass may change: attributes, their lists and dicts, buffers.
+    """A snapshot of what a forward pass may change: attributes, lists and dicts in them, buffers.
 
     Attributes:
         modules: All of them.
@@ -36,11 +37,10 @@ class ModelState:
         modules = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = _Dicts([vars(m) for m in modules])
         values = [(k, v) for saved in self._attributes.saved for k, v in saved.items()]
-        containers = [v for k, v in values if k not in _HOOKS and isinstance(v, list | dict | set)]
+        attributes = (v for k, v in values if k not in _HOOKS)
+        containers, tensors = _contents([*attributes, *self.buffers, *self.parameters])
         self._dicts = _Dicts([v for v in containers if isinstance(v, dict)])
         self._others = [(v, v.copy()) for v in containers if not isinstance(v, dict)]
-        tensors = [v for _, v in values if isinstance(v, Tensor) and type(v) is not nn.Parameter]
-        tensors += [*self.buffers, *self.parameters]
         self._tensors = [(t, t.detach().clone()) for t in tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
 
@@ -63,7 +63,7 @@ class ModelState:
         for other, items in self._others:
             if not _same(other, items):
                 other.clear()
-                (other.extend if isinstance(other, list) else other.update)(items)
+                (other.update if isinstance(other, set) else other.extend)(items)
         for i, (tensor, value) in enumerate(self._tensors):
             written = tensor._version != self._versions[i]
             if written or (values and not torch.equal(tensor, value)):
@@ -100,9 +100,25 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _same(container: Any, content: Any) -> bool:
-    if isinstance(container, list):
-        return len(container) == len(content) and all(map(is_, container, content))
-    return bool(container == content)
+    if isinstance(container, set):
+        return bool(container == content)
+    return len(container) == len(content) and all(map(is_, container, content))
+
+
+def _contents(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The containers that can change and the tensors, among values and inside of them."""
+    containers: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors[id(value)] = value
+        elif isinstance(value, list | dict | set | deque | tuple) and id(value) not in containers:
+            containers[id(value)] = value
+            waiting += value.values() if isinstance(value, dict) else value
+    changing = [each for each in containers.values() if not isinstance(each, tuple)]
+    return changing, list(tensors.values())
 
 
 @contextmanager

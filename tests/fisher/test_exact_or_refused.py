@@ -1,6 +1,7 @@
 """Models, loaders and surroundings that once gave a wrong Fisher, or a crash, without a word."""
 
 import random
+from collections import deque
 from copy import deepcopy
 from itertools import count
 
@@ -378,6 +379,32 @@ def test_models_that_remember_are_left_as_found(engine, tmp_path):
     assert model.count == 0
     torch.save(model, tmp_path / "model.pt")
     torch.save(model.state_dict(), tmp_path / "state.pt")
+
+
+class RemembersDeeply(nn.Module):
+    """Keeps what it saw inside of other containers, and changes a tensor in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.recent, self.seen = deque(maxlen=3), {"all": [], "of": ({},)}
+        self.averages = [torch.zeros(4)]
+
+    def forward(self, x):
+        out = self.head(x) + self.averages[0]
+        self.recent.append(out)
+        self.seen["all"].append(out)
+        self.seen["of"][0][len(x)] = out
+        self.averages[0] += out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["predicted", "class_mean", "batched"])
+def test_models_that_remember_inside_of_containers_are_left_as_found(kind):
+    model, x = built(RemembersDeeply), normal(12, 6)
+    diagonal_fisher(model, in_batches(4, x, LABELS), kind)
+    assert (list(model.recent), model.seen) == ([], {"all": [], "of": ({},)})
+    assert not model.averages[0].any()
 
 
 @pytest.mark.parametrize(
