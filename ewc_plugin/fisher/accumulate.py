@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from ewc_plugin.fisher.label_scores import LabelScores
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError
 from ewc_plugin.fisher.plan import Served
+from ewc_plugin.fisher.result import check_finite_squares
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import ScoreError
 from ewc_plugin.fisher.tracing.layer_calls import Watch
@@ -105,12 +105,7 @@ class Accumulator:
                 "No sample of `batches` has a label other than `ignore_index`, so there is no "
                 "Fisher."
             )
-        for name, total in self._sums.items():
-            if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
-                raise ValueError(
-                    f"The Fisher of `{name}` is not finite: its gradients are NaN, "
-                    f"or overflow {total.dtype}."
-                )
+        check_finite_squares(self._sums)
         return {name: total.div_(self.n_labelled) for name, total in self._sums.items()}
 
     def add(self, chunk: Chunk) -> None:

@@ -33,6 +33,7 @@ from ewc_plugin.fisher.label_scores import LabelScores, is_index
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
 from ewc_plugin.fisher.per_sample import zeros
+from ewc_plugin.fisher.result import check_finite_squares
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import (
     AT_DATA_LABELS,
@@ -81,7 +82,7 @@ class ClassSums:
             One tensor per parameter.
 
         Raises:
-            ValueError: There is no sample.
+            ValueError: There is no sample, or a gradient is not finite.
         """
         N = sum(self.counts.values())
         if not N:
@@ -90,6 +91,7 @@ class ClassSums:
         for c in sorted(self.gradients):
             for name, gradient in self.gradients[c].items():
                 total[name] += gradient.square().div_(self.counts[c] * N)
+        check_finite_squares(total)
         return total
 
 

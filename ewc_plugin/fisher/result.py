@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,3 +29,20 @@ class Fisher(dict[str, Tensor]):
 
     def __reduce__(self) -> Any:
         return type(self), (dict(self),), vars(self)
+
+
+def check_finite_squares(sums: Mapping[str, Tensor]) -> None:
+    """Raise where a sum of squares is not finite.
+
+    Args:
+        sums: By parameter name.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, total in sums.items():
+        if total.numel() and not math.isfinite(float(total.max())):  # squares: no -inf
+            raise ValueError(
+                f"The Fisher of `{name}` is not finite: its gradients are NaN, "
+                f"or overflow {total.dtype}."
+            )

@@ -572,6 +572,24 @@ def test_parameters_that_eval_merges_are_named_and_kept_to_the_bit():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class RootOfNegatives(nn.Module):
+    """Finite outputs, and a gradient that `where` does not keep from being NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(torch.where(h > 0, h.sqrt(), torch.zeros_like(h)))
+
+
+@pytest.mark.parametrize("kind", ["predicted", "exact", "class_mean", "class_mean_empirical"])
+def test_gradients_of_nan_are_refused(kind):
+    with pytest.raises(ValueError, match=r"`first.weight` is not finite"):
+        diagonal_fisher(built(RootOfNegatives), [(normal(12, 6), LABELS)], kind)
+
+
 @pytest.mark.parametrize("kind", ["predicted", "batched"])
 def test_nan_is_refused(kind):
     x = normal(7, 6)
