@@ -107,7 +107,7 @@ def labelled(y: Any, ignore_index: int) -> Tensor | None:
     """Return a mask of the samples whose label is not ignored; None if no mask is needed."""
     if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
         return None
-    keep = y != ignore_index
+    keep = y.long() != ignore_index  # in uint8, -100 equals 156
     return None if bool(keep.all()) else keep
 
 

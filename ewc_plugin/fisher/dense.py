@@ -53,8 +53,8 @@ def find_class_dim(outputs: torch.Size, labels: torch.Size | None, class_dim: in
     if labels is None:
         raise ValueError(
             f"`class_dim` is needed: the outputs have shape {tuple(outputs)}, and there are no "
-            "labels whose shape says which axis is that of the classes. Pass class_dim=-1 for "
-            "[N, T, V], class_dim=1 for [N, C, H, W]."
+            "integer labels whose shape says which axis is that of the classes. Pass class_dim=-1 "
+            "for [N, T, V], class_dim=1 for [N, C, H, W]."
         )
     fitting = [axis for axis in axes if outputs[:axis] + outputs[axis + 1 :] == labels]
     if len(fitting) != 1:

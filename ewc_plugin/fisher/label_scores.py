@@ -111,7 +111,9 @@ class LabelScores:
         y = self._needed_labels(batch) if kind in AT_DATA_LABELS else self.labels(batch)
         mask = self.positions(batch)
         if self._class_dim is None:  # once: another batch may have as many positions as classes
-            self._class_dim = find_class_dim(outputs.shape, None if y is None else y.shape, None)
+            soft = y is not None and y.is_floating_point()  # rows of probabilities: no positions
+            known = None if y is None or soft else y.shape
+            self._class_dim = find_class_dim(outputs.shape, known, None)
             check_not_probabilities(outputs.movedim(self._class_dim, -1).flatten(0, -2))
         axis = find_class_dim(outputs.shape, None, self._class_dim)
         shape = outputs.shape[:axis] + outputs.shape[axis + 1 :]
@@ -127,11 +129,13 @@ class LabelScores:
 
     def _needed_labels(self, batch: Batch) -> Tensor | None:
         """The same; raise where a batch of the default form has none."""
-        return default_targets(batch) if self.targets is found_targets else self.targets(batch)
+        return (
+            _wide(default_targets(batch)) if self.targets is found_targets else self.labels(batch)
+        )
 
     def labels(self, batch: Batch) -> Tensor | None:
-        """The data's labels, as they come; None where there are none."""
-        return self.targets(batch)
+        """The data's labels, in int64 if they are integers; None where there are none."""
+        return _wide(self.targets(batch))
 
     def sample_labels(self, batch: Batch) -> Tensor:
         """The data's labels, one per sample.
@@ -176,6 +180,13 @@ class LabelScores:
                 "its log-likelihood is -inf. Leave such samples out, give them the label "
                 f"{self.ignore_index}, or use a `fisher_type` without the data's labels."
             )
+
+
+def _wide(y: Tensor | None) -> Tensor | None:
+    """Integers as int64: in uint8, -100 equals 156."""
+    if isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
+        return y.long()
+    return y
 
 
 def is_index(y: Tensor | None, N: int) -> TypeGuard[Tensor]:

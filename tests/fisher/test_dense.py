@@ -187,6 +187,12 @@ def test_positions_of_the_callers_own():
             "`class_dim` is needed: no axis fits",
         ),
         (
+            (torch.zeros(3, 6).long(), torch.eye(4)[:3]),  # probabilities [N, C], not positions
+            "predicted",
+            {},
+            "`class_dim` is needed: .* no integer labels",
+        ),
+        (
             (torch.zeros(3, 6).long(), torch.zeros(3, 5).long()),
             "predicted",
             {"class_dim": 2},

@@ -872,6 +872,22 @@ def test_a_label_of_a_masked_class_is_refused(kind):
         )
 
 
+@pytest.mark.parametrize("kind", ["empirical", "class_mean_empirical"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_few_bits(kind, dtype):
+    """The default `ignore_index`, -100, is 156 in uint8."""
+    model, x = built(lambda: nn.Linear(6, 200)), normal(12, 6)
+    y = torch.tensor([156, 3, 156, 199] if dtype is torch.uint8 else [56, 3, 127, 0]).repeat(3)
+    want = diagonal_fisher(model, [(x, y)], kind)
+    found = diagonal_fisher(model, [(x, y.to(dtype))], kind)
+    assert found.n_samples == 12
+    assert relative_error(found, want) < 1e-12
+    dense = diagonal_fisher(
+        model, [(x, y[:, None].to(dtype))], forward=lambda m, b: m(b[0])[:, None], class_dim=2
+    )
+    assert dense.n_samples == 12
+
+
 def test_arguments_that_cannot_be_used_are_named():
     model, x = (
         built(small_mlp),
