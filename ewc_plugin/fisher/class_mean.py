@@ -173,9 +173,8 @@ class ClassMeans:
         guess = self.label_scores.labels(batch)
         if is_index(guess, n_samples(batch)) and self._n_wrong <= _MOST_WRONG * self._n_guesses:
             return guess, self._guessed
-        with torch.no_grad():
-            logits = self._logits(batch, first)
-        return logits.argmax(1), self._known
+        # With gradients on: some models have other outputs without, or none.
+        return self._logits(batch, first).detach().argmax(1), self._known
 
     def mean(self) -> Sums:
         """F, once no sample waits."""
@@ -277,14 +276,13 @@ class ClassMeans:
         started = time.perf_counter()
         watch.scale = logits.detach()
         watch.logits = watch.scale[watch.n : watch.n + 1]
-        with torch.no_grad():
-            alone = self.call.sample_logits(batch[0], watch.n)
-            if not self._auditor.outputs_hold(self.call, batch[0], watch, alone):
-                place = int(batch[1][watch.n])
-                raise SamplesInteractError(
-                    f"`model` gives sample {place} of `batches` other logits alone than in a batch "
-                    f"of {len(logits)}: {INTERACT}"
-                )
+        alone = self.call.sample_logits(batch[0], watch.n)
+        if not self._auditor.outputs_hold(self.call, batch[0], watch, alone):
+            place = int(batch[1][watch.n])
+            raise SamplesInteractError(
+                f"`model` gives sample {place} of `batches` other logits alone than in a batch "
+                f"of {len(logits)}: {INTERACT}"
+            )
         self._auditor.spend(time.perf_counter() - started)
 
 

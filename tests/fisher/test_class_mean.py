@@ -196,3 +196,39 @@ def test_samples_that_interact_are_refused():
     net = nn.Sequential(mlp(), nn.BatchNorm1d(4, track_running_stats=False)).double()
     with pytest.raises(ValueError, match="its samples"):
         diagonal_fisher(net, [data()], "class_mean")
+
+
+class Gradient(nn.Module):
+    """Its outputs are the gradient of an energy, so it has none under `torch.no_grad()`."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0][:, :4]
+
+
+class PaddedWords(nn.Module):
+    """An encoder that torch computes otherwise under `torch.no_grad()`: padding then gives 0."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        words = x[:, :, None] * torch.ones(8).to(x)
+        padding = torch.arange(6) > 2 + x[:, :1].sign()
+        return self.head(self.encoder(words, src_key_padding_mask=padding).mean(1))
+
+
+@pytest.mark.parametrize("make", [Gradient, PaddedWords])
+def test_models_that_have_other_outputs_without_gradients(make):
+    torch.manual_seed(0)
+    net, (x, _) = make().double().eval(), data()
+    labels = torch.cat([net(x[n : n + 1]).detach() for n in range(len(x))]).argmax(1)
+    expected = between_classes(gradients(net, (x,), labels), labels)
+    found = diagonal_fisher(net, [(part,) for part in x.split(7)], "class_mean")
+    assert relative_error(found, expected) < 1e-12
