@@ -314,9 +314,9 @@ def _is_batch(model: nn.Module, item: Any) -> bool:
 def _logits(model: nn.Module, make_batch: Callable[[], Batch]) -> Tensor | None:
     """Logits [N, C], or None where the model does not give one row per sample."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model):
             (batch,) = _on_device(model, [make_batch()])
-            logits = _logits_of(model, batch)
+            logits = _logits_of(model, batch).detach()
             fits = logits.dim() == 2 and len(logits) == n_samples(_inputs(batch))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return None  # a wrong shape may raise any error

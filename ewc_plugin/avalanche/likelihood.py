@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -18,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from avalanche.training.losses import MaskedCrossEntropy
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ewc_plugin.avalanche.template import left_as_it_was, overrides
 from ewc_plugin.batch_parts import logits_of, with_logits
-from ewc_plugin.contexts import untouched_randomness
+from ewc_plugin.contexts import ModelState, untouched_randomness
 from ewc_plugin.fisher.likelihoods import bernoulli_score, gaussian_score
 from ewc_plugin.fisher.scores import FisherType, Score
 
@@ -145,6 +148,11 @@ def checked_likelihood(strategy: Any, outputs: Any, targets: Any) -> Likelihood:
     Raises:
         ValueError: It is not certain, or the outputs do not fit it.
     """
+    with _modules_left_as_they_were(strategy):
+        return _checked_likelihood(strategy, outputs, targets)
+
+
+def _checked_likelihood(strategy: Any, outputs: Any, targets: Any) -> Likelihood:
     logits = logits_of(outputs)
     likelihood = known_likelihood(strategy)
     if likelihood is None and _hands_outputs_on(strategy, outputs, targets):
@@ -190,6 +198,25 @@ def refuse(criterion: Any) -> NoReturn:
     )
 
 
+@contextmanager
+def _modules_left_as_they_were(strategy: Any) -> Iterator[None]:
+    """Restore model and criterion: a template's `criterion()` may run them, which may count.
+
+    The buffers' version counters too: the graph of the loss may hold the buffers.
+    """
+    own = overrides(strategy, "criterion")
+    modules = [m for m in (strategy.model, strategy._criterion) if own and isinstance(m, nn.Module)]
+    states = [ModelState(module) for module in modules]
+    with ExitStack() as stack:
+        for buffer in chain.from_iterable(state.buffers for state in states):
+            stack.enter_context(_unsafe_preserve_version_counter(buffer))
+        try:
+            yield
+        finally:
+            for state in states:
+                state.restore(values=True)
+
+
 def _hands_outputs_on(strategy: Any, outputs: Any, y: Any) -> bool:
     """Return whether a template's `criterion()` passes the outputs and targets on to its criterion.
 
@@ -203,7 +230,7 @@ def _hands_outputs_on(strategy: Any, outputs: Any, y: Any) -> bool:
         seen.append(arguments)
         return criterion(*arguments)
 
-    with left_as_it_was(strategy), untouched_randomness(), torch.no_grad():
+    with left_as_it_was(strategy), untouched_randomness(), torch.enable_grad():
         strategy.mb_output, strategy._criterion = outputs, watched
         strategy.criterion()
     return any(len(a) == 2 and a[0] is outputs and _same(a[1], y) for a in seen)

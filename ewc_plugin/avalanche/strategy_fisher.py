@@ -133,7 +133,7 @@ class StrategyFisher:
                 yield batch
                 continue
             if self.likelihood is None:
-                with evaluating(self.model), left_as_it_was(self._strategy), torch.no_grad():
+                with evaluating(self.model), left_as_it_was(self._strategy):
                     outputs, self._strategy.mbatch = self.output(self.model, batch), batch
                     found = checked_likelihood(self._strategy, outputs, self.targets(batch))
                 self.likelihood = found.of_type(self._labels)

@@ -366,6 +366,22 @@ def test_a_template_that_adds_to_the_criterion_keeps_its_meaning():
     assert relative_error(plugin.fisher, expected) < 1e-9
 
 
+def test_a_template_that_runs_the_model_in_its_criterion_runs_as_without_the_plugin():
+    """On an adversarial example, which takes a gradient; batch normalisation counts each run."""
+
+    class Adversarial(Naive):
+        def criterion(self):
+            x = self.mb_x.clone().requires_grad_()
+            (g,) = torch.autograd.grad(self._criterion(self.model(x), self.mb_y), x)
+            far = self.model(x.detach() + 0.1 * g.sign())
+            return self._criterion(self.mb_output, self.mb_y) + self._criterion(far, self.mb_y)
+
+    ours, naive = (nn.Sequential(nn.BatchNorm1d(6), network()).double() for _ in range(2))
+    train(strategy(ours, DiagonalEWCPlugin(0), kind=Adversarial), stream())
+    train(strategy(naive, kind=Adversarial), stream())
+    assert_same(ours.state_dict(), naive.state_dict())
+
+
 def test_trying_a_criterion_leaves_it_and_the_random_state_as_they_were():
     ours, naive = Counting(), Counting()
     weights = [
