@@ -66,6 +66,13 @@ def n_samples(batch: Batch) -> int:
     """
     leaves = batch if _is_flat(batch) else filter(has_samples, tree_flatten(batch)[0])
     sizes = {leaf.size(0) for leaf in leaves if leaf.dim()}
+    if not sizes:
+        kinds = sorted({type(leaf).__name__ for leaf in tree_flatten(batch)[0]})
+        raise ValueError(
+            "`batches` must yield tuples, lists or mappings that hold a tensor [N, ...], got "
+            f"{', '.join(kinds) or 'nothing'}. Make a tensor of an array, and a tuple or a dict of "
+            "an object."
+        )
     if len(sizes) != 1:
         raise ValueError(
             "`batches` must yield tensors that share a leading sample axis, "

@@ -232,6 +232,11 @@ def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:
         if vectors.shape[1:] != outputs.shape:
             _refuse_shape(vectors.shape, outputs.shape)
         found = Scores(len(vectors), lambda s: vectors[s])
+    if not isinstance(found, Scores):
+        raise ScoreError(
+            "`fisher_type`, a score, must return a tensor [S, N, D] or [N, D], or `Scores`, got "
+            f"{type(found).__name__}."
+        )
 
     def checked(s: int) -> Tensor:
         v = found.vector(s).detach()

@@ -1,5 +1,6 @@
 """Models, loaders and surroundings that once gave a wrong Fisher, or a crash, without a word."""
 
+import argparse
 import random
 from collections import deque
 from copy import deepcopy
@@ -797,6 +798,26 @@ def test_an_audit_that_fails_too_late_is_an_error(monkeypatch):
 def test_inputs_that_the_model_does_not_take_are_named(batch, what):
     with pytest.raises(TypeError, match=f"`model` does not take the inputs of {what}.*`forward`"):
         diagonal_fisher(built(lambda: nn.Linear(6, 4)), [batch])
+
+
+@pytest.mark.parametrize(
+    ("batches", "got"),
+    [
+        ([(np.zeros((3, 6)), np.zeros(3))], "got ndarray"),
+        ({"pixels": normal(3, 6)}, "got str"),
+        ([argparse.Namespace(x=normal(3, 6))], "got Namespace"),
+        ([()], "got nothing"),
+    ],
+)
+def test_batches_without_a_tensor_are_named(batches, got):
+    with pytest.raises(ValueError, match=f"`batches` must yield tuples.*{got}"):
+        diagonal_fisher(built(mlp), batches)
+
+
+@pytest.mark.parametrize("found", [None, [normal(3, 4)]])
+def test_a_score_that_returns_no_vectors_is_refused(found):
+    with pytest.raises(ValueError, match=f"must return a tensor.*, got {type(found).__name__}"):
+        diagonal_fisher(built(mlp), [(normal(3, 6),)], lambda outputs, batch: found)
 
 
 class SlightlyInteracting(nn.Module):
