@@ -24,15 +24,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ewc_plugin.batches import Batch, Chunk, n_samples, rechunk, take
 from ewc_plugin.fisher.audit import Auditor
 from ewc_plugin.fisher.chunk import out_of_memory, score_factor
 from ewc_plugin.fisher.label_scores import LabelScores, is_index
 from ewc_plugin.fisher.model_call import ModelCall
-from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
-from ewc_plugin.fisher.per_sample import zeros
+from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite, is_half
+from ewc_plugin.fisher.per_sample import gradients_of, zeros
 from ewc_plugin.fisher.result import check_finite_squares
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import (
@@ -43,8 +43,9 @@ from ewc_plugin.fisher.scores import (
     score_vectors,
 )
 
-_TRIED = 4  # samples, on which gradients are compared
+_TRIED = 3  # samples, on which gradients are compared
 _TOLERANCES = 0.01, 1e-5  # relative to a tensor's largest entry, and to the largest of all
+_HALF = 0.1, 1e-2
 
 _Waiting = dict[int, list[Batch]]  # class -> its samples, each batch with its places [N]
 
@@ -173,8 +174,7 @@ class ClassMeans:
         guess = self.label_scores.labels(batch)
         if is_index(guess, n_samples(batch)) and self._n_wrong <= _MOST_WRONG * self._n_guesses:
             return guess, self._guessed
-        # With gradients on: some models have other outputs without, or none.
-        return self._logits(batch, first).detach().argmax(1), self._known
+        return self._predicted(batch, first), self._known
 
     def mean(self) -> Sums:
         """F, once no sample waits."""
@@ -190,6 +190,18 @@ class ClassMeans:
         logits = class_logits(self.call, batch)
         check_finite(logits, places)
         return logits
+
+    def _predicted(self, batch: Batch, first: int) -> Tensor:
+        """The model's classes; with gradients on, as some models have other outputs without."""
+        N = n_samples(batch)
+        try:
+            return self._logits(batch, first).detach().argmax(1)
+        except RuntimeError as error:
+            if N == 1 or not out_of_memory(error):
+                raise
+        self.limit = (N + 1) // 2
+        parts = (slice(0, self.limit), slice(self.limit, N))
+        return torch.cat([self._predicted(take(batch, part), first + part.start) for part in parts])
 
     def _wait(self, waiting: _Waiting, batch: Batch, labels: Tensor) -> None:
         for c in labels.unique().tolist():
@@ -265,7 +277,7 @@ class ClassMeans:
         v = vectors.vector(0) * own[:, None]
         factor = score_factor(self.call, Scores(1, lambda s: v), logits)
         pulled = (v * factor).to(logits.dtype)
-        gradients = summed_gradients(self.call.params, logits, pulled, retain_graph=retain_graph)
+        gradients = summed_gradients(self.call, logits, pulled, retain_graph=retain_graph)
         self._sums.add(c, gradients, 1 / factor, n)
 
     def _audit(self, batch: Batch, logits: Tensor) -> None:
@@ -313,26 +325,24 @@ def _size(parts: list[Batch]) -> int:
 
 
 def summed_gradients(
-    params: dict[str, nn.Parameter], logits: Tensor, v: Tensor, *, retain_graph: bool = False
+    call: ModelCall, logits: Tensor, v: Tensor, *, retain_graph: bool = False
 ) -> dict[str, Tensor]:
     """sum_n J_n^T v_n of the parameters that the logits depend on."""
     if not logits.requires_grad:
         return {}
-    found = torch.autograd.grad(
-        logits, list(params.values()), v, retain_graph=retain_graph, allow_unused=True
-    )
+    found = gradients_of(call, logits, v, retain_graph=retain_graph)
     return {
         name: gradient.to_dense() if gradient.is_sparse else gradient
-        for name, gradient in zip(params, found, strict=True)
+        for name, gradient in zip(call.params, found, strict=True)
         if gradient is not None
     }
 
 
 def gradients_add_up(call: ModelCall, batch: Batch) -> bool:
-    """Whether a sample has the same gradient in a batch as alone.
+    """Whether the gradient of a batch is the sum of those that its samples have alone.
 
     Logits may be a sample's own where gradients are not: `nn.Embedding(scale_grad_by_freq=True)`
-    divides them by the number of times that a word occurs in the batch.
+    divides them by the number of times that a word occurs in the batch, and a hook may clip them.
 
     Args:
         call: The model.
@@ -342,16 +352,19 @@ def gradients_add_up(call: ModelCall, batch: Batch) -> bool:
         Whether gradients add up over samples.
     """
     some = take(batch, torch.arange(_TRIED) % n_samples(batch))
-    found = []
-    for part in (some, take(some, slice(0, 1))):
-        logits = class_logits(call, part)
-        v = torch.zeros_like(logits)
-        v[0] = torch.linspace(1, 2, logits.size(1))
-        found.append(summed_gradients(call.params, logits, v))
-    together, alone = found
-    relative, floor = _TOLERANCES
-    largest = max((float(g.abs().max()) for g in alone.values()), default=0.0)
+    logits = class_logits(call, some)
+    v = torch.linspace(1, 2, logits.numel()).to(logits).view_as(logits)
+    together = summed_gradients(call, logits, v)
+    alone: Sums = {}
+    sizes: dict[str, float] = defaultdict(float)  # largest entry of a sample's gradient
+    for n in range(_TRIED):
+        own = class_logits(call, take(some, slice(n, n + 1)))
+        for name, g in summed_gradients(call, own, v[n : n + 1]).items():
+            alone[name] = alone[name] + g if name in alone else g
+            sizes[name] = max(sizes[name], float(g.abs().max()) if g.numel() else 0.0)
+    relative, floor = _HALF if is_half(logits, call.params) else _TOLERANCES
+    largest = max(sizes.values(), default=0.0)
     return together.keys() == alone.keys() and all(
-        float((together[name] - g).abs().max()) <= relative * float(g.abs().max()) + floor * largest
+        not bool(((together[name] - g).abs() > relative * sizes[name] + floor * largest).any())
         for name, g in alone.items()
     )

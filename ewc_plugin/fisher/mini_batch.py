@@ -1,6 +1,7 @@
 """Squared mini-batch gradients, Avalanche's importances and EWC-DR's, for comparison alone."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from ewc_plugin.batches import Batch
 from ewc_plugin.fisher.model_call import ModelCall
+from ewc_plugin.fisher.per_sample import gradients_of
 from ewc_plugin.fisher.scores import reversed_logits
+from ewc_plugin.fisher.tracing.layer_calls import has_custom_function
 
 
 def batched_importances(
@@ -44,7 +47,9 @@ def batched_importances(
         call.state.restore()
         logits = call.forward(call.model, batch)
         loss = criterion(reversed_logits(logits) if reverse else logits, targets(batch))
-        grads = torch.autograd.grad(loss, list(call.params.values()), allow_unused=True)
+        if not n_batches:
+            call = replace(call, by_backward=has_custom_function(loss))
+        grads = gradients_of(call, loss, None, retain_graph=False)
         for importance, grad in zip(importances.values(), grads, strict=True):
             if grad is not None:
                 importance += grad.pow(2)

@@ -160,7 +160,7 @@ def each_gradient(
         if not call.by_backward:
             handles = [p.register_hook(hook(name)) for name, p in call.params.items()]
         for s, v in enumerate(vectors):
-            grads = _gradients(call, logits, v[None], retain_graph=s < len(vectors) - 1)
+            grads = gradients_of(call, logits, v[None], retain_graph=s < len(vectors) - 1)
             for name, g in zip(call.params, grads, strict=True):
                 if g is not None and call.by_backward:
                     use_dense(name, g)
@@ -192,7 +192,7 @@ def check_backward_is_linear(call: ModelCall, batch: Batch, v: Tensor) -> None:
         return
     combined = v[0] + 2 * v[1]
     rows = [
-        _gradients(call, logits, vector[None], retain_graph=vector is not combined)
+        gradients_of(call, logits, vector[None], retain_graph=vector is not combined)
         for vector in (v[0], v[1], combined)
     ]
     sizes = [_largest(grads) for grads in rows]
@@ -221,13 +221,24 @@ def _largest(gradients: Iterable[Tensor | None]) -> float:
     return max((float(g.abs().max()) for g in found if g.numel()), default=0.0)
 
 
-def _gradients(
-    call: ModelCall, logits: Tensor, v: Tensor, retain_graph: bool
+def gradients_of(
+    call: ModelCall, outputs: Tensor, v: Tensor | None, *, retain_graph: bool
 ) -> list[Tensor | None]:
+    """J^T v of each parameter, by `backward()` where `autograd.grad` would see less.
+
+    Args:
+        call: The parameters, and whether it takes `backward()`.
+        outputs: Of the model; or a loss.
+        v: Of the same shape; None for a loss.
+        retain_graph: Whether the graph is needed again.
+
+    Returns:
+        One per parameter; None where the outputs do not depend on it.
+    """
     params = list(call.params.values())
     if not call.by_backward:
         return list(
-            torch.autograd.grad(logits, params, v, retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(outputs, params, v, retain_graph=retain_graph, allow_unused=True)
         )
     everything = [p for p in call.model.parameters() if p.requires_grad]
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in everything]
@@ -235,7 +246,7 @@ def _gradients(
         for p in everything:
             p.grad = None
             p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-        torch.autograd.backward(logits, v, retain_graph=retain_graph)
+        torch.autograd.backward(outputs, v, retain_graph=retain_graph)
         return [p.grad for p in params]
     finally:
         for p, grad, hooks in kept:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ewc_plugin.fisher.class_mean as class_mean
 from ewc_plugin import diagonal_fisher
@@ -166,7 +167,63 @@ def test_a_chunk_that_needs_too_much_memory_is_halved():
             raise RuntimeError("out of memory, says this test")
         return model(batch[0])
 
-    found = diagonal_fisher(net, [(x, y)], "class_mean", forward=forward)
+    for batch in ((x, y), (x,)):  # also where the data do not guess the classes
+        found = diagonal_fisher(net, [batch], "class_mean", forward=forward)
+        assert relative_error(found, expected) < 1e-12
+
+
+class Normalises(torch.autograd.Function):
+    """Its backward pass normalises the gradient of the whole batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / g.norm()
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(Normalises.apply(self.first(x).tanh()))
+
+
+def clipped():
+    net = mlp()
+    net[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return net
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.head(checkpoint(self.first, x * self.scale, use_reentrant=True).tanh())
+
+
+@pytest.mark.parametrize("make", [Normalised, clipped, Checkpointed])
+def test_each_sample_has_the_gradient_of_its_own_backward_pass(make):
+    net, (x, y) = make().double(), data()
+    sums = {name: torch.zeros(4, *p.shape).double() for name, p in net.named_parameters()}
+    for n in range(len(x)):
+        net.zero_grad()
+        net(x[n : n + 1]).log_softmax(1)[0, y[n]].backward()
+        for name, p in net.named_parameters():
+            sums[name][y[n]] += p.grad
+    expected = {
+        name: sum(s[c].square() / (y == c).sum() for c in range(4)) / len(y)
+        for name, s in sums.items()
+    }
+    net.zero_grad()
+    found = diagonal_fisher(net, [(x, y)], "class_mean_empirical")
     assert relative_error(found, expected) < 1e-12
 
 

@@ -181,6 +181,8 @@ def test_checkpointed_models(reentrant, engine):
         p.grad = torch.ones_like(p)
     got = diagonal_fisher(model, [(x,)], "exact", engine=engine)
     assert relative_error(got, loop_fisher(plain, x, None, "exact")) < 1e-12
+    batched = [diagonal_fisher(m, [(x, LABELS[:7])], "batched") for m in (model, plain)]
+    assert relative_error(*batched) < 1e-12
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
 
 
