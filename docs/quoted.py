@@ -131,7 +131,8 @@ def _less_avalanche(folder: str, fisher_type: str, loss: str, benchmark: str = "
 
 def _factorial() -> dict[str, Any]:
     effects, summary = _csv("factorial/effects"), _csv("factorial/summary")
-    main = effects[effects["given_factor"] == ALL].to_dict("records")
+    is_main = (effects["given_factor"] == ALL) & (effects["factor"] != "loss_classes")
+    main = effects[is_main].to_dict("records")
     of_accuracy = summary[summary["metric"] == "average_accuracy"].to_dict("records")
     differences = pd.DataFrame({
         "effect": [WORDS[row["factor"], row["level"]] for row in main],
@@ -150,8 +151,25 @@ def _factorial() -> dict[str, Any]:
         name: table.pivot_table("shown", index, "stream", "first", sort=False)
         for name, table, index in (("effects", differences, "effect"), ("cells", cells, parts))
     }
+    key = ["scenario", "loss_classes", "factor", "level", "given_factor", "given_level"]
+    split = effects[effects["benchmark"] == "split"].set_index(key)
+    found = split[["difference", "ci_low", "ci_high"]].to_dict("index")
+    over_all, of_loss = ("class", "all"), ("class", "all and current", "loss_classes", "current")
+    quoted = {  # effects, most of them at a level of another part
+        "reversed_as_it_is": (*over_all, "reversed", "yes", "normalize", "none"),
+        "reversed_by_mean": (*over_all, "reversed", "yes", "normalize", "mean"),
+        "mean_not_reversed": (*over_all, "normalize", "mean", "reversed", "no"),
+        "mean_reversed": (*over_all, "normalize", "mean", "reversed", "yes"),
+        "mean_of_samples": (*over_all, "normalize", "mean", "squared", "samples"),
+        "mean_of_class_means": (*over_all, "normalize", "mean", "squared", "class means"),
+        "batches_by_mean": ("domain", "all", "normalize", "mean", "squared", "mini-batches"),
+        "current": (*of_loss, ALL, ALL),
+        "current_reversed": (*of_loss, "reversed", "yes"),
+        "current_not_reversed": (*of_loss, "reversed", "no"),
+    }
     return {
         "n": int(effects["n"].min()),
+        **{name: difference_text(*found[row].values()) for name, row in quoted.items()},
         **{name: _markdown(table.fillna("–").reset_index()) for name, table in wide.items()},
     }
 

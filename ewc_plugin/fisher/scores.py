@@ -222,6 +222,7 @@ def own_vectors(outputs: Tensor, score: Score, batch: Batch) -> Scores:
         The vectors, each checked when it is made.
 
     Raises:
+        ScoreError: The score gives neither a tensor nor `Scores`.
         ValueError: Their shape does not fit the outputs, or one is not finite.
     """
     found = score(outputs.detach(), batch)

@@ -59,6 +59,7 @@ _KEY = [*STREAM, "loss_classes", "factor", "level", "given_factor", "given_level
 EFFECTS = pa.DataFrameSchema(
     {
         **columns(str, *_KEY[:6], "reference", *_KEY[6:], "metric", "unit"),
+        "validation": pa.Column(bool),
         "n": pa.Column(int, pa.Check.ge(1)),
         **columns(float, "mean", "reference_mean", "difference"),
         **{name: pa.Column(float, nullable=True) for name in ("ci_low", "ci_high")},
@@ -180,6 +181,7 @@ def _contrasts(
                 "given_level": given[1] if given else ALL,
                 "metric": "average_accuracy",
                 "unit": "fraction",
+                "validation": bool(part["validation"].any()),
                 "n": found["n"],
                 "mean": mine.mean(),
                 "reference_mean": theirs.mean(),
@@ -209,8 +211,8 @@ def draw_effects(table: pd.DataFrame) -> Figure:
     for axis, part in zip(axes[:, 0], strata, strict=True):
         _draw_stratum(axis, part)
     axes[-1, 0].set_xlabel("difference of average accuracy, percentage points")
-    note = f"mean and 95 % interval over n = {int(main['n'].min())} paired seeds; λ of each arm "
-    note += "chosen on validation images"
+    n = int(main["n"].min())
+    note = f"mean and 95 % interval over n = {n} paired seeds; each panel has its own scale"
     style.title(figure, "What an importance is made of, and what each part is worth", note)
     return figure
 
@@ -222,6 +224,8 @@ def _draw_stratum(axis: Axes, part: pd.DataFrame) -> None:
         colour = style.INK if row["differs"] == "yes" else style.PALETTE["grey"][0]
         axis.plot([100 * row["ci_low"], 100 * row["ci_high"]], [y, y], color=colour, lw=2)
         axis.plot(100 * row["difference"], y, "o", color=colour, markersize=5)
+        number = f"{100 * row['difference']:+.2f}".replace("-", "−")
+        axis.annotate(number, (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", size=8)
     axis.axvline(0, color=style.INK, lw=0.8)
     axis.set_yticks(
         range(len(rows)), [WORDS[row.factor, row.level] for row in rows.itertuples()], fontsize=8

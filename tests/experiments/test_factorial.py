@@ -24,6 +24,7 @@ def runs():
             "loss_classes": loss,
             "fisher_type": kind,
             "normalize": normalize,
+            "validation": False,
             "seed": seed,
             "average_accuracy": random.uniform(),
         }
