@@ -188,7 +188,28 @@ def _choose_lambda() -> dict[str, Any]:
         "normalised": _markdown(_normalised(normalised)),
         "n_normalised": normalised["n"].max(),
         "chosen": _markdown(_chosen()),
+        **_drop_in(),
     }
+
+
+def _drop_in() -> dict[str, Any]:
+    """`DiagonalEWC` at the lambda of Avalanche's EWC, over streams and mini-batches."""
+    pairs = _csv("drop_in/comparisons").query("metric == 'average_accuracy'")
+    rows = pairs.sort_values(["benchmark", "n_experiences", "batch_size"]).to_dict("records")
+    table = pd.DataFrame({
+        "stream": [
+            f"{stream_title(row['benchmark'], row['dataset'], row['scenario'])}, "
+            f"{row['n_experiences']} tasks"
+            for row in rows
+        ],
+        "mini-batch": [str(row["batch_size"]) for row in rows],
+        "λ": [number(row["ewc_lambda"]) for row in rows],
+        "Avalanche's EWC": [f"{row['other_mean']:.4f}" for row in rows],
+        "`DiagonalEWC` less it": [
+            difference_text(row["difference"], row["ci_low"], row["ci_high"]) for row in rows
+        ],
+    })
+    return {"drop_in": _markdown(table), "n_drop_in": int(pairs["n"].min())}
 
 
 def _implicit_step() -> dict[str, Any]:

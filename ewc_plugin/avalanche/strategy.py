@@ -35,7 +35,7 @@ class DiagonalEWC(SupervisedTemplate):
     Avalanche's `SupervisedTemplate`. `plugins` is not changed.
 
     `normalize` alone has another default than the plugin's: "avalanche", so that the ewc_lambda of
-    a script that used Avalanche's EWC keeps its meaning.
+    a script that used Avalanche's EWC is as strong. results/drop_in says where it serves.
     """
 
     @_with_both_signatures
