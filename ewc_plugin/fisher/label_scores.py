@@ -129,9 +129,8 @@ class LabelScores:
 
     def _needed_labels(self, batch: Batch) -> Tensor | None:
         """The same; raise where a batch of the default form has none."""
-        return (
-            _wide(default_targets(batch)) if self.targets is found_targets else self.labels(batch)
-        )
+        needed = default_targets if self.targets is found_targets else self.targets
+        return _wide(needed(batch))
 
     def labels(self, batch: Batch) -> Tensor | None:
         """The data's labels, in int64 if they are integers; None where there are none."""

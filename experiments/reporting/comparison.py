@@ -9,8 +9,8 @@ import pandas as pd
 
 from experiments.reporting.labels import LABELS, cell_labels, stream_title
 from experiments.results.schemas import METHOD_SETTINGS, SETTING_NAMES, SHARED_SETTINGS, VERDICTS
+from experiments.settings.run import STREAM
 
-STREAM = ("benchmark", "dataset", "scenario")
 METRIC_WORDS = {"average_accuracy": "accuracy"}
 
 

@@ -10,7 +10,7 @@ import pandera.pandas as pa
 
 from experiments.results import provenance
 from experiments.results.metrics import METRICS
-from experiments.settings.run import RunSettings
+from experiments.settings.run import STREAM, RunSettings
 
 Schema = pa.DataFrameSchema
 _FRACTION = pa.Check.in_range(0, 1)
@@ -134,7 +134,6 @@ SUMMARY = pa.DataFrameSchema(
 
 
 COMPARED = ("average_accuracy", "forgetting")
-_STREAM = ("benchmark", "dataset", "scenario")
 _YES_OR_NO = pa.Check.isin(["yes", "no", "unknown"])
 VERDICTS = (
     *("better", "better, within the margin", "worse", "worse, within the margin"),
@@ -142,7 +141,7 @@ VERDICTS = (
 )
 COMPARISONS = pa.DataFrameSchema(
     {
-        **{name: _SETTINGS[name] for name in _STREAM},
+        **{name: _SETTINGS[name] for name in STREAM},
         "metric": _text(checks=pa.Check.isin(COMPARED)),
         **{name: _SETTINGS[name] for name in METHOD_SETTINGS},
         **{f"other_{name}": _SETTINGS[name] for name in METHOD_SETTINGS},
@@ -157,7 +156,7 @@ COMPARISONS = pa.DataFrameSchema(
         "within_margin": _text(checks=_YES_OR_NO),
         # Not required, and empty: older tables do not have it.
         "verdict": _text(nullable=True, required=False, checks=pa.Check.isin(VERDICTS)),
-        **{name: _SETTINGS[name] for name in SHARED_SETTINGS if name not in _STREAM},
+        **{name: _SETTINGS[name] for name in SHARED_SETTINGS if name not in STREAM},
         "config_hash": _text(),
         "other_config_hash": _text(),
         **PROVENANCE,
@@ -170,7 +169,7 @@ COMPARISONS = pa.DataFrameSchema(
 
 CHECKS = pa.DataFrameSchema(
     {
-        **{name: _SETTINGS[name] for name in _STREAM},
+        **{name: _SETTINGS[name] for name in STREAM},
         "scope": _text(checks=pa.Check.isin(["one network", "whole run"])),
         "what": _text(),
         "fisher_type": _SETTINGS["fisher_type"],
@@ -187,7 +186,7 @@ CHECKS = pa.DataFrameSchema(
         **{
             name: _SETTINGS[name]
             for name in SETTING_NAMES
-            if name not in (*_STREAM, "fisher_type", "method", "validation")
+            if name not in (*STREAM, "fisher_type", "method", "validation")
         },
         **PROVENANCE,
     },
