@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -199,7 +200,8 @@ def _connect(address: str) -> Any:
     try:
         return OurClient(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except Exception as error:  # every protocol and every name has its own
-        reason = one_line(str(error) or type(error).__name__)
+        silent = isinstance(error, TimeoutError | asyncio.TimeoutError)  # two types until 3.11
+        reason = one_line(str(error) or ("timed out" if silent else type(error).__name__))
         raise ValueError(
             f"`scheduler` must be the address of a running Dask scheduler, got {one_line(address)} "
             f"({reason})."

@@ -1,5 +1,6 @@
 """A Dask cluster that is not there, has no worker or other code, or is lost: one line, no hang."""
 
+import asyncio
 import operator
 import socket
 import threading
@@ -79,6 +80,16 @@ def test_something_that_never_answers_is_no_scheduler(monkeypatch):
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ValueError, match="must be the address of a running .*timed out"):
             Dask(address)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, asyncio.TimeoutError])
+def test_a_timeout_without_words_gets_some(monkeypatch, error):
+    def start(self, **options):
+        raise error
+
+    monkeypatch.setattr(distributed.Client, "start", start)
+    with pytest.raises(ValueError, match="must be the address of a running .*timed out"):
+        Dask("tcp://127.0.0.1:1")
 
 
 def test_a_cluster_without_a_worker_is_refused_after_a_while(cluster, monkeypatch):
