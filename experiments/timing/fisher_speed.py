@@ -304,7 +304,9 @@ def _seconds(call: Callable[[], Fisher], settings: FisherSpeedSettings) -> float
 
 def _peak(network: str, kind: str, engine: str, device: str) -> float:
     """MiB that one call adds to a fresh process with the network and its data in memory."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "avalanche", "torchvision", "transformers"])
+    with context.Pool(1, maxtasksperchild=1) as pool:
         peaks = [pool.apply(_peak_here, (network, kind, engine, device)) for _ in range(_PEAKS)]
     return statistics.median(peaks)
 
