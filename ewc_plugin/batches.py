@@ -113,6 +113,12 @@ def copied(batch: Batch) -> Batch:
     return _mapped(copy, batch)
 
 
+def versions(batch: Batch) -> list[int]:
+    """The version counters of a batch's tensors, which rise where they are changed in place."""
+    leaves = tree_flatten(batch)[0]
+    return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
+
+
 def join(batches: list[Batch]) -> Batch:
     """One batch with the samples of all, in order."""
     if len(batches) == 1:
@@ -209,10 +215,22 @@ def different_samples(batch: Batch, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A copy of some samples, with the number that came from each of the loader's batches."""
+    """Some samples, with the number that came from each of the loader's batches.
+
+    Attributes:
+        batch: The samples.
+        sizes: The numbers.
+        owned: Whether its memory is its own. Otherwise the loader may use it again for its next
+            batch.
+    """
 
     batch: Batch
     sizes: tuple[int, ...]
+    owned: bool
+
+    def own(self) -> "Chunk":
+        """The chunk in memory of its own."""
+        return self if self.owned else Chunk(copied(self.batch), self.sizes, owned=True)
 
     def split(self) -> "list[Chunk]":
         """Split the chunk into the parts that came from each of the loader's batches."""
@@ -226,13 +244,12 @@ class Chunk:
             sizes.append(max(0, min(stop, end + size) - max(start, end)))
             end += size
         batch = take(self.batch, slice(start, stop))
-        return Chunk(batch, tuple(size for size in sizes if size))
+        return Chunk(batch, tuple(size for size in sizes if size), self.owned)
 
 
-def chunk_of(batches: list[Batch]) -> Chunk:
+def chunk_of(batches: list[Batch], *, owned: bool) -> Chunk:
     """A chunk with the samples of all batches."""
-    batch = copied(batches[0]) if len(batches) == 1 else join(batches)
-    return Chunk(batch, tuple(n_samples(part) for part in batches))
+    return Chunk(join(batches), tuple(n_samples(part) for part in batches), owned)
 
 
 def not_empty(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -257,18 +274,22 @@ def _without_graph(batch: Batch) -> Batch:
 
 
 def rechunk(
-    batches: Iterable[Batch], size: Callable[[], int], may_join: Callable[[], bool]
+    batches: Iterable[Batch],
+    size: Callable[[], int],
+    may_join: Callable[[], bool],
+    before_next: Callable[[], object] = lambda: None,
 ) -> Iterator[Chunk]:
     """Regroup batches into chunks of `size` samples, where their shapes allow it.
 
     The sums over samples do not depend on the batches they come in, so the engine takes the size
-    that is fast instead of the one that a data loader happens to have. A chunk has memory of its
-    own: a loader may use its buffers again.
+    that is fast instead of the one that a data loader happens to have. Samples that wait for the
+    next batch are copied: a loader may use its buffers again.
 
     Args:
         batches: Any batches with samples.
         size: Function that returns the number of samples per chunk.
         may_join: Function that returns whether a chunk may join samples of several batches.
+        before_next: Called before the next batch is read: chunks that are not `owned` end here.
 
     Yields:
         Chunks of `size`; a smaller one where shapes change, and at the end.
@@ -278,19 +299,20 @@ def rechunk(
     for batch in batches:
         N, start = n_samples(batch), 0
         if waiting and not (may_join() and joinable(waiting[0], batch)):
-            yield chunk_of(waiting)
+            yield chunk_of(waiting, owned=True)
             waiting, n_waiting = [], 0
         while start < N:
             n = min(N - start, max(1, size() - n_waiting))
             waiting.append(batch if n == N else take(batch, slice(start, start + n)))
             start, n_waiting = start + n, n_waiting + n
             if n_waiting >= size():
-                yield chunk_of(waiting)
+                yield chunk_of(waiting, owned=len(waiting) > 1)
                 waiting, n_waiting = [], 0
         if waiting:
             waiting[-1] = copied(waiting[-1])
+        before_next()
     if waiting:
-        yield chunk_of(waiting)
+        yield chunk_of(waiting, owned=True)
 
 
 def draw_indices(N: int, count: int, generator: torch.Generator) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ewc_plugin.batches import Chunk, different_samples, n_entries, n_samples
+from ewc_plugin.batches import Chunk, different_samples, n_entries, n_samples, versions
 from ewc_plugin.fisher.audit import Auditor
 from ewc_plugin.fisher.chunk import add_chunk, out_of_memory
 from ewc_plugin.fisher.label_scores import LabelScores
@@ -124,6 +124,10 @@ class Accumulator:
                 self._apply(change)
                 waiting = [*self._drop_recent(), chunk, *waiting]
 
+    def own_inputs(self) -> None:
+        """Copy the stored inputs that lie in the loader's memory, which it may use again."""
+        self._inputs = [chunk.own() for chunk in self._inputs]
+
     def _parts(self, chunk: Chunk) -> list[Chunk]:
         """Return the parts of a chunk that may be computed at once, as far as is known now."""
         if len(chunk.sizes) > 1 and not self.may_join:
@@ -137,6 +141,7 @@ class Accumulator:
         """Add one chunk to the recent sums; return what must change if that failed."""
         N, joined = n_samples(chunk.batch), len(chunk.sizes) > 1
         watch = self.auditor.watch(N, must=self._must_audit(chunk, joined))
+        before = versions(chunk.batch)
         try:
             ignored = add_chunk(
                 self.call,
@@ -147,6 +152,8 @@ class Accumulator:
                 self._recent,
                 watch,
             )
+            if versions(chunk.batch) != before:  # unlike in the probe, the model works in place
+                self.call = replace(self.call, copies_input=True)
             change = None if watch is None else self._audit(chunk, watch, joined)
         except (ScoreError, AuditError):
             raise

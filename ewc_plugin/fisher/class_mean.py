@@ -151,7 +151,7 @@ class ClassMeans:
 
     def add(self, chunk: Chunk) -> None:
         """Add samples to those that wait, and compute the chunks that are full."""
-        batch, first = chunk.batch, self.N
+        batch, first = chunk.own().batch, self.N
         if not first and self.may_join and not gradients_add_up(self.call, batch):
             self.limit = 1
         self.N += n_samples(batch)
@@ -166,6 +166,9 @@ class ClassMeans:
                 self._flush(waiting, c)
         while self._n_waiting() > _CHUNKS_WAITING * self.limit:
             self._flush(*max(self._queues(), key=lambda queue: _size(queue[0][queue[1]])))
+
+    def own_inputs(self) -> None:
+        """Nothing to do: samples that wait are copies."""
 
     def _grouped(self, batch: Batch, first: int) -> tuple[Tensor, _Waiting]:
         """The classes of samples, and whether they are known or guessed."""

@@ -204,7 +204,10 @@ def diagonal_fisher(
             )
         show = _Progress() if progress else None
         chunks = rechunk(
-            chain(first_batches, stream), lambda: accumulator.limit, lambda: accumulator.may_join
+            chain(first_batches, stream),
+            lambda: accumulator.limit,
+            lambda: accumulator.may_join,
+            accumulator.own_inputs,
         )
         for chunk in chunks:
             accumulator.add(chunk)

@@ -6,18 +6,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ewc_plugin.batches import (
     Batch,
     copied,
     different_samples,
-    has_samples,
     join,
     joinable,
     n_entries,
     n_samples,
     take,
+    versions,
 )
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import (
@@ -243,16 +242,17 @@ def _probe_alone(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe, T
     batch = samples.batch
     random_state = _random_state(call)
     try:
-        single, alone, untraced = _alone(call, batch)
+        single, alone, untraced, copies_input = _alone(call, batch)
     except SamplesInteractError:
         raise
     except Exception:  # whatever a model's code raises; a real fault is raised again
         call = _single_samples(call, samples)
         batch = samples.first if call.single_sample == "copies" else batch
-        single, alone, untraced = _alone(call, batch)
+        single, alone, untraced, copies_input = _alone(call, batch)
     check_finite(alone, 0)
     draws = not torch.equal(random_state, _random_state(call))
-    call = replace(call, by_backward=has_custom_function(alone), draws=draws)
+    by_backward = has_custom_function(alone)
+    call = replace(call, by_backward=by_backward, copies_input=copies_input, draws=draws)
     half = is_half(alone, call.params)
     v = _random_vectors(alone)
     in_graph = parameters_in_graph(alone)
@@ -292,7 +292,7 @@ def _probe_together(call: ModelCall, seen: Probe, alone: Tensor) -> tuple[ModelC
         raise
     except Exception as error:  # whatever a model's code raises
         return call, _not_together(call, seen, alone, error)
-    call = replace(call, copies_input=copies_input)
+    call = replace(call, copies_input=call.copies_input or copies_input)
     if not outputs_agree(together[:1], alone, together, seen.half):
         return call, _not_together(call, seen, alone, None)
     check_finite(together, 0)
@@ -349,17 +349,32 @@ def _single_samples(call: ModelCall, samples: Samples) -> ModelCall:
     return found
 
 
-def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tensor, str]:
-    """Run the first sample alone: return its trace, its logits and why tracing failed, if so."""
+def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tensor, str, bool]:
+    """Run the first sample alone.
+
+    Args:
+        call: The model.
+        batch: With the sample.
+
+    Returns:
+        Its trace, its logits, why tracing failed (if so), and whether the model works in place on
+        its input.
+
+    Raises:
+        SamplesInteractError: The model is random.
+    """
+    own = copied(batch)
     try:
         names = {id(p): name for name, p in call.params.items()}
         capture = Capture(call.state, names, None, 1)
-        alone = call.sample_logits(copied(batch), 0, capture)
-        return tuple(capture.trace.calls), alone, ""
+        alone = call.sample_logits(own, 0, capture)
+        return tuple(capture.trace.calls), alone, "", _written(own)
     except SamplesInteractError:
         raise
     except Exception as error:  # whatever a model's code raises under a function mode
-        return (), call.sample_logits(copied(batch), 0), f"not traced: {_line(error)}"
+        own = copied(batch)
+        alone = call.sample_logits(own, 0)
+        return (), alone, f"not traced: {_line(error)}", _written(own)
 
 
 def _random_state(call: ModelCall) -> Tensor:
@@ -380,8 +395,12 @@ def _run(call: ModelCall, batch: Batch, on_gradient: OnGradient) -> tuple[Tensor
     batch = copied(batch)
     capture = Capture(call.state, names, on_gradient, n_samples(batch))
     logits = call.logits(batch, capture)
-    leaves = [leaf for leaf in tree_leaves(batch) if has_samples(leaf)]
-    return logits, capture.trace, any(leaf._version for leaf in leaves)
+    return logits, capture.trace, _written(batch)
+
+
+def _written(batch: Batch) -> bool:
+    """Whether a tensor of a fresh copy was changed in place."""
+    return any(versions(batch))
 
 
 def _not_together(call: ModelCall, seen: Probe, alone: Tensor, error: Exception | None) -> Probe:
