@@ -124,6 +124,7 @@ def answers(comparisons: pd.DataFrame, *, all_pairs: bool = False) -> Iterator[s
 
 
 MOST_SENTENCES = 3
+_IN_ALL = ("n\N{NO-BREAK SPACE}experiences", "batch\N{NO-BREAK SPACE}size")  # of `shared_settings`
 
 
 def _sentences(rows: pd.DataFrame, labels: Mapping[str, str]) -> Iterator[str]:
@@ -154,7 +155,8 @@ def _found(row: Mapping[str, Any]) -> str:
 
 
 def _conditions(row: Mapping[str, Any], common: str) -> str:
-    settings = ", ".join(filter(None, (common, shared_settings(row))))
+    others = [part for part in common.split(", ") if not part.startswith(_IN_ALL)]
+    settings = ", ".join(filter(None, (*others, shared_settings(row))))
     return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']} ({settings})"
 
 

@@ -17,6 +17,7 @@ from experiments.results.statistics import MARGIN
 NO_BREAK = "\N{NO-BREAK SPACE}"
 LEFT = ("method", "compared", "metric", "Fisher", "verdict", "what", "beside")  # else to the right
 GAP, INDENT = "  ", "  "
+MOST_ROWS = 60  # of a stream's comparisons: about a screen
 
 
 def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) -> None:
@@ -93,7 +94,7 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
 def print_comparisons(
     comparisons: pd.DataFrame, console: Console, *, all_pairs: bool = False
 ) -> None:
-    """Print a sentence per stream, then the paired differences, a table per stream.
+    """Print a sentence per stream, then the paired differences, a table per stream; not too many.
 
     Args:
         comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
@@ -102,12 +103,19 @@ def print_comparisons(
     """
     for sentence in comparison.answers(comparisons, all_pairs=all_pairs):
         _show(wrapped(sentence, console.width), console, style="bold")
-    rows = pd.DataFrame(comparison.comparison_rows(comparisons))
-    for stream, part in rows.groupby("stream", sort=False) if len(rows) else ():
-        part = part.assign(verdict=part["verdict"].str.replace("within the margin", "< margin"))
-        shown = part.drop(columns="stream").to_dict("records")
+    streams = comparisons.groupby([*comparison.STREAM, "validation"], sort=False)
+    for _, rows in streams if len(comparisons) else ():
+        found = pd.DataFrame(comparison.comparison_rows(comparison.main_pairs(rows, MOST_ROWS)))
+        stream = found["stream"].iloc[0]
+        if len(found) < len(rows) or len(rows) > MOST_ROWS:
+            all_of_them = "all are in comparisons.csv, or beside one arm: `compare --against ARM`"
+            line = f"{stream}: {len(rows)} differences; {all_of_them}."
+            _show(f"\n{wrapped(line, console.width)}", console)
+        if len(found) > MOST_ROWS:
+            continue
+        found["verdict"] = found["verdict"].str.replace("within the margin", "< margin")
         title = f"{stream}: difference [95 % interval], seed by seed; margin {MARGIN:g}"
-        print_table(title, shown, console)
+        print_table(title, found.drop(columns="stream").to_dict("records"), console)
 
 
 def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = False) -> None:

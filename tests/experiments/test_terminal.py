@@ -45,3 +45,18 @@ def test_the_first_column_becomes_a_line_before_a_row_becomes_a_sentence():
     assert narrower[2:] == ["  n  error", "a long", "first", "entry", "  3   1e-6", "  3   1e-6"]
     sentences = printed(print_table, 9, "title", rows).splitlines()
     assert sentences[-3:] == ["  n 3,", "  error", "  1e-6"]
+
+
+def test_a_search_shows_no_pages_of_differences():
+    records = [*run_rows("naive", [0.3, 0.4])[0]]
+    for i in range(40):
+        records += run_rows("ewc", [0.7, 0.8], ewc_lambda=10.0**i)[0]
+    several = statistics.paired_differences(tables.frame(records, schemas.RUNS))
+    text = printed(print_comparisons, 100, several)
+    assert f"{len(several)} differences; all are in comparisons.csv" in text
+    assert len(text.splitlines()) < 6
+    records += run_rows("avalanche-ewc", [0.5, 0.7], ewc_lambda=10)[0]
+    text = printed(
+        print_comparisons, 100, statistics.paired_differences(tables.frame(records, schemas.RUNS))
+    )
+    assert "\u2212 Avalanche's EWC" in text and "\u2212 Naive" not in text
