@@ -25,6 +25,8 @@ from experiments.sweeps.jobs import completed_runs
 
 STREAMS: tuple[tuple[str, tuple[int, ...]], ...] = (("permuted", (5, 10)), ("split", (5,)))
 
+FISHER_TYPES = ("predicted", "class_mean")
+
 
 @dataclass(frozen=True)
 class DropIn(TunedFirst):
@@ -46,10 +48,11 @@ class DropIn(TunedFirst):
         return [{"benchmark": (name,), "experiences": n, **theirs} for name, n in STREAMS]
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
-        """Both methods at Avalanche's lambda; seed by seed, for complete pairs."""
+        """All arms at Avalanche's lambda; seed by seed, for complete pairs."""
         for run in super().cells(dataset):
             yield run
-            yield replace(run, method="ewc", fisher_type="predicted", normalize="avalanche")
+            for fisher_type in FISHER_TYPES:
+                yield replace(run, method="ewc", fisher_type=fisher_type, normalize="avalanche")
 
 
 def run(settings: DropIn) -> pd.DataFrame:
