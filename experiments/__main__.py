@@ -51,6 +51,7 @@ STUDIES = {
     "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
     "normalized-lambda": "whether one lambda serves for F divided by its mean",
     "lambda-translation": "how a lambda reads under each Fisher type",
+    "between-classes": "the parts of the Fisher between and within classes, task by task",
     "importance": "which layers and pixels carry the Fisher",
     "demonstration": "the plain loop: SGD against EWC on three tasks, without Avalanche",
     "identities": "the three definitions of Fisher information, while networks train",

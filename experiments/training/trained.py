@@ -37,7 +37,7 @@ class Trained:
     ) -> dict[str, Tensor]:
         """The diagonal Fisher of the network on one of its experiences."""
         batches = self.experiences[experience].batches(batch_size)
-        return diagonal_fisher(self.model, batches, fisher_type, forward=_forward)
+        return diagonal_fisher(self.model, batches, fisher_type, forward=task_logits)
 
 
 def train(settings: RunSettings, source: DataSource) -> Trained:
@@ -59,6 +59,7 @@ def train(settings: RunSettings, source: DataSource) -> Trained:
     return Trained(current.model, rows, float(last["accuracy"].mean()) if len(last) else math.nan)
 
 
-def _forward(model: nn.Module, batch: Any) -> Tensor:
+def task_logits(model: nn.Module, batch: Any) -> Tensor:
+    """The logits of a batch (x, y, task label)."""
     logits: Tensor = avalanche_forward(model, batch[0], batch[2])
     return logits
