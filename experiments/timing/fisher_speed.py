@@ -54,6 +54,7 @@ from experiments.timing.fisher_engines import (
 
 WRONG = 0.01  # relative error; float32 with a flipped ReLU stays below
 _ERROR_SAMPLES = 6
+MOST_PANELS = 5  # of the figure, beside each other
 _PEAKS = 3  # fresh processes: what the allocator rounds up differs from one to the next
 Kind = Literal["predicted", "exact"]
 KINDS = get_args(Kind)
@@ -350,7 +351,7 @@ def _high_water() -> float:
 
 
 def draw_speeds(table: pd.DataFrame) -> Figure:
-    """A row of panels per label type, a panel per network, a line per engine.
+    """Rows of panels for each label type, a panel per network, a line per engine.
 
     Args:
         table: Rows of `fisher_speed.csv`.
@@ -359,25 +360,32 @@ def draw_speeds(table: pd.DataFrame) -> Figure:
         The figure.
     """
     table = table[(table["engine"] != UNIT) & table["multiple_of_gradient_pass"].notna()]
-    kinds, networks = (list(dict.fromkeys(table[name])) for name in ("kind", "network"))
-    engines = {kind: _engines_by_speed(table[table["kind"] == kind]) for kind in kinds}
+    rows = []  # of panels: label type, its engines, networks
+    for kind, part in table.groupby("kind", sort=False):
+        networks = list(dict.fromkeys(part["network"]))
+        for i in range(0, len(networks), MOST_PANELS):
+            rows.append((kind, _engines_by_speed(part), networks[i : i + MOST_PANELS]))
+    heights = [len(engines) + 3 for _, engines, _ in rows]
+    wide = max(len(networks) for *_, networks in rows)
     figure, axes = plt.subplots(
-        *(len(kinds), len(networks)),
-        figsize=(1.9 + 1.85 * len(networks), 1.2 + 0.26 * sum(map(len, engines.values()))),
-        height_ratios=[len(engines[kind]) for kind in kinds],
+        *(len(rows), wide),
+        figsize=(1.9 + 1.85 * wide, 0.7 + 0.24 * sum(heights)),
+        height_ratios=heights,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    for row, kind in zip(axes, kinds, strict=True):
-        for axis, network in zip(row, networks, strict=True):
-            part = table[(table["kind"] == kind) & (table["network"] == network)]
-            _draw_network(axis, part, engines[kind])
+    for panels, (kind, engines, networks) in zip(axes, rows, strict=True):
+        of_kind = table[table["kind"] == kind]
+        for axis, network in zip(panels, networks, strict=False):
+            _draw_network(axis, of_kind[of_kind["network"] == network], engines)
             axis.set_title(network)
-        row[0].set_yticks(range(len(engines[kind])), engines[kind])
-        row[0].set_ylim(len(engines[kind]) - 0.5, -0.5)
+        for axis in panels[len(networks) :]:
+            axis.set_axis_off()
+        panels[0].set_yticks(range(len(engines)), engines)
+        panels[0].set_ylim(len(engines) - 0.5, -0.5)
         words = "all classes (exact)" if kind == "exact" else kind
-        row[0].set_ylabel(f"labels: {words}")
+        panels[0].set_ylabel(f"labels: {words}")
     counts = sorted({int(n) for n in table["rounds"].dropna()})
     rounds = " or ".join(map(str, counts))
     title = "Time of the diagonal Fisher as a multiple of one gradient pass"
