@@ -261,11 +261,26 @@ def not_empty(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _without_graph(batch: Batch) -> Batch:
-    """The batch as constants: no backward pass reaches the caller's tensors."""
+    """The batch as constants: no backward pass reaches the caller's tensors.
+
+    Args:
+        batch: The caller's.
+
+    Returns:
+        The batch, detached.
+
+    Raises:
+        TypeError: It has a nested tensor.
+    """
 
     def constant(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        if leaf.is_nested:
+            raise TypeError(
+                f"`batches` holds a nested tensor ({leaf.layout}), which can't be cut into its "
+                "samples: pass padded tensors with a mask or lengths, and let `forward` make it."
+            )
         if leaf.is_inference():
             return leaf.clone()
         return leaf.detach() if leaf.requires_grad else leaf

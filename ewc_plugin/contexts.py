@@ -5,8 +5,11 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
+from inspect import isroutine
 from itertools import chain
 from operator import is_
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +23,10 @@ _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value,
 
 
 class ModelState:
-    """A snapshot of what a forward pass may change: attributes, lists and dicts in them, buffers.
+    """A snapshot of what a forward pass may change.
+
+    That is attributes, the lists and dicts in them, the attributes of objects that a module holds
+    (not those of objects inside of these), buffers and parameters.
 
     Attributes:
         modules: All of them.
@@ -37,9 +43,11 @@ class ModelState:
         modules = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = _Dicts([vars(m) for m in modules])
         values = [(k, v) for saved in self._attributes.saved for k, v in saved.items()]
-        attributes = (v for k, v in values if k not in _HOOKS)
-        containers, tensors = _contents([*attributes, *self.buffers, *self.parameters])
-        self._dicts = _Dicts([v for v in containers if isinstance(v, dict)])
+        attributes = [v for k, v in values if k not in _HOOKS]
+        held = {id(v): vars(v) for v in attributes if _is_held_object(v)}.values()
+        inside = [t for entries in held for t in entries.values() if isinstance(t, Tensor)]
+        containers, tensors = _contents([*attributes, *inside, *self.buffers, *self.parameters])
+        self._dicts = _Dicts([*(v for v in containers if isinstance(v, dict)), *held])
         self._others = [(v, v.copy()) for v in containers if not isinstance(v, dict)]
         self._tensors = [(t, t.detach().clone()) for t in tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
@@ -92,6 +100,13 @@ def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bo
     keys = map(is_, chain.from_iterable(dicts), chain.from_iterable(others))
     of_one, of_other = (chain.from_iterable(map(dict.values, each)) for each in (dicts, others))
     return all(keys) and all(map(is_, of_one, of_other))
+
+
+def _is_held_object(value: Any) -> bool:
+    """Whether an attribute is an object that has attributes of its own, and is no code."""
+    if isinstance(value, Tensor | nn.Module | type | ModuleType | Enum) or isroutine(value):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -421,6 +421,49 @@ def test_models_that_remember_are_left_as_found(engine, tmp_path):
     torch.save(model.state_dict(), tmp_path / "state.pt")
 
 
+class Memory:
+    """What a model holds that is no module: a cache, a counter, a tensor that it changes."""
+
+    def __init__(self):
+        self.calls, self.last, self.seen, self.mean = 0, None, [], torch.zeros(4)
+
+
+class RemembersElsewhere(nn.Module):
+    """Keeps its state in an object of its own class, and answers by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.memory = nn.Linear(6, 4), Memory()
+
+    def forward(self, x):
+        memory = self.memory
+        memory.calls += 1
+        memory.last = self.head(x)
+        memory.mean += memory.last.detach().mean(0)
+        return memory.last * (1 if memory.calls < 3 else 2) + 0 * memory.mean
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("n_batches", [1, 4])
+def test_state_in_an_object_that_a_module_holds_is_put_back(engine, n_batches):
+    model, x = built(RemembersElsewhere), normal(8, 6)
+    batches = in_batches(8 // n_batches, x, LABELS[:8])
+    got = diagonal_fisher(model, batches, "empirical", engine=engine)
+    want = loop_fisher(model.head, x, LABELS[:8], "empirical")
+    want = {f"head.{name}": f for name, f in want.items()}
+    assert relative_error(got, want) < 1e-12
+    assert (model.memory.calls, model.memory.last, model.memory.seen) == (0, None, [])
+    assert not model.memory.mean.any()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_are_refused(layout):
+    nested = torch.nested.nested_tensor([normal(2, 6), normal(5, 6)], layout=layout)
+    with pytest.raises(TypeError, match="`batches` holds a nested tensor"):
+        diagonal_fisher(built(mlp), [(nested, LABELS[:2])])
+
+
 class RemembersDeeply(nn.Module):
     """Keeps what it saw inside of other containers, and changes a tensor in a list."""
 
