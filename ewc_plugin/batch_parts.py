@@ -33,7 +33,8 @@ def unpack(batch: Batch) -> Unpacked:
 
     Args:
         batch: (x, y), (x, y, ..., task labels), or a mapping with "labels" (or "label"), perhaps
-            "task_labels" (or "targets_task_labels"), and the model's keyword arguments.
+            "task_labels" (or "targets_task_labels"), and the model's keyword arguments. Or x or
+            (x,), which has no targets.
 
     Returns:
         Its parts.
@@ -53,6 +54,10 @@ def unpack(batch: Batch) -> Unpacked:
         return Unpacked(inputs, targets, _pop_first(inputs, _TASK_LABELS))
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return Unpacked(batch[0], batch[1], batch[-1] if len(batch) > 2 else None)
+    if isinstance(batch, Tensor):
+        return Unpacked(batch, None, None)
+    if isinstance(batch, (tuple, list)) and batch:
+        return Unpacked(batch[0], None, None)
     raise ValueError(
         "A batch must be (x, y), (x, y, task labels) or a mapping with 'labels', got "
         f"{type(batch).__name__}. Override `unpack`."

@@ -56,12 +56,14 @@ def save_fisher(
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: The folder of `path` does not exist.
-        TypeError: `about` cannot be written as JSON.
+        TypeError: `about` is no mapping, or cannot be written as JSON.
         ValueError: `fisher` has no entries, or one that is negative or not finite; or `anchor` has
             other names or shapes.
     """
     safetensors = _safetensors()
     tensors = _checked(fisher)
+    if not isinstance(about or {}, Mapping):
+        raise TypeError(f"`about` must be a mapping, such as {{'task': 1}}, got {about!r}.")
     metadata = {
         "format": _FORMAT,
         "parameters": _shapes_hash(tensors),

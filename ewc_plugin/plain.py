@@ -135,6 +135,7 @@ def normal_train(
 
     Raises:
         ValueError: `data_loader` is empty.
+        TypeError: Its batches have no labels.
     """
     return _train(model, optimizer, data_loader, None, 0.0, ignore_index)
 
@@ -163,6 +164,7 @@ def ewc_train(
 
     Raises:
         ValueError: `data_loader` is empty, or `importance` is negative or not finite.
+        TypeError: Its batches have no labels.
     """
     importance = checked_non_negative("importance", importance)
     return _train(model, optimizer, data_loader, ewc, importance, ignore_index)
@@ -182,12 +184,13 @@ def test(
         A fraction in 0-1 of the samples that have a label.
 
     Raises:
-        ValueError: `data_loader` is empty.
+        ValueError: `data_loader` is empty, or no sample has a label.
+        TypeError: Its batches have no labels.
     """
     correct = n = 0
     with evaluating(model), torch.no_grad():
         for batch in _labelled(_on_device(model, data_loader), ignore_index):
-            y = _targets(batch)
+            y = _labels(batch)
             correct += int((_logits_of(model, batch).argmax(1) == y).sum())
             n += len(y)
     return correct / _not_zero(n)
@@ -209,7 +212,12 @@ def _train(
     for batch in _on_device(model, data_loader):
         optimizer.zero_grad()
         logits = _logits_of(model, batch)
-        loss = F.cross_entropy(logits, _targets(batch), ignore_index=ignore_index)
+        y = _labels(batch)
+        keep = labelled(y, ignore_index)
+        if keep is None or bool(keep.any()):
+            loss = F.cross_entropy(logits, y, ignore_index=ignore_index)
+        else:  # the mean over no label is NaN
+            loss = 0.0 * logits.sum()
         if ewc is not None:
             loss = loss + importance * ewc.penalty(model)
         loss.backward()
@@ -249,15 +257,31 @@ def _targets(batch: Batch) -> Tensor:
     return targets
 
 
+def _labels(batch: Batch) -> Tensor:
+    """The labels, which training and testing need."""
+    y = _targets(batch)
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            "`data_loader` must yield labels: (x, y), or a mapping with 'labels', got a "
+            f"{type(batch).__name__} without."
+        )
+    return y
+
+
 def _labelled(batches: Iterable[Batch], ignore_index: int) -> Iterator[Batch]:
     """Yield the batches without the samples whose label is ignored; inputs alone as they are."""
+    read = found = False
     for batch in batches:
+        read = True
         alone = isinstance(batch, Tensor) or (not isinstance(batch, Mapping) and len(batch) < 2)
         keep = None if alone else labelled(_targets(batch), ignore_index)
-        if keep is None:
-            yield batch
-        elif bool(keep.any()):
-            yield take(batch, keep)
+        if keep is None or bool(keep.any()):
+            found = True
+            yield batch if keep is None else take(batch, keep)
+    if read and not found:
+        raise ValueError(
+            f"All labels are `ignore_index`, {ignore_index}: at least one must not be."
+        )
 
 
 def _batches(

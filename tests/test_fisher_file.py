@@ -219,3 +219,8 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert "ImportError: A Fisher is saved and loaded with safetensors" in done.stderr
+
+
+def test_about_must_be_a_mapping(tmp_path):
+    with pytest.raises(TypeError, match="`about` must be a mapping"):
+        save_fisher(tmp_path / "f.safetensors", {"w": torch.ones(2)}, about="a word")

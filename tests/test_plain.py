@@ -271,3 +271,22 @@ def test_torch_is_all_it_imports():
     code += "third = {m for m in new if m not in sys.stdlib_module_names};"
     code += "assert third <= {'ewc_plugin', 'torch'}, third"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_batch_of_ignored_labels_adds_no_loss():
+    x, model = torch.randn(6, 4), nn.Linear(4, 3)
+    nothing = (x, torch.full((6,), -100))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert normal_train(model, optimizer, [nothing]) == 0.0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    for compute in (accuracy_of, lambda m, data: EWC(m, data, batched=True)):
+        with pytest.raises(ValueError, match="All labels are `ignore_index`"):
+            compute(model, [nothing])
+
+
+@pytest.mark.parametrize("batch", [{"input": torch.ones(2, 4)}, torch.ones(2, 4)])
+def test_training_without_labels_names_the_argument(batch):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((TypeError, ValueError), match="`data_loader` must yield labels"):
+        normal_train(model, optimizer, [batch])

@@ -33,7 +33,7 @@ from ewc_plugin.avalanche.template import check_calls_the_hooks
 from ewc_plugin.batch_parts import Unpacked, logits_of, on_device, unpack
 from ewc_plugin.batches import Batch
 from ewc_plugin.contexts import untouched_randomness
-from ewc_plugin.fisher.diagonal import diagonal_fisher
+from ewc_plugin.fisher.diagonal import check_batches, diagonal_fisher
 from ewc_plugin.fisher.scores import FisherType, Score
 from ewc_plugin.penalty.options import (
     Mode,
@@ -308,11 +308,13 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             model: The pretrained model.
             batches_or_fisher: Batches as `unpack` takes them, of data like those it was trained
                 on, from which F is computed; or F by parameter name, such as `load_fisher` gives.
+                Where the Fisher type needs no labels, x and (x,) are batches too.
 
         Raises:
-            TypeError: `model` is no module, as when both arguments change places.
-            ValueError: F does not fit the model; or `normalize="avalanche"`, which is the scale of
-                a strategy's mini-batches.
+            TypeError: `model` is no module, as when both arguments change places; or
+                `batches_or_fisher` are samples.
+            ValueError: F is empty or does not fit the model; or `normalize="avalanche"`, which is
+                the scale of a strategy's mini-batches.
         """
         if not isinstance(model, nn.Module) or isinstance(batches_or_fisher, nn.Module):
             raise TypeError(
@@ -329,6 +331,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             fisher = dict(batches_or_fisher)
         else:
             device = next(model.parameters()).device
+            check_batches(batches_or_fisher)
             options: dict[str, Any] = {
                 "forward": lambda model, batch: logits_of(self.forward(model, batch)),
                 "targets": lambda batch: self.unpack(batch).targets,

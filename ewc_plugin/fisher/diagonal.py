@@ -147,7 +147,7 @@ def diagonal_fisher(
         positions=positions,
     )
     check_model(model)
-    _check_batches(batches)
+    check_batches(batches)
     if fisher_type in AT_DATA_LABELS and forward is None and targets is None:
         check_labels_are_shifted(model)
     generator = generator or torch.Generator().manual_seed(_SEED)
@@ -224,7 +224,7 @@ def diagonal_fisher(
         return fisher
 
 
-def _check_batches(batches: object) -> None:
+def check_batches(batches: object) -> None:
     """Raise where one batch, or single samples, are given in place of batches."""
     if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise TypeError(f"`batches` must be iterable, got {type(batches).__name__}.")

@@ -110,15 +110,17 @@ class QuadraticPenalty:
 
         Raises:
             TypeError: `model` is no module, or `fisher` no mapping, as when both change places.
-            ValueError: An entry's name, shape or type is not the model's, or it is negative or not
-                finite; a weight is not finite; F overflows in the type in which it is kept; or a
-                parameter that is remembered is gone or has shrunk.
+            ValueError: `fisher` is empty; an entry's name, shape or type is not the model's, or it
+                is negative or not finite; a weight is not finite; F overflows in the type in which
+                it is kept; or a parameter that is remembered is gone or has shrunk.
         """
         if not (isinstance(model, nn.Module) and isinstance(fisher, Mapping)):
             raise TypeError(
                 "`consolidate(model, fisher)` takes an nn.Module, then a mapping from parameter "
                 f"names to tensors, got {type(model).__name__} and {type(fisher).__name__}."
             )
+        if not fisher:
+            raise ValueError("`fisher` has no entries, so there is nothing to remember.")
         parameters = canonical_parameters(model)
         new = checked_fisher(model, fisher)
         if not any(bool(f.any()) for f in new.values()):

@@ -7,7 +7,13 @@ from functools import partial
 import pytest
 import torch
 
-from ewc_plugin import DiagonalEWC, DiagonalEWCPlugin, QuadraticPenalty, bernoulli_score
+from ewc_plugin import (
+    DiagonalEWC,
+    DiagonalEWCPlugin,
+    QuadraticPenalty,
+    bernoulli_score,
+    diagonal_fisher,
+)
 from support.plugin_streams import assert_same, benchmark, mlp, strategy, train
 
 LAMBDAS = [float("nan"), float("inf"), -1, -1e-9, "30", None, True, 1j, [30]]
@@ -130,3 +136,22 @@ def test_two_plugins_add_up():
     one, two = weights(6.0), weights(2.0, 4.0)
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,)], ids=["x", "(x,)"])
+def test_consolidate_takes_inputs_without_labels(wrap):
+    model, x = torch.nn.Linear(4, 3), torch.randn(8, 4)
+    plugin = DiagonalEWCPlugin(1.0, fisher_type="exact")
+    plugin.consolidate(model, [wrap(x)])
+    torch.testing.assert_close(plugin.fisher, dict(diagonal_fisher(model, [x], "exact")))
+    with pytest.raises(ValueError, match="targets"):
+        DiagonalEWCPlugin(1.0, fisher_type="empirical").consolidate(model, [wrap(x)])
+
+
+def test_consolidate_refuses_samples_and_an_empty_fisher():
+    model = torch.nn.Linear(4, 3)
+    samples = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.zeros(8).long())
+    with pytest.raises(TypeError, match="single samples: pass DataLoader"):
+        DiagonalEWCPlugin(1.0).consolidate(model, samples)
+    with pytest.raises(ValueError, match="`fisher` has no entries"):
+        DiagonalEWCPlugin(1.0).consolidate(model, {})
