@@ -56,10 +56,19 @@ class Cell:
     config_hash: str
 
     def interval(self, metric: str) -> str:
-        """`0.9412 ± 0.0031`; the mean alone for one seed, a dash where it is not defined."""
+        """`0.9412 ± 0.0031`; the mean alone for one seed, a dash where it is not defined.
+
+        Args:
+            metric: A column of `runs.csv`.
+
+        Returns:
+            The text, with the number of runs where not all that ended well have the metric.
+        """
         if metric not in self.intervals:
             return "–"
-        return interval_text(self.intervals[metric]["mean"], self.intervals[metric]["ci_high"])
+        found = self.intervals[metric]
+        fewer = f" (n = {found['n']:.0f})" if found["n"] < self.n else ""
+        return interval_text(found["mean"], found["ci_high"]) + fewer
 
     @property
     def lambda_text(self) -> str:

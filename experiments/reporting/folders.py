@@ -24,8 +24,13 @@ def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
     Returns:
         The folder. Which one was chosen is printed to the error stream, since a table may go into a
         file.
+
+    Raises:
+        ValueError: It is not there, or there is none.
     """
     if folder is not None:
+        if not Path(folder).exists():
+            raise ValueError(f"`folder` must be a folder or file that is there, got {folder}.")
         return Path(folder)
     found = [(file, file.parent) for name in tables for file in OWN.rglob(f"{name}.csv")]
     if {"runs", "*"} & set(tables):  # a sweep that was stopped has no tables yet
@@ -36,6 +41,11 @@ def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
         why = "the newest folder below runs/"
     else:
         newest, why = COMMITTED, "committed results, since there are none below runs/"
+        if not newest.is_dir():
+            raise ValueError(
+                "`folder` must be named: there are no results below runs/ here. `python -m "
+                "experiments` makes some."
+            )
     print(f"{newest}: {why}. Name another to see that one.", file=sys.stderr)
     return newest
 

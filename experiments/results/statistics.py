@@ -144,6 +144,7 @@ def paired_differences(runs: pd.DataFrame) -> pd.DataFrame:
     done = runs[runs["status"] == "ok"]
     if is_logged(done):
         cells = [cell for _, cell in done.groupby("config_hash", sort=False)]
+        cells.sort(key=lambda cell: cell["method"].iloc[0].casefold() != "naive")
         found = [row for a, b in itertools.combinations(cells, 2) for row in _pair(b, a)]
         return pd.DataFrame(found, columns=list(COMPARISONS.columns))  # without settings
     done = done[~done["method"].isin([UPPER_BOUND])]

@@ -262,8 +262,9 @@ class Grid(Job):
         """The lambdas of `settings.tuned` were chosen for these settings alone."""
         for name, plain in _AS_CHOSEN.items():
             others = ", ".join(str(value) for value in getattr(self, name) if value != plain)
-            rule = f"given with `{name}` {others}: the chosen ones are for {plain}"
-            require(not others, "ewc_lambda", rule, "none")
+            rule = f"given with `{name}` {others}, or chosen by `python -m experiments tune`: the "
+            rule += f"λ of the main job are for `{name}` {plain} alone"
+            require(not others, "ewc_lambda", rule, "nothing")
 
     def own_lambda(self, run: RunSettings) -> float:
         """The lambda of a run where the command line gives none."""
@@ -480,13 +481,21 @@ class Sweep(Grid):
 
     @property
     def left_out(self) -> str:  # type: ignore[override]
-        """Says so where a benchmark has no such scenario."""
+        """Says so where a benchmark has no such scenario, or a tuned lambda is at an edge."""
+        said = []
         without = [name for name in self.benchmark if not (name == "split" or is_own(name))]
         if without and "class" in self.scenario:
             names = " and ".join(without).capitalize()
             verbs = ("has", "it is") if len(without) == 1 else ("have", "they are")
-            return f"{names} MNIST {verbs[0]} no class-incremental scenario; {verbs[1]} left out."
-        return ""
+            said += [
+                f"{names} MNIST {verbs[0]} no class-incremental scenario; {verbs[1]} left out."
+            ]
+        if self.tuned and (arms := self._tuned.at_edge):
+            said += [
+                f"In {self._tuned.files} the λ of {', '.join(arms)} is the smallest or largest "
+                "tried: a better one may lie beyond."
+            ]
+        return " ".join(said)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def chosen_lambda(run: RunSettings) -> float:
         raise ValueError(
             f"`ewc_lambda` must be given for {run.method} on {run.benchmark} {run.dataset}, "
             f"scenario {run.scenario}: none was chosen on validation data; choose one by "
-            "`python -m experiments tune`, or try --ewc-lambda 100."
+            f"`python -m experiments tune`, or start at --ewc-lambda {start_lambda(run):g}."
         ) from None
 
 
@@ -86,11 +86,13 @@ class Tuned:
         lambdas: By arm.
         seeds: They were chosen with.
         files: They come from.
+        at_edge: Arms whose lambda is the smallest or largest that was tried.
     """
 
     lambdas: dict[RunSettings, float]
     seeds: frozenset[int]
     files: str
+    at_edge: tuple[str, ...] = ()
 
     def lambda_of(self, run: RunSettings) -> float:
         """The lambda of the run's arm.
@@ -123,19 +125,32 @@ class Tuned:
         return f" ({', '.join(nearest)})" if nearest else ""
 
 
-def tuned_content(chosen: Iterable[RunSettings], seeds: Sequence[int]) -> str:
-    """The content of the file that `read_tuned` reads."""
+def tuned_content(
+    chosen: Iterable[RunSettings], seeds: Sequence[int], at_edge: Sequence[int] = ()
+) -> str:
+    """The content of the file that `read_tuned` reads.
+
+    Args:
+        chosen: A run of each arm, at its lambda.
+        seeds: They were chosen with.
+        at_edge: Places in `chosen` of lambdas that are the smallest or largest tried.
+
+    Returns:
+        JSON.
+    """
     arms = []
     for run in chosen:
         settings = {k: v for k, v in asdict(run).items() if v is not None}
         arms.append({k: v for k, v in settings.items() if k not in ("seed", "validation")})
-    content = {"seeds": list(seeds), "arms": arms}
+    content: dict[str, Any] = {"seeds": list(seeds), "arms": arms}
+    if at_edge:
+        content["at_edge"] = list(at_edge)
     return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Of the seeds and arms, as values; layout and order of keys do not count."""
-    own = {name: content[name] for name in ("seeds", "arms")}
+    """Of all else, as values; layout and order of keys do not count."""
+    own = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -147,6 +162,7 @@ def read_tuned(paths: Iterable[str]) -> Tuned:
     """
     lambdas: dict[RunSettings, float] = {}
     seeds: set[int] = set()
+    at_edge: list[str] = []
     for path in map(Path, paths):
         file = path / TUNED_FILE if path.is_dir() else path
         try:
@@ -155,7 +171,8 @@ def read_tuned(paths: Iterable[str]) -> Tuned:
                 raise ValueError("it was edited; give a lambda of your own by --ewc-lambda")
             runs = [RunSettings(seed=0, **arm) for arm in content["arms"]]
             seeds |= {int(seed) for seed in content["seeds"]}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            at_edge += [runs[i].run_id.rpartition("-s")[0] for i in content.get("at_edge", ())]
+        except (OSError, ValueError, TypeError, LookupError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
                 f"`tuned` must be a folder or file that `tune` wrote, got {shown(str(file))} "
@@ -168,4 +185,4 @@ def read_tuned(paths: Iterable[str]) -> Tuned:
                     f"`tuned` must give an arm one lambda, got {lambdas[arm_of(run)]:g} and "
                     f"{value:g} for {arm_of(run).run_id.rpartition('-s')[0]}."
                 )
-    return Tuned(lambdas, frozenset(seeds), ", ".join(paths))
+    return Tuned(lambdas, frozenset(seeds), ", ".join(paths), tuple(at_edge))

@@ -122,6 +122,11 @@ def run(settings: Tune) -> pd.DataFrame:
         console.print(f"The first values of each search, which tries up to {MOST_VALUES}:")
     store, _, source = prepare(settings, console)
     arms = settings.arms(source.name)
+    with_lambda = {arm.run.method for arm in arms}
+    if without := [m for m in settings.methods if is_own(m) and m not in with_lambda]:
+        line = f"no lambda to choose: {', '.join(without)} has no parameter `ewc_lambda`"
+        require(arms, "methods", f"some with a lambda, there is {line}", ", ".join(without))
+        console.print(f"NOTE: {line}.", style="bold yellow", markup=False, soft_wrap=True)
     _make_all(settings, arms, store, source, console)
     with store.lock:
         _, runs, _ = write_run_tables(store, source)
@@ -156,7 +161,8 @@ def _write(table: pd.DataFrame, arms: Sequence[Arm], folder: Path) -> None:
     rows = tables.write_rows([*kept, *table.to_dict("records")], folder, schemas.TUNED)
     seeds = sorted({int(seed) for text in rows["seeds"] for seed in text.split()})
     runs = [_chosen_run(row) for row in rows.to_dict("records")]
-    replace_file(folder / TUNED_FILE, tuned_content(runs, seeds))
+    at_edge = [i for i, place in enumerate(rows["place"]) if place != "inside"]
+    replace_file(folder / TUNED_FILE, tuned_content(runs, seeds, at_edge))
 
 
 def _chosen_run(row: Mapping[Any, Any]) -> RunSettings:

@@ -285,3 +285,4 @@ def test_an_edge_is_said_loudly(tmp_path, capsys):
     assert main(["tune", *SMALL[:-1], *options, "--out", str(tmp_path)]) == 0
     assert "AT THE EDGE: L2" in capsys.readouterr().out
     assert set(tables.load(tmp_path)["tuned"]["place"]) == {"smallest"}
+    assert read_tuned([str(tmp_path)]).at_edge
