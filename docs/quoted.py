@@ -15,10 +15,11 @@ import generated
 import pandas as pd
 
 from experiments.reporting.cells import interval_text
+from experiments.reporting.compare import pairs_against
 from experiments.reporting.comparison import difference_text
-from experiments.reporting.labels import method_of, number, stream_title
+from experiments.reporting.labels import cell_labels, method_of, number, stream_title
 from experiments.reporting.text_table import SummaryTable, render, table_of
-from experiments.results.statistics import chosen_lambdas
+from experiments.results.statistics import chosen_lambdas, differences, interval
 from experiments.studies.factorial import ALL, WORDS
 from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
@@ -34,6 +35,11 @@ NETWORKS = {
     "simple-cnn": "SimpleCNN",
     "resnet-18": "ResNet-18",
     "transformer": "Transformer",
+    "bert": "BERT",
+    "gpt2": "GPT-2",
+    "vit": "ViT",
+    "lstm": "LSTM",
+    "gru": "GRU",
 }
 
 
@@ -174,6 +180,57 @@ def _factorial() -> dict[str, Any]:
     }
 
 
+def _many_tasks() -> dict[str, Any]:
+    """Ten permutations: every arm, and what each task keeps."""
+    runs, accuracy = (_csv(f"ten_tasks/{name}") for name in ("runs", "accuracy"))
+    done = runs[runs["status"] == "ok"]
+    cells = done.drop_duplicates("config_hash")
+    names = cell_labels(cells, with_type=True)
+    against = {
+        order: differences(runs, pairs_against(runs, f"avalanche-ewc,importance_order={order}"))
+        .query("metric == 'average_accuracy'")
+        .set_index("config_hash")
+        for order in ("dataset", "shuffled")
+    }
+    builtin = done[(done["method"] == "avalanche-ewc") & (done["importance_order"] == "dataset")]
+    builtin_hash = builtin["config_hash"].iloc[0]
+
+    def less(cell: str, order: str = "dataset") -> str:
+        if cell not in against[order].index:
+            return "–"
+        row = against[order].loc[cell]
+        return difference_text(row["difference"], row["ci_low"], row["ci_high"])
+
+    by_cell = done.groupby("config_hash")["average_accuracy"]
+    found = pd.DataFrame({cell: interval(values.to_numpy()) for cell, values in by_cell}).T
+    best_first = found.sort_values("mean", ascending=False)
+    arms = pd.DataFrame({
+        "method": [names[cell] for cell in best_first.index],
+        "average accuracy": [interval_text(r.mean, r.ci_high) for r in best_first.itertuples()],
+        "less Avalanche's EWC": [less(cell) for cell in best_first.index],
+    })
+    last = accuracy[accuracy["train_exp"] == accuracy["train_exp"].max()]
+    by_task = last.merge(done[["run_id", "config_hash"]], on="run_id").pivot_table(
+        "accuracy", "config_hash", "eval_exp"
+    )
+    shown = cells[cells["method"].isin(["ewc", "avalanche-ewc", "naive"])]["config_hash"]
+    tasks = by_task.loc[[cell for cell in best_first.index if cell in set(shown)]]
+    kept = tasks.map(lambda value: f"{value:.3f}")
+    kept.columns = [f"task {task + 1}" for task in kept.columns]
+    kept.insert(0, "method", [names[cell] for cell in kept.index])
+    return {
+        "n_ten": int(done.groupby("config_hash").size().min()),
+        "arms": _markdown(arms),
+        "kept": _markdown(kept),
+        "order": less(builtin_hash, "shuffled"),
+        **{
+            f"{row.fisher_type}_less": less(row.config_hash)
+            for row in cells.itertuples()
+            if row.fisher_type in ("predicted", "empirical", "class_mean")
+        },
+    }
+
+
 def _stream_and_loss(row: dict[str, Any]) -> str:
     stream = stream_title(row["benchmark"], row["dataset"], row["scenario"])
     return f"{stream}, {row['loss_classes']} classes" if row["scenario"] == "class" else stream
@@ -194,22 +251,27 @@ def _choose_lambda() -> dict[str, Any]:
 
 def _drop_in() -> dict[str, Any]:
     """`DiagonalEWC` at the lambda of Avalanche's EWC, over streams and mini-batches."""
-    pairs = _csv("drop_in/comparisons").query("metric == 'average_accuracy'")
-    rows = pairs.sort_values(["benchmark", "n_experiences", "batch_size"]).to_dict("records")
-    table = pd.DataFrame({
-        "stream": [
-            f"{stream_title(row['benchmark'], row['dataset'], row['scenario'])}, "
-            f"{row['n_experiences']} tasks"
-            for row in rows
-        ],
-        "mini-batch": [str(row["batch_size"]) for row in rows],
-        "λ": [number(row["ewc_lambda"]) for row in rows],
-        "Avalanche's EWC": [f"{row['other_mean']:.4f}" for row in rows],
-        "`DiagonalEWC` less it": [
-            difference_text(row["difference"], row["ci_low"], row["ci_high"]) for row in rows
-        ],
-    })
-    return {"drop_in": _markdown(table), "n_drop_in": int(pairs["n"].min())}
+    pairs = _csv("drop_in/comparisons").query(
+        "metric == 'average_accuracy' and other_method == 'avalanche-ewc'"
+    )
+    cell = ["benchmark", "dataset", "scenario", "n_experiences", "batch_size"]
+    rows = []
+    for (benchmark, dataset, scenario, n, batch_size), both in pairs.groupby(cell):
+        of_type = both.set_index("fisher_type").to_dict("index")
+        first = of_type["predicted"]
+        rows.append({
+            "stream": f"{stream_title(benchmark, dataset, scenario)}, {n} tasks",
+            "mini-batch": str(batch_size),
+            "λ": number(first["ewc_lambda"]),
+            "Avalanche's EWC": f"{first['other_mean']:.4f}",
+            "`DiagonalEWC` less it": _difference(first),
+            'with `fisher_type="class_mean"`': _difference(of_type["class_mean"]),
+        })
+    return {"drop_in": _markdown(pd.DataFrame(rows)), "n_drop_in": int(pairs["n"].min())}
+
+
+def _difference(row: dict[str, Any]) -> str:
+    return difference_text(row["difference"], row["ci_low"], row["ci_high"])
 
 
 def _implicit_step() -> dict[str, Any]:
@@ -461,6 +523,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "choose-lambda": _choose_lambda,
     "class-incremental": _class_incremental,
     "importance": _factorial,
+    "many-tasks": _many_tasks,
     "choose-engine": _choose_engine,
     "fisher": _fisher,
     "laplace": _laplace,

@@ -35,7 +35,8 @@ class DiagonalEWC(SupervisedTemplate):
     Avalanche's `SupervisedTemplate`. `plugins` is not changed.
 
     `normalize` alone has another default than the plugin's: "avalanche", so that the ewc_lambda of
-    a script that used Avalanche's EWC is as strong. results/drop_in says where it serves.
+    a script that used Avalanche's EWC is as strong. With ten tasks and mini-batches of 512 that
+    serves with fisher_type="class_mean" alone; results/drop_in has all settings that were measured.
     """
 
     @_with_both_signatures
