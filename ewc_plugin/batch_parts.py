@@ -33,8 +33,7 @@ def unpack(batch: Batch) -> Unpacked:
 
     Args:
         batch: (x, y), (x, y, ..., task labels), or a mapping with "labels" (or "label"), perhaps
-            "task_labels" (or "targets_task_labels"), and the model's keyword arguments. Or x or
-            (x,), which has no targets.
+            "task_labels" (or "targets_task_labels"), and the model's keyword arguments.
 
     Returns:
         Its parts.
@@ -54,14 +53,18 @@ def unpack(batch: Batch) -> Unpacked:
         return Unpacked(inputs, targets, _pop_first(inputs, _TASK_LABELS))
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return Unpacked(batch[0], batch[1], batch[-1] if len(batch) > 2 else None)
-    if isinstance(batch, Tensor):
-        return Unpacked(batch, None, None)
-    if isinstance(batch, (tuple, list)) and batch:
-        return Unpacked(batch[0], None, None)
     raise ValueError(
         "A batch must be (x, y), (x, y, task labels) or a mapping with 'labels', got "
         f"{type(batch).__name__}. Override `unpack`."
     )
+
+
+def beside_no_labels(batch: Batch) -> Batch:
+    """Inputs alone, x or (x,), as (x, None); another batch as it is."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    alone = isinstance(batch, (tuple, list)) and len(batch) == 1
+    return (batch[0], None) if alone else batch
 
 
 def logits_of(output: Any) -> Any:

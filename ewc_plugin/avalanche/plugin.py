@@ -30,7 +30,7 @@ from ewc_plugin.avalanche.placement import InLoss, Placement, placement_of
 from ewc_plugin.avalanche.ranks import unwrapped
 from ewc_plugin.avalanche.strategy_fisher import StrategyFisher, needs_likelihood
 from ewc_plugin.avalanche.template import check_calls_the_hooks
-from ewc_plugin.batch_parts import Unpacked, logits_of, on_device, unpack
+from ewc_plugin.batch_parts import Unpacked, beside_no_labels, logits_of, on_device, unpack
 from ewc_plugin.batches import Batch
 from ewc_plugin.contexts import untouched_randomness
 from ewc_plugin.fisher.diagonal import check_batches, diagonal_fisher
@@ -338,7 +338,9 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 **self.fisher_options,
             }
             with untouched_randomness():
-                batches = (on_device(batch, device) for batch in batches_or_fisher)
+                batches: Iterable[Batch] = (on_device(b, device) for b in batches_or_fisher)
+                if not self._is_overridden("unpack"):
+                    batches = map(beside_no_labels, batches)
                 fisher = diagonal_fisher(model, batches, self.fisher_type, **options)
         self.penalty.consolidate(model, fisher)
         self.fisher = fisher
