@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ewc_plugin.batch_parts import labelled, logits_of, on_device, unpack
+from ewc_plugin.batch_parts import beside_no_labels, labelled, logits_of, on_device, unpack
 from ewc_plugin.batches import Batch, draw_indices, draw_samples, n_samples, take
 from ewc_plugin.contexts import evaluating
 from ewc_plugin.fisher.diagonal import diagonal_fisher
@@ -259,7 +259,7 @@ def _targets(batch: Batch) -> Tensor:
 
 def _labels(batch: Batch) -> Tensor:
     """The labels, which training and testing need."""
-    y = _targets(batch)
+    y = _targets(beside_no_labels(batch))
     if not isinstance(y, Tensor):
         raise TypeError(
             "`data_loader` must yield labels: (x, y), or a mapping with 'labels', got a "
@@ -273,8 +273,7 @@ def _labelled(batches: Iterable[Batch], ignore_index: int) -> Iterator[Batch]:
     read = found = False
     for batch in batches:
         read = True
-        alone = isinstance(batch, Tensor) or (not isinstance(batch, Mapping) and len(batch) < 2)
-        keep = None if alone else labelled(_targets(batch), ignore_index)
+        keep = labelled(_targets(beside_no_labels(batch)), ignore_index)
         if keep is None or bool(keep.any()):
             found = True
             yield batch if keep is None else take(batch, keep)
