@@ -113,10 +113,15 @@ def copied(batch: Batch) -> Batch:
     return _mapped(copy, batch)
 
 
+def version(leaf: Any) -> int:
+    """The counter that rises where a tensor is changed in place; 0 of what has none."""
+    counted = isinstance(leaf, Tensor) and not leaf.is_inference()
+    return leaf._version if counted else 0
+
+
 def versions(batch: Batch) -> list[int]:
-    """The version counters of a batch's tensors, which rise where they are changed in place."""
-    leaves = tree_flatten(batch)[0]
-    return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
+    """The version counters of a batch's leaves."""
+    return [version(leaf) for leaf in tree_flatten(batch)[0]]
 
 
 def join(batches: list[Batch]) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ewc_plugin.avalanche.template import overrides
-from ewc_plugin.batches import as_pytree
+from ewc_plugin.batches import as_pytree, version
 
 _ITERATIONS = 8  # of an experience: a change may happen by chance, such as mixup's
 
@@ -123,12 +123,7 @@ def _seen(strategy: Any) -> _Seen:
 
 def _versions(items: Any) -> list[tuple[Any, int]]:
     leaves = [] if items is None else tree_leaves(as_pytree(items))
-    return [(leaf, _version(leaf)) for leaf in leaves]
-
-
-def _version(leaf: Any) -> int:
-    counted = isinstance(leaf, Tensor) and not leaf.is_inference()
-    return leaf._version if counted else 0
+    return [(leaf, version(leaf)) for leaf in leaves]
 
 
 def _differ(before: list[tuple[Any, int]], after: list[tuple[Any, int]]) -> bool:
@@ -144,7 +139,7 @@ def _differs(old: Any, old_version: int, new: Any, new_version: int) -> bool:
         return old_version != new_version
     if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
         return isinstance(old, Tensor) or isinstance(new, Tensor)
-    return _version(old) != old_version or not _extends(new, old)
+    return version(old) != old_version or not _extends(new, old)
 
 
 def _extends(new: Tensor, old: Tensor) -> bool:
