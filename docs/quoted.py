@@ -16,10 +16,10 @@ import pandas as pd
 
 from experiments.reporting.cells import interval_text
 from experiments.reporting.compare import pairs_against
-from experiments.reporting.comparison import difference_text
+from experiments.reporting.comparison import difference_of, difference_text
 from experiments.reporting.labels import cell_labels, method_of, number, stream_title
 from experiments.reporting.text_table import SummaryTable, render, table_of
-from experiments.results.statistics import chosen_lambdas, differences, interval
+from experiments.results.statistics import chosen_lambdas, differences
 from experiments.studies.factorial import ALL, WORDS
 from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
@@ -131,8 +131,8 @@ def _less_avalanche(folder: str, fisher_type: str, loss: str, benchmark: str = "
         f" and fisher_type == '{fisher_type}' and loss_classes == '{loss}'"
         f" and benchmark == '{benchmark}'"
     )
-    (row,) = pairs.itertuples()
-    return difference_text(row.difference, row.ci_low, row.ci_high)
+    (row,) = pairs.to_dict("records")
+    return difference_of(row)
 
 
 def _factorial() -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _factorial() -> dict[str, Any]:
     differences = pd.DataFrame({
         "effect": [WORDS[row["factor"], row["level"]] for row in main],
         "stream": [_stream_and_loss(row) for row in main],
-        "shown": [difference_text(r["difference"], r["ci_low"], r["ci_high"]) for r in main],
+        "shown": [difference_of(r) for r in main],
     })
     cells = pd.DataFrame({
         "logits reversed": [TYPES_BY_PARTS[row["fisher_type"]][0] for row in of_accuracy],
@@ -182,50 +182,42 @@ def _factorial() -> dict[str, Any]:
 
 def _many_tasks() -> dict[str, Any]:
     """Ten permutations: every arm, and what each task keeps."""
-    runs, accuracy = (_csv(f"ten_tasks/{name}") for name in ("runs", "accuracy"))
-    done = runs[runs["status"] == "ok"]
-    cells = done.drop_duplicates("config_hash")
-    names = cell_labels(cells, with_type=True)
+    runs, accuracy, summary = (_csv(f"ten_tasks/{n}") for n in ("runs", "accuracy", "summary"))
+    arms = summary[summary["metric"] == "average_accuracy"]
+    arms = arms.sort_values("mean", ascending=False).set_index("config_hash", drop=False)
+    names = cell_labels(arms, with_type=True)
     against = {
         order: differences(runs, pairs_against(runs, f"avalanche-ewc,importance_order={order}"))
         .query("metric == 'average_accuracy'")
         .set_index("config_hash")
         for order in ("dataset", "shuffled")
     }
-    builtin = done[(done["method"] == "avalanche-ewc") & (done["importance_order"] == "dataset")]
-    builtin_hash = builtin["config_hash"].iloc[0]
 
     def less(cell: str, order: str = "dataset") -> str:
         if cell not in against[order].index:
             return "–"
-        row = against[order].loc[cell]
-        return difference_text(row["difference"], row["ci_low"], row["ci_high"])
+        return difference_of(against[order].loc[cell])
 
-    by_cell = done.groupby("config_hash")["average_accuracy"]
-    found = pd.DataFrame({cell: interval(values.to_numpy()) for cell, values in by_cell}).T
-    best_first = found.sort_values("mean", ascending=False)
-    arms = pd.DataFrame({
-        "method": [names[cell] for cell in best_first.index],
-        "average accuracy": [interval_text(r.mean, r.ci_high) for r in best_first.itertuples()],
-        "less Avalanche's EWC": [less(cell) for cell in best_first.index],
+    table = pd.DataFrame({
+        "method": [names[cell] for cell in arms.index],
+        "average accuracy": [interval_text(row.mean, row.ci_high) for row in arms.itertuples()],
+        "less Avalanche's EWC": [less(cell) for cell in arms.index],
     })
     last = accuracy[accuracy["train_exp"] == accuracy["train_exp"].max()]
-    by_task = last.merge(done[["run_id", "config_hash"]], on="run_id").pivot_table(
-        "accuracy", "config_hash", "eval_exp"
-    )
-    shown = cells[cells["method"].isin(["ewc", "avalanche-ewc", "naive"])]["config_hash"]
-    tasks = by_task.loc[[cell for cell in best_first.index if cell in set(shown)]]
-    kept = tasks.map(lambda value: f"{value:.3f}")
+    last = last.merge(runs[["run_id", "config_hash"]], on="run_id")
+    shown = arms.index[arms["method"].isin(["ewc", "avalanche-ewc", "naive"])]
+    kept = last.pivot_table("accuracy", "config_hash", "eval_exp").loc[shown]
+    kept = kept.map(lambda value: f"{value:.3f}")
     kept.columns = [f"task {task + 1}" for task in kept.columns]
     kept.insert(0, "method", [names[cell] for cell in kept.index])
     return {
-        "n_ten": int(done.groupby("config_hash").size().min()),
-        "arms": _markdown(arms),
+        "n_ten": int(arms["n"].min()),
+        "arms": _markdown(table),
         "kept": _markdown(kept),
-        "order": less(builtin_hash, "shuffled"),
+        "order": less(arms.index[arms["importance_order"] == "dataset"][0], "shuffled"),
         **{
             f"{row.fisher_type}_less": less(row.config_hash)
-            for row in cells.itertuples()
+            for row in arms.itertuples()
             if row.fisher_type in ("predicted", "empirical", "class_mean")
         },
     }
@@ -264,14 +256,10 @@ def _drop_in() -> dict[str, Any]:
             "mini-batch": str(batch_size),
             "λ": number(first["ewc_lambda"]),
             "Avalanche's EWC": f"{first['other_mean']:.4f}",
-            "`DiagonalEWC` less it": _difference(first),
-            'with `fisher_type="class_mean"`': _difference(of_type["class_mean"]),
+            "`DiagonalEWC` less it": difference_of(first),
+            'with `fisher_type="class_mean"`': difference_of(of_type["class_mean"]),
         })
     return {"drop_in": _markdown(pd.DataFrame(rows)), "n_drop_in": int(pairs["n"].min())}
-
-
-def _difference(row: dict[str, Any]) -> str:
-    return difference_text(row["difference"], row["ci_low"], row["ci_high"])
 
 
 def _implicit_step() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.labels import LABELS, cell_labels, stream_title
+from experiments.reporting.labels import LABELS, cell_labels, labelled_setting, stream_title
 from experiments.results.schemas import METHOD_SETTINGS, SETTING_NAMES, SHARED_SETTINGS, VERDICTS
 from experiments.settings.run import STREAM
 
@@ -124,7 +124,6 @@ def answers(comparisons: pd.DataFrame, *, all_pairs: bool = False) -> Iterator[s
 
 
 MOST_SENTENCES = 3
-_IN_ALL = ("n\N{NO-BREAK SPACE}experiences", "batch\N{NO-BREAK SPACE}size")  # of `shared_settings`
 
 
 def _sentences(rows: pd.DataFrame, labels: Mapping[str, str]) -> Iterator[str]:
@@ -135,7 +134,7 @@ def _sentences(rows: pd.DataFrame, labels: Mapping[str, str]) -> Iterator[str]:
             first, second, common = pair_of(row, labels)
             yield (
                 f"{stream_of(row)}: {first} {SENTENCES[row['verdict']]} {second}: "
-                f"{_found(row)} in average accuracy, {_conditions(row, common)}."
+                f"{difference_of(row)} in average accuracy, {_conditions(row, common)}."
             )
     elif rows["method"].nunique() == rows["other_config_hash"].nunique() == 1:
         worst, best = ordered[0], ordered[-1]
@@ -145,17 +144,19 @@ def _sentences(rows: pd.DataFrame, labels: Mapping[str, str]) -> Iterator[str]:
         yield (
             f"{', '.join(filter(None, (stream_of(worst), common)))}: of {len(rows)} kinds of "
             f"{LABELS.get(worst['method'], worst['method'])} beside {second}, {found}, from "
-            f"{_found(worst)} ({low}) to {_found(best)} ({high}) in average accuracy, "
-            f"{_conditions(worst, '')}."
+            f"{difference_of(worst)} ({low}) to {difference_of(best)} ({high}) in average "
+            f"accuracy, {_conditions(worst, '')}."
         )
 
 
-def _found(row: Mapping[str, Any]) -> str:
+def difference_of(row: Mapping[str, Any]) -> str:
+    """`difference_text` of a row of `comparisons.csv`."""
     return difference_text(row["difference"], row["ci_low"], row["ci_high"])
 
 
 def _conditions(row: Mapping[str, Any], common: str) -> str:
-    others = [part for part in common.split(", ") if not part.startswith(_IN_ALL)]
+    known = {labelled_setting(name, row[name]) for name in ("n_experiences", "batch_size")}
+    others = [part for part in common.split(", ") if part not in known]
     settings = ", ".join(filter(None, (*others, shared_settings(row))))
     return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']} ({settings})"
 
@@ -185,7 +186,7 @@ def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
             "stream": stream_of(row),
             "compared": pair_text(*pair_of(row, labels)),
             "metric": METRIC_WORDS.get(row["metric"], row["metric"]),
-            "difference": difference_text(row["difference"], row["ci_low"], row["ci_high"]),
+            "difference": difference_of(row),
             "verdict": str(row["verdict"]),
             "n": str(row["n"]),
             "means": f"{row['mean']:.4f}, {row['other_mean']:.4f}",

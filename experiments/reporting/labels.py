@@ -150,7 +150,7 @@ def cell_labels(
         names_type = several[cell["method"]] > 1 if with_type is None else with_type
         words = [method_of(cell, with_type=names_type)]
         set_ = [n for n in varied if pd.notna(cell[n]) and not _is_usual(n, cell[n])]
-        words += [_setting(name, cell[name]) for name in set_]
+        words += [labelled_setting(name, cell[name]) for name in set_]
         if with_lambda and pd.notna(cell["ewc_lambda"]):
             words.append(lambda_text(cell["ewc_lambda"]))
         labels[str(cell["config_hash"])] = ", ".join(words)
@@ -180,7 +180,7 @@ def _is_usual(name: str, value: Any) -> bool:
     return name != "loss_classes" and value == UNSET.get(name)
 
 
-def _setting(name: str, value: Any) -> str:
+def labelled_setting(name: str, value: Any) -> str:
     """Format a setting: a word alone; a number with the setting's name."""
     if known := VALUES.get((name, value)):
         return known.replace(" ", "\N{NO-BREAK SPACE}")

@@ -105,14 +105,14 @@ def print_comparisons(
         _show(wrapped(sentence, console.width), console, style="bold")
     streams = comparisons.groupby([*comparison.STREAM, "validation"], sort=False)
     for _, rows in streams if len(comparisons) else ():
-        found = pd.DataFrame(comparison.comparison_rows(comparison.main_pairs(rows, MOST_ROWS)))
-        stream = found["stream"].iloc[0]
-        if len(found) < len(rows) or len(rows) > MOST_ROWS:
+        stream, shown = comparison.stream_of(rows.iloc[0]), comparison.main_pairs(rows, MOST_ROWS)
+        if len(rows) > MOST_ROWS:
             all_of_them = "all are in comparisons.csv, or beside one arm: `compare --against ARM`"
             line = f"{stream}: {len(rows)} differences; {all_of_them}."
             _show(f"\n{wrapped(line, console.width)}", console)
-        if len(found) > MOST_ROWS:
+        if len(shown) > MOST_ROWS:
             continue
+        found = pd.DataFrame(comparison.comparison_rows(shown))
         found["verdict"] = found["verdict"].str.replace("within the margin", "< margin")
         title = f"{stream}: difference [95 % interval], seed by seed; margin {MARGIN:g}"
         print_table(title, found.drop(columns="stream").to_dict("records"), console)
