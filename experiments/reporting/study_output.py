@@ -22,6 +22,7 @@ from experiments.results.environment import write_environment
 from experiments.results.files import make_folder
 from experiments.results.provenance import ENTRY, NOT_RECORDED, provenance
 from experiments.results.schemas import PROVENANCE, Schema
+from experiments.settings.run import Dataset
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,16 @@ class StudyOutput:
         """Print a table."""
         text = table.to_string(float_format=lambda value: form % value, index=index)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class OnImages:
+    """Options of a study on images."""
+
+    dataset: Dataset | None = None
+    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
+    data_root: str | None = None
+    """Folder that holds, or gets, MNIST/raw."""
 
 
 def study_output(settings: Any, source: DataSource | None = None) -> StudyOutput:

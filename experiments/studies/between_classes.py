@@ -20,15 +20,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ewc_plugin import diagonal_fisher
+from ewc_plugin.avalanche.metrics import fisher_trace
 from experiments.data.sources import DataSource
 from experiments.data.streams import shared_stream
 from experiments.data.tensor_path import TensorRows, experience_rows
 from experiments.reporting.figures import style
 from experiments.reporting.labels import stream_title
-from experiments.reporting.study_output import columns, study_on_images
+from experiments.reporting.study_output import OnImages, columns, study_on_images
 from experiments.results.schemas import PROVENANCE
 from experiments.results.statistics import interval
-from experiments.settings.run import STREAM, Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.run import STREAM, Benchmark, RunSettings, Scenario
+from experiments.settings.tuned import CHOSEN_LAMBDA
 from experiments.settings.values import Count, Seed
 from experiments.training.run import Run
 from experiments.training.trained import task_logits
@@ -39,7 +41,14 @@ STREAMS: tuple[tuple[Benchmark, Scenario, int], ...] = (
     ("split", "domain", 5),
     ("split", "class", 5),
 )
-LAMBDAS = {"permuted": 30.0, "split": 1e3}  # those of the main job on MNIST
+LAMBDAS = {  # those of the main job on MNIST
+    "permuted": CHOSEN_LAMBDA["permuted", "mnist", "domain", "ewc"],
+    "split": CHOSEN_LAMBDA["split", "mnist", "task", "ewc"],
+}
+TYPES = {  # by the labels: per sample, and between the classes
+    "predicted": ("predicted", "class_mean"),
+    "data's": ("empirical", "class_mean_empirical"),
+}
 # Parts of F, each a Fisher type or the difference of two, and its colour.
 PER_SAMPLE, BETWEEN, WITHIN = "per sample", "between classes", "within classes"
 BY_CLASS, SHUFFLED = "mini-batches, sorted by class", "mini-batches, shuffled"
@@ -54,7 +63,7 @@ BETWEEN_CLASSES = pa.DataFrameSchema(
     {
         **columns(str, *STREAM),
         **columns(int, "seed", "experience", check=pa.Check.ge(0)),
-        **columns(str, "labels", check=pa.Check.isin(["predicted", "data's"])),
+        **columns(str, "labels", check=pa.Check.isin(TYPES)),
         **columns(str, "part", check=pa.Check.isin(COLOURS)),
         **columns(float, "trace", check=pa.Check.ge(0)),
         **columns(float, "ewc_lambda", check=pa.Check.ge(0)),
@@ -68,7 +77,7 @@ BETWEEN_CLASSES = pa.DataFrameSchema(
 
 
 @dataclass(frozen=True)
-class BetweenClasses:
+class BetweenClasses(OnImages):
     """Traces of the Fisher's parts between and within the classes, task by task."""
 
     seeds: tuple[Seed, ...] = (0, 1, 2)
@@ -77,10 +86,6 @@ class BetweenClasses:
     """Mini-batch of Avalanche's F, which depends on it."""
     hidden_size: Count = 256
     """Units in the hidden layer."""
-    dataset: Dataset | None = None
-    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
-    data_root: str | None = None
-    """Folder that holds, or gets, MNIST/raw."""
     out: str = "runs/between-classes"
     """Folder of the table and the plot."""
 
@@ -156,11 +161,8 @@ def parts_of(
     Yields:
         (labels, part), and the trace. Unit: nats / theta^2.
     """
-    for labels, suffix in (("predicted", ""), ("data's", "_empirical")):
-        per_sample, between = (
-            _trace(model, rows.batches(1024), name)
-            for name in (suffix.strip("_") or "predicted", f"class_mean{suffix}")
-        )
+    for labels, types in TYPES.items():
+        per_sample, between = (_trace(model, rows.batches(1024), name) for name in types)
         yield (labels, PER_SAMPLE), per_sample
         yield (labels, BETWEEN), between
         yield (labels, WITHIN), per_sample - between
@@ -172,7 +174,7 @@ def parts_of(
 
 def _trace(model: torch.nn.Module, batches: Any, fisher_type: str) -> float:
     fisher = diagonal_fisher(model, batches, fisher_type, forward=task_logits)
-    return sum(float(f.double().sum()) for f in fisher.values())
+    return fisher_trace(fisher)
 
 
 def draw_parts(table: pd.DataFrame) -> Figure:

@@ -17,10 +17,10 @@ from ewc_plugin.avalanche.metrics import share_holding
 from ewc_plugin.fisher.scores import FisherType
 from experiments.reporting.figures import style
 from experiments.reporting.labels import number, stream_title
-from experiments.reporting.study_output import columns, study_on_images
+from experiments.reporting.study_output import OnImages, columns, study_on_images
 from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import DEFAULT_EPOCHS
-from experiments.settings.run import Dataset, RunSettings
+from experiments.settings.run import RunSettings
 from experiments.settings.values import Count, Lambda, Seed
 from experiments.training.trained import train
 
@@ -50,7 +50,7 @@ IMPORTANCE = pa.DataFrameSchema(
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(OnImages):
     """Per-layer and per-pixel importance of split MNIST's experiences."""
 
     fisher_type: FisherType = FisherType.PREDICTED
@@ -61,10 +61,6 @@ class Importance:
     """Seeds the initial weights and the order of the samples."""
     hidden_size: Count = 256
     """Units in each of the two hidden layers."""
-    dataset: Dataset | None = None
-    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
-    data_root: str | None = None
-    """Folder that holds, or gets, MNIST/raw."""
     out: str = "runs/importance"
     """Folder of the table and the plot."""
 

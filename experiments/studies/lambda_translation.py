@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from ewc_plugin.avalanche.metrics import fisher_trace
 from ewc_plugin.fisher.scores import FisherType
 from experiments.reporting.figures import style
 from experiments.reporting.labels import number
-from experiments.reporting.study_output import columns, study_on_images
+from experiments.reporting.study_output import OnImages, columns, study_on_images
 from experiments.results.schemas import PROVENANCE
 from experiments.settings.grids import DEFAULT_EPOCHS
-from experiments.settings.run import Benchmark, Dataset, RunSettings, Scenario
+from experiments.settings.run import Benchmark, RunSettings, Scenario
 from experiments.settings.values import Count, Lambda, Seed
 from experiments.training.trained import Trained, train
 
@@ -62,7 +63,7 @@ LAMBDA_TRANSLATION = pa.DataFrameSchema(
 
 
 @dataclass(frozen=True)
-class LambdaTranslation:
+class LambdaTranslation(OnImages):
     """Traces and maxima of F by label type, and the lambdas that make their penalties as strong."""
 
     ewc_lambda: Lambda = 100.0
@@ -73,10 +74,6 @@ class LambdaTranslation:
     """Each trains a network of its own."""
     hidden_size: Count = 256
     """Units in each of the two hidden layers."""
-    dataset: Dataset | None = None
-    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
-    data_root: str | None = None
-    """Folder that holds, or gets, MNIST/raw."""
     out: str = "runs/lambda-translation"
     """Folder of the table and the plot."""
 
@@ -137,7 +134,7 @@ def translate(
 
 def statistics(fisher: dict[str, Tensor]) -> dict[str, float]:
     """Trace, mean and maximum of F. Unit: nats / theta^2."""
-    trace = sum(float(f.double().sum()) for f in fisher.values())
+    trace = fisher_trace(fisher)
     return {
         "trace": trace,
         "mean": trace / sum(f.numel() for f in fisher.values()),

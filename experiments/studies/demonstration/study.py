@@ -24,9 +24,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from ewc_plugin.plain import EWC, ewc_train, normal_train
 from experiments.data.sources import DataSource, load_images
-from experiments.reporting.study_output import columns, study_on_images
+from experiments.reporting.study_output import OnImages, columns, study_on_images
 from experiments.results.schemas import PROVENANCE
-from experiments.settings.run import N_CLASSES, Dataset
+from experiments.settings.run import N_CLASSES
 from experiments.settings.values import Count, Lambda, Positive, Seed
 from experiments.studies.demonstration.figure import METHODS, draw_curves
 from experiments.studies.demonstration.fisher import FISHER, time_fisher
@@ -52,7 +52,7 @@ CURVES = pa.DataFrameSchema(
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class Demonstration(OnImages):
     """Three tasks, plain SGD against EWC, and the Fisher beside a loop over samples."""
 
     ewc_lambda: Lambda = 1000.0
@@ -73,10 +73,6 @@ class Demonstration:
     """Each seeds the permutations, the initial weights, the order and the Fisher samples."""
     rounds: Count = 21
     """How often both ways to the Fisher are timed, in turns."""
-    dataset: Dataset | None = None
-    """Images to use. Unset: MNIST, or scikit-learn's digits where it can't be had."""
-    data_root: str | None = None
-    """Folder that holds, or gets, MNIST/raw."""
     out: str = "runs/demonstration"
     """Folder of the tables and the plot."""
 
