@@ -166,7 +166,8 @@ def _help() -> str:
     jobs = {name: str(kind.__doc__).splitlines()[0] for name, kind in JOBS.items()}
     lines = [f"  {name:18}  {what}" for name, what in {**jobs, **STUDIES}.items()]
     usage = "usage: python -m experiments [COMMAND] [OPTIONS]; each command has its own --help"
-    return "\n".join([usage, "", str(__doc__), "", *lines])
+    completion = "Completion of commands and options: --tyro-print-completion bash, zsh or tcsh."
+    return "\n".join([usage, "", str(__doc__), "", *lines, "", completion])
 
 
 def _interrupt_once(number: int, *_: Any) -> None:

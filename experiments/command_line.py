@@ -193,11 +193,23 @@ def _setting(name: str, kind: type) -> str:
     return ALIASES[name] if name in ALIASES and name not in hints_of(kind) else name
 
 
+# A parser's message on an option of one number, and of several.
+_NOT_A_NUMBER = re.compile(
+    r"Error parsing (--\S+): (?:invalid literal for int\(\) with base 10|"
+    r"could not convert string to float|Could not find valid parse for arguments): (.*)"
+)
+
+
 def _one_line(box: str) -> str:
     """Return the parser's error message on one line, with the suggested options."""
     _, *lines = [line.strip(" │╭╮╰╯|+") for line in box.strip().splitlines()]
     body = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
+    if match := _NOT_A_NUMBER.match(message):
+        option, got = match[1], match[2]
+        is_whole = any(line.startswith(f"{option} ") and "INT" in line for line in lines)
+        what = "a whole number" if is_whole else "a number"
+        message = f"`{option}` must be {what}{' or several' * got.startswith('[')}, got {got}."
     near = [match[0] for line in lines if (match := re.match(r"--\w[\w-]*", line))]
     message = message.replace("'None', ", "")  # what a file's missing entry means
     hint = f"; did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else ""

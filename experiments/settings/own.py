@@ -201,9 +201,13 @@ def _function(own: OwnFunction) -> Callable[..., Any]:
         raise own.error("be in a file that can be imported", error) from error
     found = getattr(module, own.function, None)
     if not callable(found):
-        names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        names = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__  # not imported
+        ]
         near = difflib.get_close_matches(own.function, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f", which has {', '.join(names) or 'none'}"
+        hint = f", as {near[0]} is" if near else f", which has {', '.join(names) or 'none'}"
         raise own.error("be a function in that file", hint)
     function: Callable[..., Any] = found
     return function

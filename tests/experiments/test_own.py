@@ -306,7 +306,7 @@ MISTAKES = {
     "own.py:": "must be one of",
     "own.py:1f": "must be one of",
     "folder.py:f": "must be a function in a file that can be read, got folder.py:f (Is a directory",
-    "own.py:plian": "be a function in that file; did you mean plain?",
+    "own.py:plian": "be a function in that file, as plain is.",
     "own.py:torch": "be a function in that file",
     "syntax.py:f": "must be in a file of Python code (line 1:",
     "raises.py:f": "must be in a file that can be imported: ZeroDivisionError",
