@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ from experiments.data.sources import DataSource, find_data
 from experiments.reporting.figures.style import save
 from experiments.results import tables
 from experiments.results.environment import write_environment
-from experiments.results.files import make_folder
+from experiments.results.files import make_folder, replace_file
 from experiments.results.provenance import ENTRY, NOT_RECORDED, provenance
 from experiments.results.schemas import PROVENANCE, Schema
 from experiments.settings.run import Dataset
+
+CELLS = "cells"  # folder of the rows that a study has measured before its table is written
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,38 @@ class StudyOutput:
         source: The images; None where a study draws its own data.
         console: Where progress and tables are printed.
         code: File of the study's module, which `code_hash` starts from.
+        settings: All that decides what a cell's rows are, besides the code and the cell.
     """
 
     folder: Path
     source: DataSource | None
     console: Console
     code: Path = ENTRY
+    settings: str = ""
+
+    def cell(
+        self, name: str, measure: Callable[[], Iterable[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Measure one cell's rows and keep them, so that they outlive a kill.
+
+        The same command with the same code takes them from the disk, until `table` is written.
+
+        Args:
+            name: Of the cell, unique in the study.
+            measure: Makes the rows.
+
+        Returns:
+            The rows, with the columns that say which code and commit made them, and when.
+        """
+        code = str(provenance(self.code)["code_hash"])
+        identity = hashlib.sha256("\n".join([name, self.settings, code]).encode()).hexdigest()
+        file = self.folder / CELLS / f"{identity[:16]}.json"
+        if rows := _rows_in(file):
+            return rows
+        rows = [{**row, **provenance(self.code)} for row in measure()]
+        make_folder(file.parent)
+        replace_file(file, json.dumps(rows, default=lambda number: number.item()))
+        return rows
 
     def table(self, rows: Iterable[dict[str, Any]] | pd.DataFrame, schema: Schema) -> pd.DataFrame:
         """Write rows as the file that the schema names, with the environment.
@@ -72,6 +103,7 @@ class StudyOutput:
         table = tables.check(rows, schema)
         tables.write(table, self.folder, schema)
         write_environment(self.folder, self.source)
+        shutil.rmtree(self.folder / CELLS, ignore_errors=True)
         return table
 
     def figure(self, figure: Figure, name: str) -> Path:
@@ -82,6 +114,16 @@ class StudyOutput:
         """Print a table."""
         text = table.to_string(float_format=lambda value: form % value, index=index)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _rows_in(file: Path) -> list[dict[str, Any]]:
+    """The rows in a file; none if there is no such file, or something else in it."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return rows if is_table else []
 
 
 @dataclass(frozen=True)
@@ -111,7 +153,10 @@ def study_output(settings: Any, source: DataSource | None = None) -> StudyOutput
     if source is not None and source.note:
         console.print(f"NOTE: {source.note}", style="bold yellow", markup=False, soft_wrap=True)
     make_folder(Path(out))
-    return StudyOutput(Path(out), source, console, Path(inspect.getfile(type(settings))))
+    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    identity = {**chosen, "dataset": source and source.name, "data_root": None, "out": None}
+    code = Path(inspect.getfile(type(settings)))
+    return StudyOutput(Path(out), source, console, code, repr(identity))
 
 
 def study_on_images(settings: Any) -> tuple[DataSource, StudyOutput]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -114,7 +115,8 @@ def run(settings: BetweenClasses) -> pd.DataFrame:
                 hidden_size=settings.hidden_size,
                 hidden_layers=1,
             )
-            rows += _rows(cell, source, settings.batch_size)
+            measure = partial(_rows, cell, source, settings.batch_size)
+            rows += output.cell(cell.run_id, measure)
     table = output.table(rows, BETWEEN_CLASSES)
     output.figure(draw_parts(table), "between_classes")
     shown = table.groupby([*STREAM, "labels", "part", "experience"], sort=False)["trace"].mean()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -136,8 +137,8 @@ def run(settings: Identities) -> pd.DataFrame:
         for seed in settings.seeds:
             output.console.print(f"{name}, seed {seed} ...")
             torch.manual_seed(seed)
-            model = make().double()
-            found = measure_while_training(model, x, labels(y), settings, seed)
+            measure = partial(measure_while_training, make().double(), x, labels(y), settings, seed)
+            found = output.cell(f"{name} {seed}", measure)
             rows += ({"problem": name, "seed": seed, **row} for row in found)
     table = output.table(rows, IDENTITIES)
     output.figure(draw_definitions(table), "identities")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ewc_plugin.avalanche.metrics import fisher_trace
 from ewc_plugin.fisher.scores import FisherType
+from experiments.data.sources import DataSource
 from experiments.reporting.figures import style
 from experiments.reporting.labels import number
 from experiments.reporting.study_output import OnImages, columns, study_on_images
@@ -101,12 +103,18 @@ def run(settings: LambdaTranslation) -> pd.DataFrame:
                 epochs=DEFAULT_EPOCHS[benchmark, source.name],
                 hidden_size=settings.hidden_size,
             )
-            rows += list(translate(cell, train(cell, source), settings))
+            rows += output.cell(cell.run_id, partial(_measure, cell, source, settings))
     table = output.table(rows, LAMBDA_TRANSLATION)
     output.figure(draw_translation(table, settings), "lambda_translation")
     shown = table.groupby(["benchmark", "fisher"], sort=False).mean(numeric_only=True)
     output.show(shown.drop(columns="seed"))
     return table
+
+
+def _measure(
+    cell: RunSettings, source: DataSource, settings: LambdaTranslation
+) -> Iterator[dict[str, Any]]:
+    return translate(cell, train(cell, source), settings)
 
 
 def translate(

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -137,7 +138,7 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
     for network in settings.networks:
         for kind in settings.kinds:
             output.console.print(f"{network}, {kind}: {settings.rounds} rounds ...")
-            rows += _measure(network, kind, settings)
+            rows += output.cell(f"{network} {kind}", partial(_measure, network, kind, settings))
     table = output.table(_with_kept(pd.DataFrame(rows), held), FISHER_SPEED)
     if table["multiple_of_gradient_pass"].notna().any():
         output.figure(draw_speeds(table), "fisher_speed")

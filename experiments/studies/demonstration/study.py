@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -106,9 +107,9 @@ def run(settings: Demonstration) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
         output.console.print(f"Seed {seed} ...")
-        rows += train_all(settings, source, seed)
-        curves = output.table(rows, CURVES)
-    fisher = output.table(_fisher_rows(settings, source), FISHER)
+        rows += output.cell(f"curves {seed}", partial(train_all, settings, source, seed))
+    fisher_rows = output.cell("Fisher", partial(_fisher_rows, settings, source))
+    curves, fisher = output.table(rows, CURVES), output.table(fisher_rows, FISHER)
     output.figure(draw_curves(curves), "curves")
     last = curves[curves["epoch"] == curves["epoch"].max()]
     shown = last.pivot_table(index="method", columns="eval_task", values="accuracy", sort=False)
