@@ -4,11 +4,19 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 
 from ewc_plugin import explain
 from experiments.results import tables
 from experiments.timing import fisher_speed
-from experiments.timing.fisher_engines import NETWORKS, OURS, UNIT, gradient_pass, make_problem
+from experiments.timing.fisher_engines import (
+    NETWORKS,
+    OURS,
+    UNIT,
+    gradient_pass,
+    make_problem,
+    relative_error,
+)
 from experiments.timing.fisher_speed import FISHER_SPEED, FisherSpeedSettings, _with_kept, run
 
 MULTIPLE = "multiple_of_gradient_pass"
@@ -44,6 +52,26 @@ def test_every_parameter_is_served_by_a_rule(network):
     served = explain(problem.model, (problem.x, problem.y))
     assert served.keys() == problem.named().keys()
     assert {name: how.detail for name, how in served.items() if how.engine != "rules"} == {}
+
+
+def test_a_gradient_that_is_zero_in_exact_arithmetic_is_no_error():
+    expected = {"weight": torch.tensor([1.0, 4.0]).double(), "key bias": torch.tensor([1e-31])}
+    noise = {"weight": torch.tensor([1.0, 4.0]), "key bias": torch.tensor([1e-13])}
+    assert relative_error(noise, expected) == pytest.approx(1e-13 / 4e-8)
+    wrong = {**noise, "key bias": torch.tensor([1e-9])}
+    assert relative_error(wrong, expected) > fisher_speed.WRONG
+    small = {**expected, "key bias": torch.tensor([1e-12]).double()}
+    assert relative_error({**expected, "key bias": torch.tensor([2e-12])}, small) == 1
+    assert relative_error(expected, {name: 0 * f for name, f in expected.items()}) == 0
+
+
+@pytest.mark.parametrize("network", ["bert", "vit"])
+def test_the_loop_and_ours_are_right_on_attention(network):
+    reference = fisher_speed._reference(network, "predicted", "cpu")
+    problem = make_problem(network, "predicted", samples=fisher_speed._ERROR_SAMPLES)
+    for engine in (OURS, "sample loop"):
+        got = fisher_speed.ENGINES[engine].prepare(problem)()
+        assert relative_error(got, reference) < 1e-4
 
 
 def test_network_whose_library_is_missing_is_absent(tmp_path, monkeypatch):
