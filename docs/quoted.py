@@ -20,6 +20,7 @@ from experiments.reporting.comparison import difference_of, difference_text
 from experiments.reporting.labels import cell_labels, method_of, number, stream_title
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas, differences
+from experiments.settings.run import STREAM
 from experiments.studies.factorial import ALL, WORDS
 from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
@@ -220,6 +221,41 @@ def _many_tasks() -> dict[str, Any]:
             for row in arms.itertuples()
             if row.fisher_type in ("predicted", "empirical", "class_mean")
         },
+        **_parts(),
+    }
+
+
+def _parts() -> dict[str, Any]:
+    """Traces of the Fisher's parts by task."""
+    table = _csv("between_classes/between_classes")
+    data = table[table["labels"] == "data's"]
+    table = table[(table["labels"] == "predicted") | table["part"].str.startswith("mini-batches")]
+    means = table.groupby([*STREAM, "part", "experience"], sort=False)["trace"].mean().unstack()
+
+    def shares(benchmark: str, part: str, whole: str) -> str:
+        rows = means.loc[benchmark]
+        share = 100 * rows.xs(part, level="part") / rows.xs(whole, level="part")
+        return f"{share.min().min():.1f} to {share.max().max():.0f} %"
+
+    permuted = means.loc["permuted"].droplevel(["dataset", "scenario"])
+    grown, by_class, shuffled = (
+        permuted.loc[part]
+        for part in ("per sample", "mini-batches, sorted by class", "mini-batches, shuffled")
+    )
+    of_data = data[(data["part"] == "between classes") & (data["benchmark"] == "permuted")]
+    own = by_class / of_data.groupby("experience")["trace"].mean()
+    low, high, ordered = own.min(), own.max(), by_class / shuffled
+    shown = permuted.map(lambda trace: f"{trace:.2g}")
+    shown.columns = [f"task {task + 1}" for task in shown.columns]
+    return {
+        "traces": _markdown(shown.reset_index()),
+        "n_traces": table["seed"].nunique(),
+        "permuted_share": shares("permuted", "between classes", "per sample"),
+        "split_share": shares("split", "between classes", "per sample"),
+        "growth": f"{grown.iloc[-1] / grown.iloc[0]:.1f}",
+        "first_to_tenth": " and ".join(f"{grown.iloc[task]:.0f}" for task in (0, -1)),
+        "sorted_to_between": f"{low:.2f} to {high:.2f}",
+        "sorted_to_shuffled": f"{ordered.min():.0f} to {ordered.max():.0f}",
     }
 
 
@@ -431,6 +467,39 @@ def _speeds() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _penalty() -> dict[str, Any]:
+    """A training step with a penalty as a multiple of one without, a column per method."""
+    table = _csv("penalty_speed/penalty_speed")
+    networks = {
+        "cnn": "SimpleCNN",
+        "mlp-512": NETWORKS["mlp-512"],
+        "mlp-2x2000": NETWORKS["mlp-2000"],
+    }
+    table = table.assign(network=table["model"].map(networks))
+    cell = ["network", "batch_size", "past_experiences"]
+    ratios = table.pivot_table("ratio", cell, "method", sort=False)[list(_STEPS)]
+    shown = ratios.map("{:.2f}".format).replace("nan", "–").rename(columns=_STEPS)
+    names = {"batch_size": "mini-batch", "past_experiences": "tasks"}
+    steps = shown.reset_index().rename(columns=names).astype(str)
+    ours = table[table["method"] == "in the gradient"]
+    mlps = ours[ours["model"] != "cnn"]
+    return {
+        "steps": _markdown(steps),
+        "of_kernel": f"{mlps['of_kernel'].min():.2f} to {mlps['of_kernel'].max():.2f}",
+        "penalty_rounds": f"{ours['rounds'].min()} to {ours['rounds'].max()}",
+    }
+
+
+_STEPS = {
+    "in the gradient": "this plugin",
+    "in the loss": "in the loss",
+    "implicit step": "implicit step",
+    "one compiled kernel": "one kernel",
+    "one compiled kernel, with the value": "with the value",
+    "Avalanche": "Avalanche's",
+}
+
+
 def _choose_engine() -> dict[str, Any]:
     table = _csv("fisher_speed/fisher_speed")
     table = table[table["device"] == "cpu"]
@@ -515,6 +584,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "choose-engine": _choose_engine,
     "fisher": _fisher,
     "laplace": _laplace,
+    "penalty": _penalty,
     "implicit-step": _implicit_step,
     "tables": _tables,
     "command-line": _command_line,
