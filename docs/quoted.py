@@ -21,6 +21,8 @@ from experiments.reporting.labels import cell_labels, method_of, number, stream_
 from experiments.reporting.text_table import SummaryTable, render, table_of
 from experiments.results.statistics import chosen_lambdas, differences
 from experiments.settings.run import STREAM
+from experiments.studies.between_classes import BETWEEN, BY_CLASS, PER_SAMPLE, SHUFFLED
+from experiments.studies.between_classes import TYPES as PART_TYPES
 from experiments.studies.factorial import ALL, WORDS
 from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
@@ -228,34 +230,30 @@ def _many_tasks() -> dict[str, Any]:
 def _parts() -> dict[str, Any]:
     """Traces of the Fisher's parts by task."""
     table = _csv("between_classes/between_classes")
-    data = table[table["labels"] == "data's"]
-    table = table[(table["labels"] == "predicted") | table["part"].str.startswith("mini-batches")]
-    means = table.groupby([*STREAM, "part", "experience"], sort=False)["trace"].mean().unstack()
-
-    def shares(benchmark: str, part: str, whole: str) -> str:
-        rows = means.loc[benchmark]
-        share = 100 * rows.xs(part, level="part") / rows.xs(whole, level="part")
-        return f"{share.min().min():.1f} to {share.max().max():.0f} %"
-
-    permuted = means.loc["permuted"].droplevel(["dataset", "scenario"])
-    grown, by_class, shuffled = (
-        permuted.loc[part]
-        for part in ("per sample", "mini-batches, sorted by class", "mini-batches, shuffled")
-    )
-    of_data = data[(data["part"] == "between classes") & (data["benchmark"] == "permuted")]
-    own = by_class / of_data.groupby("experience")["trace"].mean()
-    low, high, ordered = own.min(), own.max(), by_class / shuffled
-    shown = permuted.map(lambda trace: f"{trace:.2g}")
+    cell = [*STREAM, "labels", "part", "experience"]
+    traces = table.groupby(cell, sort=False)["trace"].mean().unstack()
+    predicted, of_data = (traces.xs(labels, level="labels") for labels in PART_TYPES)
+    between, whole = (predicted.xs(part, level="part") for part in (BETWEEN, PER_SAMPLE))
+    share = 100 * between / whole
+    permuted, data = (t.loc["permuted"].droplevel(STREAM[1:]) for t in (predicted, of_data))
+    grown, by_class = permuted.loc[PER_SAMPLE], data.loc[BY_CLASS]
+    to_between, to_shuffled = by_class / data.loc[BETWEEN], by_class / data.loc[SHUFFLED]
+    shown = pd.concat([permuted, data.loc[[BY_CLASS, SHUFFLED]]]).map("{:.2g}".format)
     shown.columns = [f"task {task + 1}" for task in shown.columns]
+
+    def percent(benchmark: str) -> str:
+        ours = share.loc[benchmark]
+        return f"{ours.min(axis=None):.1f} to {ours.max(axis=None):.0f} %"
+
     return {
         "traces": _markdown(shown.reset_index()),
         "n_traces": table["seed"].nunique(),
-        "permuted_share": shares("permuted", "between classes", "per sample"),
-        "split_share": shares("split", "between classes", "per sample"),
+        "permuted_share": percent("permuted"),
+        "split_share": percent("split"),
         "growth": f"{grown.iloc[-1] / grown.iloc[0]:.1f}",
-        "first_to_tenth": " and ".join(f"{grown.iloc[task]:.0f}" for task in (0, -1)),
-        "sorted_to_between": f"{low:.2f} to {high:.2f}",
-        "sorted_to_shuffled": f"{ordered.min():.0f} to {ordered.max():.0f}",
+        "first_to_tenth": f"{grown.iloc[0]:.0f} to {grown.iloc[-1]:.0f}",
+        "sorted_to_between": f"{to_between.min():.2f} to {to_between.max():.2f}",
+        "sorted_to_shuffled": f"{to_shuffled.min():.0f} to {to_shuffled.max():.0f}",
     }
 
 
