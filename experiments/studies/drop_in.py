@@ -25,7 +25,7 @@ from experiments.sweeps.jobs import completed_runs
 
 STREAMS: tuple[tuple[str, tuple[int, ...]], ...] = (("permuted", (5, 10)), ("split", (5,)))
 
-FISHER_TYPES = ("predicted", "class_mean")
+FISHER_TYPES = ("predicted", "class_mean", "class_mean_empirical")
 
 
 @dataclass(frozen=True)

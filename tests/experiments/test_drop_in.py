@@ -31,8 +31,8 @@ def test_both_methods_take_the_lambda_that_is_avalanches_best(small, tmp_path, c
     assert len(found) == 2
     best = found.set_index("benchmark")["ewc_lambda"]
     runs = tables.load(tmp_path)["runs"]
-    assert len(runs) == 12
-    assert set(runs["fisher_type"].dropna()) == {"predicted", "class_mean"}
+    assert len(runs) == 16
+    assert set(runs["fisher_type"].dropna()) == {"predicted", "class_mean", "class_mean_empirical"}
     assert not runs["validation"].any()
     assert (runs["ewc_lambda"] == runs["benchmark"].map(best)).all()
     assert set(runs.loc[runs["method"] == "ewc", "normalize"]) == {"avalanche"}
