@@ -70,7 +70,7 @@ PROTOCOL = Protocol(
         Arm("EWC, online", {**PREDICTED, "ewc_lambda": 30.0}, ATTAINED, NAIVE),
         Arm("Avalanche's EWC, online", {**BUILTIN, "ewc_lambda": 3000.0}, ATTAINED, NAIVE),
     ),
-    seeds=(0, 1, 2),
+    seeds=tuple(range(10)),
     search=CANDIDATES,
     digits={"epochs": 10, "hidden_size": 32, "batch_size": 32, "n_experiences": 3},
 )
