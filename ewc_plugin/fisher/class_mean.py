@@ -17,6 +17,7 @@ more, for the chunk of their predicted class.
 """
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,14 @@ import torch
 from torch import Tensor
 
 from ewc_plugin.batches import Batch, Chunk, n_samples, rechunk, take
+from ewc_plugin.fisher.accumulate import AuditError
+from ewc_plugin.fisher.additivity import differing, obstacle, summed_alone, summed_gradients
 from ewc_plugin.fisher.audit import Auditor
 from ewc_plugin.fisher.chunk import out_of_memory, score_factor
 from ewc_plugin.fisher.label_scores import LabelScores, is_index
 from ewc_plugin.fisher.model_call import ModelCall
-from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite, is_half
-from ewc_plugin.fisher.per_sample import gradients_of, zeros
+from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
+from ewc_plugin.fisher.per_sample import zeros
 from ewc_plugin.fisher.result import check_finite_squares
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.scores import (
@@ -42,10 +45,6 @@ from ewc_plugin.fisher.scores import (
     Scores,
     score_vectors,
 )
-
-_TRIED = 3  # samples, on which gradients are compared
-_TOLERANCES = 0.01, 1e-5  # relative to a tensor's largest entry, and to the largest of all
-_HALF = 0.1, 1e-2
 
 _Waiting = dict[int, list[Batch]]  # class -> its samples, each batch with its places [N]
 
@@ -123,6 +122,7 @@ class ClassMeans:
         chunk_size: Samples per backward pass.
         may_regroup: Whether samples may leave the loader's batches. Otherwise each batch goes back
             once for every class in it.
+        one_by_one: Whether each sample has a backward pass of its own.
 
     Attributes:
         N: Number of samples so far.
@@ -131,14 +131,26 @@ class ClassMeans:
     """
 
     def __init__(
-        self, call: ModelCall, label_scores: LabelScores, chunk_size: int, *, may_regroup: bool
+        self,
+        call: ModelCall,
+        label_scores: LabelScores,
+        chunk_size: int,
+        *,
+        may_regroup: bool,
+        one_by_one: bool,
     ) -> None:
         assert isinstance(label_scores.fisher_type, FisherType)
         self.call, self.label_scores = call, label_scores
         self._type = label_scores.fisher_type
         self.limit, self.may_join = chunk_size, may_regroup
         self.N = 0
-        self._auditor = Auditor()
+        self._auditor, self._gradient_auditor = Auditor(), Auditor()
+        self._generator = torch.Generator().manual_seed(0)
+        self._most_audited = 1  # samples in a backward pass whose gradient was compared
+        self._all_audited = True  # those with several
+        self._one_by_one = one_by_one
+        if not one_by_one and (reason := obstacle(call)):
+            self._go_one_by_one(reason)
         self._sums = ClassSums(zeros(call.params))
         self._known: _Waiting = defaultdict(list)
         self._guessed: _Waiting = defaultdict(list)
@@ -152,8 +164,6 @@ class ClassMeans:
     def add(self, chunk: Chunk) -> None:
         """Add samples to those that wait, and compute the chunks that are full."""
         batch, first = chunk.own().batch, self.N
-        if not first and self.may_join and not gradients_add_up(self.call, batch):
-            self.limit = 1
         self.N += n_samples(batch)
         if not self.may_join:
             self._pull_back_each_class(batch, first)
@@ -182,7 +192,7 @@ class ClassMeans:
     def mean(self) -> Sums:
         """F, once no sample waits."""
         for waiting in (self._guessed, self._known):  # in this order: wrong guesses wait once more
-            for c in list(waiting):
+            for c in sorted(waiting, key=lambda c: -_size(waiting[c])):  # audited first
                 self._flush(waiting, c)
         kept = _kept.get()
         if kept is not None:
@@ -245,10 +255,10 @@ class ClassMeans:
         labels = torch.full((len(logits),), c, device=logits.device)
         if not guessed:
             self.label_scores.check_labels(labels, logits)
-            self._add_class(c, logits, labels)
+            self._add_class(c, batch[0], logits, labels)
             return
         predicted = logits.detach().argmax(1)
-        self._add_class(c, logits, predicted)
+        self._add_class(c, batch[0], logits, predicted)
         wrong = (predicted != c).nonzero()[:, 0]
         self._n_guesses += len(logits)
         self._n_wrong += len(wrong)
@@ -264,10 +274,16 @@ class ClassMeans:
             self.label_scores.check_labels(labels, logits)
         for c in labels.unique().tolist():
             if c != self.label_scores.ignore_index:
-                self._add_class(c, logits, labels, retain_graph=True)
+                self._add_class(c, batch, logits, labels, retain_graph=True)
 
     def _add_class(
-        self, c: int, logits: Tensor, labels: Tensor, *, retain_graph: bool = False
+        self,
+        c: int,
+        batch: Batch,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        retain_graph: bool = False,
     ) -> None:
         """Add the summed gradient of the samples that have label c."""
         own = labels == c
@@ -280,8 +296,61 @@ class ClassMeans:
         v = vectors.vector(0) * own[:, None]
         factor = score_factor(self.call, Scores(1, lambda s: v), logits)
         pulled = (v * factor).to(logits.dtype)
-        gradients = summed_gradients(self.call, logits, pulled, retain_graph=retain_graph)
+        rows = own.nonzero()[:, 0]
+        gradients = self._gradients(batch, logits, pulled, rows, retain_graph=retain_graph)
         self._sums.add(c, gradients, 1 / factor, n)
+
+    def _gradients(
+        self, batch: Batch, logits: Tensor, v: Tensor, rows: Tensor, *, retain_graph: bool
+    ) -> Sums:
+        """The summed gradient of some samples, in one backward pass where they add up.
+
+        That is tried on the first several samples, on twice as many, and in 1 % of the time.
+
+        Args:
+            batch: N samples.
+            logits: Theirs [N, C].
+            v: Vectors [N, C] at the logits.
+            rows: Which samples have one.
+            retain_graph: Whether the graph is needed again.
+
+        Returns:
+            sum_n J_n^T v_n.
+
+        Raises:
+            AuditError: They do not, and sums that nobody compared may be wrong.
+        """
+        N, n = len(logits), len(rows)
+        if self._one_by_one and N > 1:
+            return summed_alone(self.call, batch, v, rows)
+        must = self._most_audited == 1 or n >= 2 * self._most_audited
+        audit = N > 1 and self._gradient_auditor.watch(N, must=must) is not None
+        together = summed_gradients(self.call, logits, v, retain_graph=retain_graph or audit)
+        if not audit:
+            self._all_audited &= N == 1
+            return together
+        started = time.perf_counter()
+        names = differing(self.call, batch, logits, v, rows, together, self._generator)
+        self._gradient_auditor.spend(time.perf_counter() - started)
+        if names:
+            if not self._all_audited:
+                raise AuditError(
+                    f"An audit found, after {self.N} samples, that gradients of samples do "
+                    f"not add up in one backward pass (seen at {', '.join(names)}), so the class "
+                    "means so far may be wrong. Pass chunk_size=1."
+                )
+            self._go_one_by_one(f"seen at {', '.join(names)}")
+            return summed_alone(self.call, batch, v, rows)
+        self._most_audited = max(n, self._most_audited)
+        return together
+
+    def _go_one_by_one(self, reason: str) -> None:
+        self._one_by_one = True
+        warnings.warn(
+            f"Gradients of samples do not add up in one backward pass ({reason}): each sample goes "
+            "back alone now, which is slower, and exact.",
+            stacklevel=2,
+        )
 
     def _audit(self, batch: Batch, logits: Tensor) -> None:
         """Compare a sample's logits with those that it has alone, in the first chunk and later."""
@@ -325,49 +394,3 @@ def class_logits(call: ModelCall, batch: Batch) -> Tensor:
 
 def _size(parts: list[Batch]) -> int:
     return sum(len(places) for _, places in parts)
-
-
-def summed_gradients(
-    call: ModelCall, logits: Tensor, v: Tensor, *, retain_graph: bool = False
-) -> dict[str, Tensor]:
-    """sum_n J_n^T v_n of the parameters that the logits depend on."""
-    if not logits.requires_grad:
-        return {}
-    found = gradients_of(call, logits, v, retain_graph=retain_graph)
-    return {
-        name: gradient.to_dense() if gradient.is_sparse else gradient
-        for name, gradient in zip(call.params, found, strict=True)
-        if gradient is not None
-    }
-
-
-def gradients_add_up(call: ModelCall, batch: Batch) -> bool:
-    """Whether the gradient of a batch is the sum of those that its samples have alone.
-
-    Logits may be a sample's own where gradients are not: `nn.Embedding(scale_grad_by_freq=True)`
-    divides them by the number of times that a word occurs in the batch, and a hook may clip them.
-
-    Args:
-        call: The model.
-        batch: Its first samples are tried.
-
-    Returns:
-        Whether gradients add up over samples.
-    """
-    some = take(batch, torch.arange(_TRIED) % n_samples(batch))
-    logits = class_logits(call, some)
-    v = torch.linspace(1, 2, logits.numel()).to(logits).view_as(logits)
-    together = summed_gradients(call, logits, v)
-    alone: Sums = {}
-    sizes: dict[str, float] = defaultdict(float)  # largest entry of a sample's gradient
-    for n in range(_TRIED):
-        own = class_logits(call, take(some, slice(n, n + 1)))
-        for name, g in summed_gradients(call, own, v[n : n + 1]).items():
-            alone[name] = alone[name] + g if name in alone else g
-            sizes[name] = max(sizes[name], float(g.abs().max()) if g.numel() else 0.0)
-    relative, floor = _HALF if is_half(logits, call.params) else _TOLERANCES
-    largest = max(sizes.values(), default=0.0)
-    return together.keys() == alone.keys() and all(
-        not bool(((together[name] - g).abs() > relative * sizes[name] + floor * largest).any())
-        for name, g in alone.items()
-    )

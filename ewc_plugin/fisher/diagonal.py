@@ -191,7 +191,13 @@ def diagonal_fisher(
         size = _chunk_size(call, probed, chunk_size, label_scores.one_vector)
         accumulator: Accumulator | ClassMeans
         if fisher_type in CLASS_MEANS:
-            accumulator = ClassMeans(call, label_scores, size, may_regroup=probed.may_join)
+            accumulator = ClassMeans(
+                call,
+                label_scores,
+                size,
+                may_regroup=probed.may_join,
+                one_by_one=chunk_size == 1,
+            )
         else:
             accumulator = Accumulator(
                 call,

@@ -1,5 +1,7 @@
 """The class means' squares against a plain loop over single samples."""
 
+from itertools import count
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,7 @@ def data(N=60, classes=4, seed=1):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:Gradients of samples do not add up .*by_freq")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
 def test_any_model_as_in_the_loop(problem):
     model, parts, y = problem.build()
@@ -195,8 +198,56 @@ class Normalised(nn.Module):
 
 def clipped():
     net = mlp()
-    net[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    net[0].weight.register_hook(lambda g: g.clamp(-1, 1))  # above what a few samples reach
     return net
+
+
+class Clips(nn.Module):
+    """Clips the gradient of a layer, above what a few samples reach."""
+
+    def __init__(self, limit=0.8):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.limit = limit
+
+    def clip(self, g):
+        return g * min(1.0, self.limit / float(g.norm()))
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        if h.requires_grad:
+            h.register_hook(self.clip)
+        return self.head(h)
+
+
+class ClipsBesideAnOutlier(Clips):
+    def clip(self, g):
+        return super().clip(g) if self.outlier else g
+
+    def forward(self, x):
+        self.outlier = bool((x.abs() > 9).any())
+        return super().forward(x)
+
+
+class FixedSize(Clips):
+    """Takes batches of 20 samples alone."""
+
+    def forward(self, x):
+        return super().forward(x + torch.zeros(20, 6).to(x))
+
+
+class Words(nn.Module):
+    """Gradients of a word are divided by how often it is in the batch: seldom more than once."""
+
+    def __init__(self, module=True):
+        super().__init__()
+        self.table = nn.Embedding(400, 5, scale_grad_by_freq=module)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        words = (x * 1e4).long() % 400
+        table = nn.functional.embedding(words, self.table.weight, scale_grad_by_freq=True)
+        return self.head(table.mean(1).tanh())
 
 
 class Checkpointed(nn.Module):
@@ -209,22 +260,79 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(self.first, x * self.scale, use_reentrant=True).tanh())
 
 
-@pytest.mark.parametrize("make", [Normalised, clipped, Checkpointed])
-def test_each_sample_has_the_gradient_of_its_own_backward_pass(make):
-    net, (x, y) = make().double(), data()
+def class_means_of_backward_passes(net, x, y, size=1):
+    """Each sample's gradient is that of its own pass, in a batch of `size` copies."""
     sums = {name: torch.zeros(4, *p.shape).double() for name, p in net.named_parameters()}
     for n in range(len(x)):
         net.zero_grad()
-        net(x[n : n + 1]).log_softmax(1)[0, y[n]].backward()
+        logits = net(x[n : n + 1].expand(size, *x.shape[1:]))[:1]
+        logits.log_softmax(1)[0, y[n]].backward()
         for name, p in net.named_parameters():
             sums[name][y[n]] += p.grad
-    expected = {
+    net.zero_grad()
+    return {
         name: sum(s[c].square() / (y == c).sum() for c in range(4)) / len(y)
         for name, s in sums.items()
     }
-    net.zero_grad()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [Normalised, clipped, Clips, Words, lambda: Words(module=False)])
+def test_each_sample_has_the_gradient_of_its_own_backward_pass(make, kind):
+    torch.manual_seed(0)
+    net, (x, y) = make().double(), data()
+    labels = labels_of(kind, net, (x,), y)
+    expected = class_means_of_backward_passes(net, x, labels)
+    with pytest.warns(UserWarning, match="do not add up .*goes back alone"):
+        found = diagonal_fisher(net, [(x, labels)], kind)
+    assert relative_error(found, expected) < 1e-12
+    assert relative_error(diagonal_fisher(net, [(x, y)], kind, chunk_size=1), expected) < 1e-12
+
+
+def test_a_backward_pass_of_its_own_adds_up():
+    net, (x, y) = Checkpointed().double(), data()
+    expected = class_means_of_backward_passes(net, x, y)
     found = diagonal_fisher(net, [(x, y)], "class_mean_empirical")
     assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_do_not_add_up_in_the_loaders_batches(kind):
+    torch.manual_seed(0)
+    net, (x, y) = FixedSize().double(), data()
+    with torch.no_grad():
+        logits = torch.cat([net(part) for part in x.split(20)])
+    labels = y if kind == "class_mean_empirical" else logits.argmax(1)
+    expected = class_means_of_backward_passes(net, x, labels, size=20)
+    batches = list(zip(x.split(20), y.split(20), strict=True))
+    with pytest.warns(UserWarning, match="do not add up .*goes back alone"):
+        found = diagonal_fisher(net, batches, kind)
+    assert relative_error(found, expected) < 1e-12
+    assert relative_error(diagonal_fisher(net, batches, kind, chunk_size=1), expected) < 1e-12
+
+
+def test_gradients_that_do_not_add_up_late_are_an_error(monkeypatch):
+    watch, calls = class_mean.Auditor.watch, count()
+    monkeypatch.setattr(
+        class_mean.Auditor,
+        "watch",
+        lambda self, N, must: watch(self, N, must=must or next(calls) > 5),
+    )
+    torch.manual_seed(0)
+    net, (x, y) = ClipsBesideAnOutlier(limit=0.1).double(), data()
+    x[-1, 0] = 10
+    with pytest.raises(ValueError, match="after 60 samples, .* do not add up .* chunk_size=1"):
+        diagonal_fisher(net, [(x, y)], "class_mean_empirical", chunk_size=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_that_add_up_but_for_rounding(dtype, monkeypatch):
+    watch = class_mean.Auditor.watch
+    monkeypatch.setattr(
+        class_mean.Auditor, "watch", lambda self, N, must: watch(self, N, must=True)
+    )
+    net, (x, y) = mlp().to(dtype), data(N=4000)
+    diagonal_fisher(net, [(x.to(dtype), y)], "class_mean_empirical")
 
 
 @pytest.mark.parametrize(
