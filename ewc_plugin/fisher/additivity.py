@@ -95,6 +95,8 @@ def differing(
         masked = torch.zeros_like(v).index_copy_(0, some, v[some])
         return summed_gradients(call, logits, masked, retain_graph=True)
 
+    if not all(bool(g.isfinite().all()) for g in together.values()):
+        return []  # it is refused at the end
     half = is_half(logits, call.params)
     largest = v[rows].norm(dim=1).argsort(descending=True)[: _TRIED // 2].tolist()
     drawn = torch.randperm(len(rows), generator=generator, device="cpu").tolist()
@@ -113,8 +115,7 @@ def differing(
         for gradients, sign in ((together, 1), (rest, -1)):
             if name in gradients:
                 off.add_(gradients[name], alpha=sign)
-        is_finite = name not in together or bool(together[name].isfinite().all())
-        if is_finite and not float(off.norm()) <= allowed:  # a gradient of NaN is refused elsewhere
+        if not float(off.norm()) <= allowed:  # also where it is NaN
             found.append(name)
     return found
 
