@@ -11,14 +11,14 @@ the same way. A parameter that no layer function reads, but an elementwise one o
 expanded to the shape in which it meets the batch, with a tap behind the expansion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +31,7 @@ from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, Traced
 from ewc_plugin.fisher.tracing.lineage import Lineage, Source, tensors_in
 from ewc_plugin.fisher.tracing.recurrent import RECURRENT, cell, unrolled
 from ewc_plugin.fisher.tracing.recurrent import plain_call as layer_call
+from ewc_plugin.fisher.tracing.row_order import RowOrder
 
 _BROADCAST = Broadcast("broadcast")
 _JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
@@ -48,29 +49,7 @@ def changes_first(func: Any) -> bool:
     return in_place or name in ("__setitem__", *(f"__i{op}__" for op in _OPERATORS))
 
 
-# Functions whose number of rows per sample depends on the data. A matching total does not
-# show to which sample a row belongs.
-_PICKING = {
-    *(torch.nonzero, torch.argwhere, torch.masked_select, torch.repeat_interleave),
-    *(Tensor.nonzero, Tensor.argwhere, Tensor.masked_select, Tensor.repeat_interleave),
-}
-
 _PICKED = "its rows per sample depend on the data"
-
-
-def _picks_rows(func: Any, args: Any, N: int) -> bool:
-    """Whether a call picks rows by the data; a mask [N] has a sample's row once or not at all."""
-    if func in _PICKING:
-        counts = args[1:2]
-        repeats = func in (torch.repeat_interleave, Tensor.repeat_interleave)
-        return not repeats or any(isinstance(c, Tensor) for c in counts)
-    if func is torch.where:
-        return len(args) == 1
-    if func is not Tensor.__getitem__:
-        return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
-    return any(mask.shape != (N,) for mask in masks)
 
 
 class Capture(TorchFunctionMode):
@@ -83,13 +62,14 @@ class Capture(TorchFunctionMode):
         self, model: ModelState, names: dict[int, str], on_gradient: OnGradient | None, N: int
     ) -> None:
         super().__init__()
-        self._N = N  # samples in the batch
+        self._N = N
         self._model = model
         self._names = dict(names)  # id of a parameter -> its name
         self._on_gradient = on_gradient
-        self._order: Tensor | None = None  # of packed sequences
+        self._order: Tensor | None = None  # of what a recurrent layer reads
         self._hooks: list[RemovableHandle] = []
         self._lineage: Lineage  # made on entering, once the layers with a rule are known
+        self._rows: RowOrder
         device = model.parameters[0].device
         self.trace = Trace(torch.zeros((), device=device, requires_grad=True))
 
@@ -97,7 +77,9 @@ class Capture(TorchFunctionMode):
         """Also hooks the layers that have a registered rule, which covers the functions in them."""
         for module in self._model.modules:
             if isinstance(module, nn.RNNBase):
-                self._hooks.append(module.register_forward_pre_hook(self._keep_order))
+                self._hooks.append(
+                    module.register_forward_pre_hook(self._keep_order, with_kwargs=True)
+                )
             if squares := LAYER_RULES.get(type(module)):
                 names = {
                     role: self._names.pop(id(p))
@@ -108,6 +90,7 @@ class Capture(TorchFunctionMode):
                     hook = self._layer_hook(RegisteredRule(module, squares), names)
                     self._hooks.append(module.register_forward_hook(hook))
         self._lineage = Lineage(self._model, self._names)
+        self._rows = RowOrder(self._N, self._lineage.is_of_batch)
         super().__enter__()
         return self
 
@@ -117,10 +100,18 @@ class Capture(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _keep_order(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Record inside of a function too, where torch switches the mode off."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def _keep_order(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep what torch's function for packed sequences is not given."""
-        packed = args and isinstance(args[0], PackedSequence)
-        self._order = args[0].unsorted_indices if packed else None
+        self._order = self._rows.of_recurrent(args[0] if args else kwargs.get("input"))
 
     def _layer_hook(self, rule: LayerRule, names: dict[str, str]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -157,7 +148,7 @@ class Capture(TorchFunctionMode):
         if not found:
             out = func(*args, **kwargs)
             if foreign:
-                self.trace.picked_rows |= _picks_rows(func, args, self._N)
+                self._rows.see(func, args, kwargs, out)
             else:
                 self._lineage.learn_constant(func, args, out)
             return out
@@ -179,10 +170,13 @@ class Capture(TorchFunctionMode):
 
     def _meets_batch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a function of parameters and the batch."""
-        if self.trace.picked_rows:
+        read = [t for t in tensors_in((*args, *kwargs.values())) if self._lineage.is_of_batch(t)]
+        if not self._rows.is_known(read, recurrent=func in RECURRENT):
             self._give_up(self._lineage.read_by(func, args, kwargs)[0], _PICKED)
-            return func(*args, **kwargs)
-        self.trace.picked_rows |= _picks_rows(func, args, self._N)
+            out = func(*args, **kwargs)
+            self._rows.see(func, args, kwargs, out)
+            return out
+        self._rows.see(func, args, kwargs)
         if rule := RULES.get(func):
             call = rule.bind(*args, **kwargs)
             if call is not None and (sources := self._name(call)):
@@ -190,7 +184,7 @@ class Capture(TorchFunctionMode):
                     args, kwargs = self._without_parameters(func, call, args, kwargs)
                 return self._record(rule, call, func(*args, **kwargs), sources)
         if func is F.multi_head_attention_forward and (plain := plain_call(args, kwargs)):
-            with self:
+            with self._again():
                 return attention(plain)
         if func in RECURRENT:
             return self._recurrent(func, args, kwargs)
@@ -204,7 +198,7 @@ class Capture(TorchFunctionMode):
 
     def _recurrent(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A recurrent layer or cell with its products recorded."""
-        with self:
+        with self._again():
             out = cell(func, args, kwargs)
         if out is not None:
             return out
@@ -216,7 +210,7 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs) if self._on_gradient is None else out
 
     def _linear(self, *args: Any) -> Tensor:
-        with self:
+        with self._again():
             return F.linear(*args)
 
     def _recurrence(

@@ -296,7 +296,6 @@ class Trace:
         of_registered_rules: Parameters of layers with a registered rule; they stay in the graph.
         shared: What takes the gradients of calls that read the same parameters; see `shared.py`.
         untraceable: Parameters seen in a call that no rule can serve, each with the reason.
-        picked_rows: Whether rows were picked by the data, as by a mask of tokens.
     """
 
     anchor: Tensor
@@ -304,7 +303,6 @@ class Trace:
     inputs: list[Tensor] = field(default_factory=list)
     of_registered_rules: set[str] = field(default_factory=set)
     untraceable: dict[str, str] = field(default_factory=dict)
-    picked_rows: bool = False
     shared: list[Any] = field(default_factory=list)
     _names: dict[int, str] = field(default_factory=dict)  # id of a source -> its name
 

@@ -115,17 +115,21 @@ class Lineage:
         known = self._known.get(id(t))
         return known[2] if known is not None and known[1] == t._version else None
 
+    def is_of_batch(self, t: Any) -> bool:
+        """Whether a tensor may come from the batch: it is not of parameters and constants alone."""
+        known = self._known.get(id(t))
+        return known is None or known[1] != t._version
+
     def sources(self, args: Iterable[Any]) -> tuple[list[Source], bool]:
         """The sources among arguments, and whether any other argument may come from the batch."""
         found: list[Source] = []
         foreign = False
         for arg in args:
             if isinstance(arg, Tensor):
-                known = self._known.get(id(arg))
-                if known is None or known[1] != arg._version:
+                if self.is_of_batch(arg):
                     foreign = True
-                elif known[2] is not None:
-                    found.append(known[2])
+                elif source := self.source(arg):
+                    found.append(source)
             elif isinstance(arg, (tuple, list)):
                 inner, inner_foreign = self.sources(arg)
                 found += inner
