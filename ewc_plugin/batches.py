@@ -1,7 +1,8 @@
 """Operations on batches (pytrees with a sample axis): size, slice, join, random subset.
 
-The samples of a batch are along the first axis of its tensors and NumPy arrays, and in lists of
-plain values (such as strings) of the same length. Everything else is shared by all samples.
+The samples of a batch are along the first axis of its tensors and NumPy arrays, and in lists and
+tuples of plain values (such as strings) of the same length. All else is shared by all samples: a
+pair of numbers is shared by two samples too if it was by the more that came before.
 """
 
 import sys
@@ -12,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_map,
+    tree_map_with_path,
+    tree_unflatten,
+)
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 Batch = Any  # a tuple, list, dict, ... of tensors [N, ...]
@@ -27,6 +34,10 @@ def as_pytree(batch: Batch) -> Batch:
     """A batch in which every mapping is a dict: a tokenizer's own class is opaque to pytrees."""
     if isinstance(batch, Mapping):
         return {key: as_pytree(value) for key, value in batch.items()}
+    if isinstance(batch, _SharedTuple | _SharedList):
+        return batch
+    if isinstance(batch, torch.Size):
+        return _SharedTuple(batch)
     if isinstance(batch, list):
         return [as_pytree(item) for item in batch]
     if isinstance(batch, tuple):
@@ -95,11 +106,13 @@ def take(batch: Batch, index: Tensor | slice) -> Batch:
             return leaf[index] if leaf.layout == torch.strided else _sparse_rows(leaf, index)
         if _is_array(leaf) and len(leaf) == N:
             return leaf[index if isinstance(index, slice) else index.cpu().numpy()]
-        if isinstance(leaf, list):
-            return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+        if type(leaf) in _SHARED:
+            if isinstance(index, slice):
+                return leaf[index]
+            return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
-    return _mapped(part, batch, lambda node: _is_plain_list(node, N))
+    return _mapped(part, batch, lambda node: _is_value_per_sample(node, N))
 
 
 def copied(batch: Batch) -> Batch:
@@ -139,8 +152,8 @@ def _joined(column: tuple[Any, ...]) -> Any:
         if first.layout in (torch.strided, torch.sparse_coo):
             return torch.cat(column)
         return torch.cat([t.to_sparse_coo() for t in column]).to_sparse(layout=first.layout)
-    if isinstance(first, list):
-        return [value for part in column for value in part]
+    if type(first) in _SHARED:
+        return type(first)(value for part in column for value in part)
     if _is_array(first) and first.ndim:
         return sys.modules["numpy"].concatenate(column)
     return first
@@ -161,7 +174,7 @@ def _fits(a: Any, b: Any, left: Batch, right: Batch) -> bool:
     if has_samples(a):
         alike = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.layout == b.layout
         return bool(alike and a.device == b.device)
-    if isinstance(a, list):
+    if type(a) in _SHARED:
         return True  # each has a value per sample
     if _is_array(a) and a.ndim and a.dtype != object:
         rows = (len(a), len(b)) == (n_samples(left), n_samples(right))
@@ -170,11 +183,11 @@ def _fits(a: Any, b: Any, left: Batch, right: Batch) -> bool:
 
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:
-    """Return leaves and structure; a list of one plain value per sample is one leaf."""
+    """Return leaves and structure; a sequence of one plain value per sample is one leaf."""
     if _is_flat(batch):
         return list(batch), _flat_tree(len(batch))
     N = n_samples(batch)
-    return tree_flatten(batch, is_leaf=lambda node: _is_plain_list(node, N))
+    return tree_flatten(batch, is_leaf=lambda node: _is_value_per_sample(node, N))
 
 
 @lru_cache(64)
@@ -183,11 +196,75 @@ def _flat_tree(n_items: int) -> Any:
 
 
 def _is_plain(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, str | bytes | bool | int | float | complex)
+    plain = str | bytes | bool | int | float | complex | _SharedList | _SharedTuple
+    return leaf is None or isinstance(leaf, plain)
 
 
-def _is_plain_list(node: Any, N: int) -> bool:
-    return isinstance(node, list) and len(node) == N and all(_is_plain(item) for item in node)
+class _SharedList(list[Any]):
+    """Plain values that belong to a whole batch: a leaf, which is not cut."""
+
+
+class _SharedTuple(tuple[Any, ...]):
+    """The same of a tuple."""
+
+
+_SHARED: dict[type, Callable[[Any], Any]] = {list: _SharedList, tuple: _SharedTuple}
+
+
+def _is_plain_sequence(node: Any) -> bool:
+    return type(node) in _SHARED and all(map(_is_plain, node))
+
+
+def _is_value_per_sample(node: Any, N: int) -> bool:
+    return _is_plain_sequence(node) and len(node) == N
+
+
+def has_values_beside_tensors(batch: Batch) -> bool:
+    """Whether samples have values in sequences or arrays."""
+    N = n_samples(batch)
+    return any(
+        type(leaf) in _SHARED or (_is_array(leaf) and leaf.ndim and len(leaf) == N)
+        for leaf in _flatten(batch)[0]
+    )
+
+
+def _as_pytrees(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches as pytrees, with a mark on sequences whose values belong to no sample.
+
+    Args:
+        batches: Any batches.
+
+    Yields:
+        Each of them.
+
+    Raises:
+        ValueError: A sequence had a value for each sample before, and now it has not.
+    """
+    shared: dict[str, bool] = {}  # of sequences that have another length than 1, by their place
+    for batch in map(as_pytree, batches):
+        yield batch if _is_flat(batch) else _marked(batch, shared)
+
+
+def _marked(batch: Batch, shared: dict[str, bool]) -> Batch:
+    N = n_samples(batch)
+
+    def marked(path: Any, node: Any) -> Any:
+        if not _is_plain_sequence(node):
+            return node
+        place = keystr(path)
+        if len(node) == N and not shared.get(place):
+            if N > 1:
+                shared[place] = False
+            return node
+        if shared.setdefault(place, True):
+            return _SHARED[type(node)](node)
+        raise ValueError(
+            f"A {type(node).__name__} in `batches`, at {place}, has {len(node)} values for {N} "
+            "samples, and had one for each sample before. Pass values of samples as a tensor "
+            "[N, ...], and those of a whole batch through `forward`."
+        )
+
+    return tree_map_with_path(marked, batch, is_leaf=_is_plain_sequence)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -259,8 +336,7 @@ def chunk_of(batches: list[Batch], *, owned: bool) -> Chunk:
 
 def not_empty(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches as pytrees that have at least one sample."""
-    for batch in batches:
-        batch = as_pytree(batch)
+    for batch in _as_pytrees(batches):
         if n_samples(batch):
             yield _without_graph(batch)
 
@@ -395,18 +471,18 @@ def _loader_of(loader: DataLoader[Any], indices: list[int]) -> DataLoader[Any]:
 def _drawn_from(
     batches: Sequence[Batch], count: int, generator: torch.Generator
 ) -> Iterator[Batch]:
-    sizes = [n_samples(as_pytree(batch)) for batch in batches]
+    sizes = [n_samples(batch) for batch in _as_pytrees(batches)]
     drawn = torch.tensor(draw_indices(sum(sizes), count, generator), device="cpu")
     start = 0
-    for batch, size in zip(batches, sizes, strict=True):
+    for batch, size in zip(_as_pytrees(batches), sizes, strict=True):
         inside = drawn[(drawn >= start) & (drawn < start + size)] - start
         if len(inside):
-            yield take(as_pytree(batch), inside)
+            yield take(batch, inside)
         start += size
 
 
 def _first_samples(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    for batch in map(as_pytree, batches):
+    for batch in _as_pytrees(batches):
         part = take(batch, slice(0, count))
         yield part
         count -= n_samples(part)

@@ -81,8 +81,8 @@ def diagonal_fisher(
             `forward` does.
         batches: Yields tuples (x [N, ...], y [N] int64, ...), mappings of keyword arguments, or
             other pytrees of tensors with a leading axis N, on the model's device. NumPy arrays and
-            lists of plain values of length N are split likewise; all else is shared. Sizes may
-            differ; the result does not depend on them, except for the batched types.
+            lists and tuples of plain values of length N are split likewise; all else is shared.
+            Sizes may differ; the result does not depend on them, except for the batched types.
         fisher_type: Which labels E_y runs over; or, where the model is no softmax classifier, a
             `Score`, such as `gaussian_score`.
         forward: Maps (model, batch) to logits [N, C].

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ewc_plugin.batches import Batch, has_samples, n_samples, take
+from ewc_plugin.batches import Batch, has_samples, has_values_beside_tensors, n_samples, take
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, is_half, outputs_agree
 from ewc_plugin.fisher.rules.base import Sums, sum_dtype
@@ -39,7 +39,12 @@ def vmap_squares(call: ModelCall, batch: Batch, vectors: Tensor) -> Sums:
 
     Returns:
         The sums, one per parameter.
+
+    Raises:
+        RuntimeError: Several samples have values that are no tensor: each would see those of all.
     """
+    if len(vectors) > 1 and has_values_beside_tensors(batch):
+        raise RuntimeError("samples have values that are no tensor")
     bound = _Bound(call)
     values = {f"model.{name}": p.detach() for name, p in call.params.items()}
     leaves, tree = tree_flatten(batch)

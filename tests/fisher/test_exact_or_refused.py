@@ -322,6 +322,74 @@ def test_a_list_of_strings_is_cut_with_its_samples():
     assert relative_error(got, loop_fisher(model, x[1:], LABELS, "predicted")) < 1e-12
 
 
+class SumsByLength(nn.Module):
+    """The lengths are no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 4)
+
+    def forward(self, x, lengths):
+        rows = [row[: lengths[i]].sum(0) for i, row in enumerate(x)]
+        return self.head((torch.stack(rows) * self.scale).tanh())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_values_of_samples_are_cut_with_them(engine, kind, chunk_size):
+    model, x, lengths = built(SumsByLength), normal(12, 5, 6), torch.arange(12) // 3 + 1
+
+    def forward(m, batch):
+        assert type(batch[2]) is type(kind([]))
+        return m(batch[0], batch[2])
+
+    batches = [(x[i : i + 6], LABELS[i : i + 6], kind(lengths[i : i + 6].tolist())) for i in (0, 6)]
+    got = diagonal_fisher(
+        model, batches, "empirical", forward=forward, chunk_size=chunk_size, engine=engine
+    )
+    expected = loop_fisher(model, (x, lengths), LABELS, "empirical", lambda m, p: m(*p))
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_vmap_that_would_give_all_samples_the_values_of_the_first_is_refused():
+    model, x = built(SumsByLength), normal(12, 5, 6)
+    batches = [(x, LABELS, [1, 2, 3] * 4)]
+    with pytest.raises(ValueError, match="`engine` 'vmap' can't serve .* no tensor"):
+        diagonal_fisher(model, batches, forward=lambda m, b: m(b[0], b[2]), engine="vmap")
+
+
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x, size):
+        height, width = size
+        return self.head(x) * (height - width)
+
+
+@pytest.mark.parametrize("size", [(5, 3), [5, 3], torch.Size((5, 3))], ids=lambda s: type(s))
+@pytest.mark.parametrize("n", [5, 1])
+def test_a_pair_of_numbers_is_shared_where_other_batches_say_so(size, n):
+    model, x = built(Image), normal(12, 6)
+    batches = [(part, label, size) for part, label in in_batches(n, x[:10], LABELS[:10])]
+    batches.append((x[10:], LABELS[10:], size))
+    got = diagonal_fisher(
+        model, batches, "empirical", forward=lambda m, b: m(b[0], b[2]), chunk_size=3
+    )
+    expected = loop_fisher(model, x, LABELS, "empirical", lambda m, p: m(p[0], (5, 3)))
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_a_pair_of_numbers_that_may_have_been_cut_is_refused():
+    model, x = built(mlp), normal(12, 6)
+    batches = [(part, label, (5, 3)) for part, label in in_batches(2, x, LABELS)]
+    batches.append((x[:5], LABELS[:5], (5, 3)))
+    with pytest.raises(ValueError, match="has 2 values for 5 samples.*`forward`"):
+        diagonal_fisher(model, batches)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_features(layout):
