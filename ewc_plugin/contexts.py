@@ -15,18 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWN_DICTS = ("_parameters", "_buffers", "_modules")
-# Dicts of hooks are not saved: every module has a dozen of them.
-_HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {
-    *_OWN_DICTS
-}
-
 
 class ModelState:
     """A snapshot of what a forward pass may change.
 
-    That is attributes, the lists and dicts in them, the attributes of objects that a module holds
-    (not those of objects inside of these), buffers and parameters.
+    That is attributes, the lists and dicts in them, hooks among these, the attributes of objects
+    that a module holds (not those of objects inside of these), buffers and parameters.
 
     Attributes:
         modules: All of them.
@@ -42,8 +36,7 @@ class ModelState:
         self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
         modules = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = _Dicts([vars(m) for m in modules])
-        values = [(k, v) for saved in self._attributes.saved for k, v in saved.items()]
-        attributes = [v for k, v in values if k not in _HOOKS]
+        attributes = [v for saved in self._attributes.saved for v in saved.values()]
         held = {id(v): vars(v) for v in attributes if _is_held_object(v)}.values()
         inside = [t for entries in held for t in entries.values() if isinstance(t, Tensor)]
         containers, tensors = _contents([*attributes, *inside, *self.buffers, *self.parameters])
@@ -84,14 +77,19 @@ class _Dicts:
     """Dicts and their copies, compared all at once in C: there are thousands of entries."""
 
     def __init__(self, dicts: list[dict[Any, Any]]) -> None:
-        self.now, self.saved = dicts, [each.copy() for each in dicts]
+        self.empty = [each for each in dicts if not each]  # most: a module has a dozen of hooks'
+        self.now = [each for each in dicts if each]
+        self.saved = [each.copy() for each in self.now]
 
     def changed(self) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
         """Return each dict that has other keys or values than its copy, with the copy."""
+        filled: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        if any(self.empty):
+            filled = [(each, {}) for each in self.empty if each]
         if _same_dicts(self.now, self.saved):
-            return []
+            return filled
         pairs = zip(self.now, self.saved, strict=True)
-        return [(now, saved) for now, saved in pairs if not _same_dicts([now], [saved])]
+        return filled + [(now, saved) for now, saved in pairs if not _same_dicts([now], [saved])]
 
 
 def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bool:

@@ -532,6 +532,37 @@ def test_nested_tensors_are_refused(layout):
         diagonal_fisher(built(mlp), [(nested, LABELS[:2])])
 
 
+class Hooks(nn.Module):
+    """Installs hooks at its first forward pass, each of which doubles the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.installed = nn.Linear(6, 4), False
+
+    def forward(self, x):
+        if not self.installed:
+            self.installed = True
+            self.head.register_forward_hook(lambda module, args, out: 2 * out)
+            self.head.register_forward_pre_hook(lambda module, args, kw: None, with_kwargs=True)
+            self.head.register_full_backward_pre_hook(lambda module, grad: None)
+            self.head.register_state_dict_pre_hook(lambda module, prefix, keep_vars: None)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_hooks_that_a_first_forward_pass_installs_do_not_pile_up(engine, used_before):
+    model, x = built(Hooks), normal(8, 6)
+    if used_before:
+        model(x)
+    names = [name for name in vars(model.head) if "hooks" in name]
+    found = {name: getattr(model.head, name).copy() for name in names}
+    got = diagonal_fisher(model, in_batches(4, x, LABELS[:8]), "empirical", engine=engine)
+    assert {name: getattr(model.head, name) for name in names} == found
+    want = loop_fisher(model, x, LABELS[:8], "empirical")
+    assert relative_error(got, want) < 1e-12
+
+
 class RemembersDeeply(nn.Module):
     """Keeps what it saw inside of other containers, and changes a tensor in a list."""
 
