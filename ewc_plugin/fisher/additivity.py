@@ -10,7 +10,7 @@ from torch import Tensor
 from ewc_plugin.batches import Batch
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import is_half
-from ewc_plugin.fisher.per_sample import gradients_of, zeros
+from ewc_plugin.fisher.per_sample import gradients_of, own_logits, zeros
 from ewc_plugin.fisher.rules.base import Sums
 
 _TRIED = 8  # samples of a batch, half of them those with the largest scores
@@ -57,12 +57,12 @@ def summed_gradients(
     }
 
 
-def summed_alone(call: ModelCall, batch: Batch, v: Tensor, rows: Tensor) -> Sums:
+def summed_alone(call: ModelCall, batch: Batch, logits: Tensor, v: Tensor, rows: Tensor) -> Sums:
     """The same sum over some samples of a batch, each with a backward pass of its own."""
     total = zeros(call.params)
     for n in rows.tolist():
-        own = summed_gradients(call, call.sample_logits(batch, n), v[n : n + 1])
-        for name, gradient in own.items():
+        alone = own_logits(call, batch, logits, n)
+        for name, gradient in summed_gradients(call, alone, v[n : n + 1]).items():
             total[name] += gradient
     return total
 
@@ -104,7 +104,7 @@ def differing(
     if len(order) < len(rows):
         together = gradient_of(rows[order])
     rest = gradient_of(rows[order[_TRIED:]]) if len(order) > _TRIED else {}
-    alone = summed_alone(call, batch, v, rows[order[:_TRIED]])
+    alone = summed_alone(call, batch, logits, v, rows[order[:_TRIED]])
     relative, floor = _tolerances(logits, half)
     eps = _HALF_EPS if half else torch.finfo(logits.dtype).eps
     noise = floor * _largest(alone) + _ROUNDINGS * eps * _largest(together)

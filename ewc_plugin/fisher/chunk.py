@@ -70,8 +70,7 @@ def add_chunk(
     N, scale = n_samples(batch), _Scale()
     logits, trace = _forward(call, served, batch, scale, into, watch)
     check_finite(logits, first)
-    if call.draws:
-        _check_same_again(call, batch, logits)
+    check_same_again(call, batch, logits)
     if moved := _used_otherwise(call, served, logits, trace, N):
         served |= dict.fromkeys(moved, Served("loop", "its calls depend on the data"))
         return add_chunk(call, served, label_scores, batch, first, into, watch)
@@ -126,8 +125,19 @@ def _forward(
     return logits, capture.trace
 
 
-def _check_same_again(call: ModelCall, batch: Batch, logits: Tensor) -> None:
-    """Raises where noise changes an output: too seldom, perhaps, for the audit of a few samples."""
+def check_same_again(call: ModelCall, batch: Batch, logits: Tensor) -> None:
+    """Compare outputs with those of another forward pass, of a model that draws random numbers.
+
+    Args:
+        call: The model.
+        batch: N samples.
+        logits: Their outputs.
+
+    Raises:
+        SamplesInteractError: Noise changes one: too seldom, perhaps, for the audit of few samples.
+    """
+    if not call.draws:
+        return
     again = call.logits(batch)
     if not outputs_agree(again, logits, logits, is_half(logits, call.params)):
         raise SamplesInteractError(f"`model` gives the same samples two outputs: {INTERACT}")

@@ -31,7 +31,7 @@ from ewc_plugin.batches import Batch, Chunk, n_samples, rechunk, take
 from ewc_plugin.fisher.accumulate import AuditError
 from ewc_plugin.fisher.additivity import differing, obstacle, summed_alone, summed_gradients
 from ewc_plugin.fisher.audit import Auditor
-from ewc_plugin.fisher.chunk import out_of_memory, score_factor
+from ewc_plugin.fisher.chunk import check_same_again, out_of_memory, score_factor
 from ewc_plugin.fisher.label_scores import LabelScores, is_index
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import INTERACT, SamplesInteractError, check_finite
@@ -202,6 +202,7 @@ class ClassMeans:
     def _logits(self, batch: Batch, places: int | Tensor) -> Tensor:
         logits = class_logits(self.call, batch)
         check_finite(logits, places)
+        check_same_again(self.call, batch, logits)
         return logits
 
     def _predicted(self, batch: Batch, first: int) -> Tensor:
@@ -322,7 +323,7 @@ class ClassMeans:
         """
         N, n = len(logits), len(rows)
         if self._one_by_one and N > 1:
-            return summed_alone(self.call, batch, v, rows)
+            return summed_alone(self.call, batch, logits, v, rows)
         must = self._most_audited == 1 or n >= 2 * self._most_audited
         audit = N > 1 and self._gradient_auditor.watch(N, must=must) is not None
         together = summed_gradients(self.call, logits, v, retain_graph=retain_graph or audit)
@@ -340,7 +341,7 @@ class ClassMeans:
                     "means so far may be wrong. Pass chunk_size=1."
                 )
             self._go_one_by_one(f"seen at {', '.join(names)}")
-            return summed_alone(self.call, batch, v, rows)
+            return summed_alone(self.call, batch, logits, v, rows)
         self._most_audited = max(n, self._most_audited)
         return together
 

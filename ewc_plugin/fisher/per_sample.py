@@ -96,16 +96,35 @@ def loop_squares(call: ModelCall, batch: Batch, logits: Tensor, vectors: Tensor)
     Raises:
         SamplesInteractError: A sample has other logits alone.
     """
-    sums, half = zeros(call.params), is_half(logits, call.params)
+    sums = zeros(call.params)
     for n in range(n_samples(batch)):
-        alone = call.sample_logits(batch, n)
-        if not outputs_agree(alone, logits[n : n + 1], logits, half):
-            raise SamplesInteractError(
-                f"`model` gives a sample other logits alone than in a batch of {len(logits)}: "
-                f"{INTERACT}"
-            )
+        alone = own_logits(call, batch, logits, n)
         add_gradient_squares(sums, call, alone, vectors[n])
     return sums
+
+
+def own_logits(call: ModelCall, batch: Batch, logits: Tensor, n: int) -> Tensor:
+    """The logits [1, C] of one sample alone, compared with those of its batch.
+
+    Args:
+        call: The model.
+        batch: N samples.
+        logits: [N, C], of the samples together.
+        n: Which sample.
+
+    Returns:
+        Its logits.
+
+    Raises:
+        SamplesInteractError: They are others.
+    """
+    alone = call.sample_logits(batch, n)
+    if not outputs_agree(alone, logits[n : n + 1], logits, is_half(logits, call.params)):
+        raise SamplesInteractError(
+            f"`model` gives a sample other logits alone than in a batch of {len(logits)}: "
+            f"{INTERACT}"
+        )
+    return alone
 
 
 def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: Tensor) -> None:

@@ -1,5 +1,8 @@
 """The probe: runs three samples together and alone, as a reference for choosing engines."""
 
+import pickle
+import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -250,7 +253,7 @@ def _probe_alone(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe, T
         batch = samples.first if call.single_sample == "copies" else batch
         single, alone, untraced, copies_input = _alone(call, batch)
     check_finite(alone, 0)
-    draws = not torch.equal(random_state, _random_state(call))
+    draws = random_state != _random_state(call)
     by_backward = has_custom_function(alone)
     call = replace(call, by_backward=by_backward, copies_input=copies_input, draws=draws)
     half = is_half(alone, call.params)
@@ -377,11 +380,13 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
         return (), alone, f"not traced: {_line(error)}", _written(own)
 
 
-def _random_state(call: ModelCall) -> Tensor:
-    """Of the generators that a forward pass may draw from."""
+def _random_state(call: ModelCall) -> bytes:
+    """Of the global generators that a forward pass may draw from."""
     cuda = {p.device for p in call.params.values() if p.device.type == "cuda"}
     states = [torch.cuda.get_rng_state(device) for device in sorted(cuda, key=str)]
-    return torch.cat([torch.get_rng_state(), *states])
+    numpy = sys.modules.get("numpy")
+    others = random.getstate(), numpy and numpy.random.get_state(legacy=False)
+    return pickle.dumps((*(s.tolist() for s in (torch.get_rng_state(), *states)), *others))
 
 
 def _quietly(call: ModelCall, batch: Batch, n: int) -> Tensor:

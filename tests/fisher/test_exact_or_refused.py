@@ -849,6 +849,41 @@ def test_noise_that_few_samples_meet_is_refused():
         diagonal_fisher(built(RareDropout), batches)
 
 
+@pytest.mark.parametrize("fisher_type", ["predicted", "class_mean", "class_mean_empirical"])
+@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: float(torch.rand(())), random.random, np.random.random],
+    ids=["torch", "python", "numpy"],
+)
+def test_noise_of_any_global_generator_in_one_chunk_is_refused(draw, at, fisher_type):
+    chunks = count()
+
+    def forward(m, batch):
+        chance = draw() < 2 and len(batch[0]) == 20 and next(chunks) == at
+        return m(batch[0].flip(1) if chance else batch[0])
+
+    batches = in_batches(20, normal(240, 6), torch.arange(240) % 4)
+    with pytest.raises(ValueError, match="two outputs"):
+        diagonal_fisher(built(small_mlp), batches, fisher_type, forward=forward, chunk_size=20)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random])
+def test_noise_of_one_sample_alone_is_refused(draw):
+    rare, alone = nn.Embedding(240, 4, scale_grad_by_freq=True).double(), count()
+
+    def forward(m, batch):
+        chance = draw() < 2 and len(batch[0]) == 1 and next(alone) == 100
+        return m(batch[0]) + chance
+
+    batches = [(torch.arange(240), torch.arange(240) % 4)]
+    with (
+        pytest.warns(UserWarning, match="do not add up"),
+        pytest.raises(ValueError, match="other logits alone"),
+    ):
+        diagonal_fisher(rare, batches, "class_mean_empirical", forward=forward)
+
+
 class DividingLoader(DataLoader):
     def __iter__(self):
         for x, y in super().__iter__():
