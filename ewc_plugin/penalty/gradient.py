@@ -33,15 +33,27 @@ class PenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return 2 S e for each parameter; None if e = 0 everywhere, unless a graph is made."""
+        """Return 2 S e for each parameter; None where `.grad` would get zeros of it."""
         pairs = list(enumerate(zip(ctx.saved_tensors, ctx.quadratics, strict=True)))
         if not torch.is_grad_enabled():
-            pairs = [(i, (theta, q)) for i, (theta, q) in pairs if not q.is_at_rest(theta)]
+            pairs = [
+                (i, (theta, q))
+                for i, (theta, q) in pairs
+                if not (q.is_at_rest(theta) and _accumulates(ctx.next_functions[i][0]))
+            ]
         gradients: list[Tensor | None] = [None] * len(ctx.quadratics)
         halves = _products(*_distances([pair for _, pair in pairs]))
         for (i, (theta, _)), half in zip(pairs, halves, strict=True):
             gradients[i] = _rounded(2 * grad_output.to(half.device) * half, theta)
         return None, *gradients
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether a node adds to a leaf's `.grad`, in a backward pass that does not return it."""
+    try:
+        return hasattr(node, "variable") and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # says that it is a leaf whose gradient `torch.autograd.grad` returns
+        return False
 
 
 def traceable_value(pairs: Sequence[Pair]) -> Tensor:

@@ -491,3 +491,30 @@ def test_models_on_the_meta_device_are_refused_in_our_own_words():
         with pytest.raises(ValueError, match="on the meta device and has no values: load"):
             call()
     assert penalty.n_experiences == 1 and torch.equal(penalty(net), before)
+
+
+def at_rest():
+    net, penalty = model(), QuadraticPenalty()
+    penalty.consolidate(net, ones(net))
+    return net, penalty, list(net.parameters())
+
+
+def test_parameters_at_rest_have_a_gradient_of_zeros_where_it_is_asked_for():
+    net, penalty, parameters = at_rest()
+    for asked in (parameters, parameters[:1]):
+        found = torch.autograd.grad(penalty(net), asked)
+        assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(found, asked, strict=True))
+    copies = {name: 1 * p for name, p in net.named_parameters()}
+    found = torch.autograd.grad(penalty(copies), parameters)
+    assert not any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("inputs", [None, slice(0, 1)])
+def test_parameters_at_rest_are_left_without_gradient_by_a_backward_pass(inputs):
+    net, penalty, parameters = at_rest()
+    penalty(net).backward(inputs=inputs and parameters[inputs])
+    assert all(p.grad is None for p in parameters)
+    with torch.no_grad():
+        parameters[0].add_(1)
+    penalty(net).backward()
+    assert [p.grad is None for p in parameters] == [False] + [True] * (len(parameters) - 1)
