@@ -8,7 +8,7 @@ from torch import Tensor
 from ewc_plugin.batches import Batch, n_samples, take
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import is_half, outputs_agree
-from ewc_plugin.fisher.per_sample import each_gradient, vmap_squares, zeros
+from ewc_plugin.fisher.per_sample import each_gradient, typical, vmap_squares, zeros
 from ewc_plugin.fisher.plan import Served
 from ewc_plugin.fisher.rules.base import Sums
 from ewc_plugin.fisher.tracing.layer_calls import Watch
@@ -17,8 +17,8 @@ _SHARE = 0.01  # of the time of a pass
 _BESIDE_OTHERS = 5  # samples of a chunk that are also run together in a smaller batch
 
 # Largest relative difference of a sample's squares, summed over a tensor: a ReLU at zero that
-# flips in another batch changes few of its entries. The other is a floor, relative to the largest
-# square of all: a gradient that cancels is rounding.
+# flips in another batch changes few of its entries. The other is a floor, relative to a typical
+# parameter's largest square: a gradient that cancels is rounding.
 _TOLERANCES = {torch.float64: (1e-6, 1e-20), torch.float32: (0.05, 1e-8)}
 _HALF = (0.5, 1e-3)
 
@@ -86,13 +86,12 @@ class Auditor:
             got[name] = squares if watch.unscale == 1 else squares / watch.unscale**2
         by_rules = {n: p for n, p in call.params.items() if served[n].engine == "rules"}
         got |= zeros({n: p for n, p in by_rules.items() if n not in got})  # no call in this chunk
-        total, largest = dict.fromkeys(got, 0.0), 0.0  # of the loop's squares
+        total, largest = dict.fromkeys(got, 0.0), dict.fromkeys(call.params, 0.0)  # of the loop's
 
         def subtract(name: str, g: Tensor) -> None:
-            nonlocal largest
             if g.numel():
                 peak = max(abs(float(t)) for t in g.aminmax())  # ten times faster than a norm
-                largest = max(largest, peak * peak)
+                largest[name] = max(largest[name], peak * peak)
                 if name in got:
                     norm = float(torch.linalg.vector_norm(g))
                     total[name] += norm * norm
@@ -102,7 +101,8 @@ class Auditor:
         half = is_half(watch.logits, call.params)
         relative, floor = _HALF if half else _TOLERANCES.get(watch.logits.dtype, _HALF)
         off = {name: float(t.abs_().sum()) for name, t in got.items()}
-        allowed = {n: relative * total[n] + floor * largest * got[n].numel() ** 0.5 for n in got}
+        floor *= typical(largest.values())
+        allowed = {n: relative * total[n] + floor * got[n].numel() ** 0.5 for n in got}
         return [name for name in got if not off[name] <= allowed[name]]  # also where it is NaN
 
     def spend(self, seconds: float) -> None:

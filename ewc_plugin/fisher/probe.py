@@ -29,7 +29,7 @@ from ewc_plugin.fisher.outputs import (
     is_half,
     outputs_agree,
 )
-from ewc_plugin.fisher.per_sample import gradient_squares
+from ewc_plugin.fisher.per_sample import gradient_squares, typical
 from ewc_plugin.fisher.rules.base import Sums, device_kind
 from ewc_plugin.fisher.tracing.capture import Capture
 from ewc_plugin.fisher.tracing.layer_calls import (
@@ -44,8 +44,8 @@ SAMPLES = 3
 _SCORED = 2  # samples with a score vector; with one, sum of squares = square of sum
 _READ_AHEAD = 8  # batches, for different samples
 
-# Roundings in a gradient that cancels, relative to the largest one of its calls and of the model.
-# In half precision they are capped, so that a wrong rule still shows.
+# Roundings in a gradient that cancels, relative to the largest one of its calls, and to a typical
+# one of the model. In half precision they are capped, so that a wrong rule still shows.
 _CALL_NOISE, _MODEL_NOISE, _MOST_NOISE = 1024, 16, 2.0**-5
 
 _CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
@@ -123,6 +123,7 @@ class Probe:
         of_registered_rules: As in `Trace`.
         untraceable: As in `Trace`.
         direct: Names of the parameters that the graph reaches past the traced calls.
+        hooked: Names of the parameters with a hook on their gradient, which the loop alone calls.
     """
 
     samples: Samples
@@ -138,6 +139,7 @@ class Probe:
     of_registered_rules: frozenset[str] = frozenset()
     untraceable: dict[str, str] | None = None
     direct: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
 
     @property
     def may_join(self) -> bool:
@@ -149,8 +151,8 @@ class Probe:
 
         A gradient that is zero in exact arithmetic (the bias of a key projection: softmax is shift
         invariant) is rounding noise in both, so a difference does not count below the square of
-        16 eps times the largest gradient of the model, or of 1024 eps times the largest one among
-        `sums`, which come from the same layer calls. eps is that of the dtype of the outputs.
+        16 eps times a typical gradient of the model (`typical`), or of 1024 eps times the largest
+        one among `sums`, which come from the same layer calls. eps is that of the outputs' dtype.
 
         Args:
             sums: Squares of parameters of the same calls; overwritten.
@@ -161,7 +163,7 @@ class Probe:
         """
         eps = torch.finfo(self.v.dtype).eps
         noise = max(
-            min(_MODEL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest.values()),
+            min(_MODEL_NOISE * eps, _MOST_NOISE) ** 2 * typical(self._largest.values()),
             min(_CALL_NOISE * eps, _MOST_NOISE) ** 2 * max(self._largest[name] for name in sums),
         )
         if expected is None:
@@ -268,7 +270,10 @@ def _probe_alone(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe, T
         untraced = "its forward pass is run again in the backward pass"
         alone = call.sample_logits(batch, 0)
         reference = gradient_squares(call, alone, v[:1])
-    seen = Probe(samples, v, reference, half, reached, untraced=untraced, single=single)
+    hooked = frozenset(name for name, p in call.params.items() if p._backward_hooks)
+    seen = Probe(
+        samples, v, reference, half, reached, untraced=untraced, single=single, hooked=hooked
+    )
     return call, seen, alone.detach()
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ewc_plugin.fisher import accumulate
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 from ewc_plugin.fisher.likelihoods import bernoulli_score, gaussian_score
+from ewc_plugin.fisher.rules.registry import RULES
 from ewc_plugin.fisher.tracing.layer_calls import TracedCall
 from support.problems import mlp
 from support.reference import loop_fisher, relative_error
@@ -1049,6 +1050,88 @@ def test_a_slight_interaction_is_refused_in_float32():
     model = built(SlightlyInteracting).float()
     with pytest.raises(ValueError, match="samples interact"):
         diagonal_fisher(model, in_batches(4, normal(12, 6).float() + 1))
+
+
+class Masks(nn.Module):
+    """Interacts, or draws, before the last classes are masked or all get an offset."""
+
+    def __init__(self, *, noisy, mask=None, offset=0.0):
+        super().__init__()
+        self.body, self.head = nn.TransformerEncoderLayer(6, 2, 8), nn.Linear(6, 6)
+        self.noisy, self.mask, self.offset = noisy, mask, offset
+
+    def forward(self, x):
+        h = nn.functional.dropout(x[:, 0], 0.2) if self.noisy else self.body(x).mean(1)
+        z = self.head(h) + self.offset
+        return z if self.mask is None else z.masked_fill(torch.arange(6) >= 3, self.mask)
+
+
+FINFO = torch.finfo(torch.float32)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"mask": -torch.inf}, {"mask": -1e9}, {"mask": -1e4}, {"mask": FINFO.min}, {"offset": 1e4}],
+    ids=str,
+)
+def test_large_logits_hide_no_interaction_and_no_noise(noisy, options):
+    torch.manual_seed(0)
+    model = Masks(noisy=noisy, **options).eval()
+    with pytest.raises(ValueError, match="interact"):
+        diagonal_fisher(model, [(normal(64, 5, 6).float(),)])
+
+
+class BesideTimeStamps(nn.Module):
+    """Two packed sequences and an unscaled column, whose gradient is far larger than any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+        self.time = nn.Linear(1, 4, bias=False)
+
+    def forward(self, x, time):
+        h = self.gru(x)[1][-1]
+        return self.head(h) + 1e-9 * self.time(time)
+
+
+def test_one_huge_gradient_hides_no_wrong_rule(monkeypatch):
+    torch.manual_seed(0)
+    model, x = BesideTimeStamps(), normal(24, 5, 6).float()
+    time = 1.7e18 * (1 + 0.1 * normal(24, 1).float().abs())
+    monkeypatch.setattr(
+        RULES[nn.functional.linear], "prepare", lambda call, a: a.flip(0) if len(a) > 1 else a * 2
+    )
+
+    def forward(m, batch):
+        return m(*batch)
+
+    served = explain(model, (x, time), forward=forward)
+    assert served["gru.weight_ih_l0"].engine != "rules"
+    assert "differ" in served["gru.weight_ih_l0"].detail or "disagrees" in str(served)
+
+
+def clipped(p):
+    p.register_hook(lambda g: g.clamp(-3, 3))
+
+
+def frozen_row(p):
+    mask = torch.ones_like(p)
+    mask[-1] = 0
+    p.register_hook(lambda g: g * mask)
+
+
+@pytest.mark.parametrize("hook", [clipped, frozen_row])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_hooks_on_parameters_change_the_gradients_that_are_squared(hook, engine):
+    model, x = built(small_mlp), normal(60, 6)
+    for p in model.parameters():
+        hook(p)
+    x[40:] *= 30  # the first samples are not clipped
+    got = diagonal_fisher(model, [(x,)], engine=engine)
+    assert relative_error(got, loop_fisher(model, x, None, "predicted")) < 1e-12
+    with pytest.raises(ValueError, match="a hook changes its gradient"):
+        diagonal_fisher(model, [(x,)], engine="rules")
 
 
 def small_mlp():
