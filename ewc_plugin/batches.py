@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import (
-    keystr,
-    tree_flatten,
-    tree_map,
-    tree_map_with_path,
-    tree_unflatten,
-)
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 Batch = Any  # a tuple, list, dict, ... of tensors [N, ...]
@@ -240,31 +234,29 @@ def _as_pytrees(batches: Iterable[Batch]) -> Iterator[Batch]:
     Raises:
         ValueError: A sequence had a value for each sample before, and now it has not.
     """
-    shared: dict[str, bool] = {}  # of sequences that have another length than 1, by their place
+    shared: dict[tuple[str, int], bool] = {}  # of sequences beside several samples, by their place
     for batch in map(as_pytree, batches):
         yield batch if _is_flat(batch) else _marked(batch, shared)
 
 
-def _marked(batch: Batch, shared: dict[str, bool]) -> Batch:
+def _marked(batch: Batch, shared: dict[tuple[str, int], bool]) -> Batch:
     N = n_samples(batch)
-
-    def marked(path: Any, node: Any) -> Any:
-        if not _is_plain_sequence(node):
-            return node
-        place = keystr(path)
-        if len(node) == N and not shared.get(place):
-            if N > 1:
-                shared[place] = False
-            return node
-        if shared.setdefault(place, True):
-            return _SHARED[type(node)](node)
-        raise ValueError(
-            f"A {type(node).__name__} in `batches`, at {place}, has {len(node)} values for {N} "
-            "samples, and had one for each sample before. Pass values of samples as a tensor "
-            "[N, ...], and those of a whole batch through `forward`."
-        )
-
-    return tree_map_with_path(marked, batch, is_leaf=_is_plain_sequence)
+    leaves, tree = tree_flatten(batch, is_leaf=_is_plain_sequence)
+    for i, leaf in enumerate(leaves):
+        if not _is_plain_sequence(leaf):
+            continue
+        place = (str(tree), i)
+        if len(leaf) != N or shared.get(place):
+            if not shared.setdefault(place, True):
+                raise ValueError(
+                    f"A {type(leaf).__name__} in `batches` has {len(leaf)} values for {N} samples, "
+                    "and had one for each sample before. Pass values of samples as a tensor "
+                    "[N, ...], and those of a whole batch through `forward`."
+                )
+            leaves[i] = _SHARED[type(leaf)](leaf)
+        elif N > 1:
+            shared[place] = False
+    return tree_unflatten(leaves, tree)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -358,6 +359,26 @@ def test_vmap_that_would_give_all_samples_the_values_of_the_first_is_refused():
     batches = [(x, LABELS, [1, 2, 3] * 4)]
     with pytest.raises(ValueError, match="`engine` 'vmap' can't serve .* no tensor"):
         diagonal_fisher(model, batches, forward=lambda m, b: m(b[0], b[2]), engine="vmap")
+
+
+class Pair:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+register_pytree_node(Pair, lambda pair: ([pair.x, pair.y], None), lambda xy, _: Pair(*xy))
+
+
+def test_a_class_that_is_registered_as_a_pytree_is_a_container():
+    model, x = built(mlp), normal(12, 6)
+    got = diagonal_fisher(
+        model,
+        [Pair(*xy) for xy in in_batches(5, x, LABELS)],
+        "empirical",
+        forward=lambda m, pair: m(pair.x),
+        targets=lambda pair: pair.y,
+    )
+    assert relative_error(got, loop_fisher(model, x, LABELS, "empirical")) < 1e-12
 
 
 class Image(nn.Module):
