@@ -1,26 +1,36 @@
 """Context managers that restore a model's state and the global random states."""
 
+import copyreg
 import random
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from functools import partial
 from inspect import isroutine
 from itertools import chain
 from operator import is_
+from threading import Lock, RLock
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
+_CONTAINERS = (list, dict, set, deque, tuple, OrderedDict)
+_NOT_ENTERED = (nn.Module, type, ModuleType, Enum, Optimizer, DataLoader, Dataset, Sampler)
+_LOCKS = (type(Lock()), type(RLock()))
 
 
 class ModelState:
     """A snapshot of what a forward pass may change.
 
-    That is attributes, the lists and dicts in them, hooks among these, the attributes of objects
-    that a module holds (not those of objects inside of these), buffers and parameters.
+    That is buffers, parameters, and attributes, with hooks, containers, objects and generators of
+    random numbers in them, and what is inside of these (`_Held` says where that ends).
 
     Attributes:
         modules: All of them.
@@ -37,12 +47,10 @@ class ModelState:
         modules = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = _Dicts([vars(m) for m in modules])
         attributes = [v for saved in self._attributes.saved for v in saved.values()]
-        held = {id(v): vars(v) for v in attributes if _is_held_object(v)}.values()
-        inside = [t for entries in held for t in entries.values() if isinstance(t, Tensor)]
-        containers, tensors = _contents([*attributes, *inside, *self.buffers, *self.parameters])
-        self._dicts = _Dicts([*(v for v in containers if isinstance(v, dict)), *held])
-        self._others = [(v, v.copy()) for v in containers if not isinstance(v, dict)]
-        self._tensors = [(t, t.detach().clone()) for t in tensors if _readable(t)]
+        held = _Held([*attributes, *self.buffers, *self.parameters])
+        self._dicts, self._slots, self._randomness = _Dicts(held.dicts), held.slots, held.randomness
+        self._others = [(v, v.copy()) for v in held.others]
+        self._tensors = [(t, t.detach().clone()) for t in held.tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
 
     def restore(self, *, values: bool = False) -> None:
@@ -65,6 +73,14 @@ class ModelState:
             if not _same(other, items):
                 other.clear()
                 (other.update if isinstance(other, set) else other.extend)(items)
+        for holder, slots in self._slots:
+            for name in _slot_names(holder):
+                if name in slots:
+                    object.__setattr__(holder, name, slots[name])
+                elif hasattr(holder, name):
+                    object.__delattr__(holder, name)
+        for put_back, state in self._randomness:
+            put_back(state)
         for i, (tensor, value) in enumerate(self._tensors):
             written = tensor._version != self._versions[i]
             if written or (values and not torch.equal(tensor, value)):
@@ -100,13 +116,6 @@ def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bo
     return all(keys) and all(map(is_, of_one, of_other))
 
 
-def _is_held_object(value: Any) -> bool:
-    """Whether an attribute is an object that has attributes of its own, and is no code."""
-    if isinstance(value, Tensor | nn.Module | type | ModuleType | Enum) or isroutine(value):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
-
-
 def _readable(tensor: Tensor) -> bool:
     has_values = not nn.parameter.is_lazy(tensor)
     return has_values and not tensor.is_meta and not tensor.is_inference()
@@ -118,20 +127,82 @@ def _same(container: Any, content: Any) -> bool:
     return len(container) == len(content) and all(map(is_, container, content))
 
 
-def _contents(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
-    """The containers that can change and the tensors, among values and inside of them."""
-    containers: dict[int, Any] = {}
-    tensors: dict[int, Tensor] = {}
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            tensors[id(value)] = value
-        elif isinstance(value, list | dict | set | deque | tuple) and id(value) not in containers:
-            containers[id(value)] = value
-            waiting += value.values() if isinstance(value, dict) else value
-    changing = [each for each in containers.values() if not isinstance(each, tuple)]
-    return changing, list(tensors.values())
+class _Held:
+    """What is reachable from values through containers and objects, each once.
+
+    Modules, code, and what feeds or steps the model from outside are not entered, and neither is an
+    object with a lock, which other threads may change. Of an object that holds a module, as a
+    trainer does, attributes count and the containers in them, but not what these hold.
+    """
+
+    def __init__(self, values: list[Any]) -> None:
+        self.tensors: list[Tensor] = []
+        self.dicts: list[dict[Any, Any]] = []
+        self.others: list[Any] = []  # lists, sets and deques
+        self.slots: list[tuple[Any, dict[str, Any]]] = []
+        self.randomness: list[tuple[Callable[[Any], object], Any]] = []
+        seen: set[int] = set()
+        while values:
+            value = values.pop()
+            if type(value) in _PLAIN or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+                continue
+            if isinstance(value, _CONTAINERS):
+                values += self._container(value)
+                if type(value) in _CONTAINERS:
+                    continue
+            if (put_back := _random_state(value)) is not None:
+                self.randomness.append(put_back)
+            elif not isinstance(value, _NOT_ENTERED) and not isroutine(value):
+                values += self._object(value)
+
+    def _container(self, value: Any) -> Iterable[Any]:
+        if isinstance(value, dict):
+            self.dicts.append(value)
+            return value.values()
+        if not isinstance(value, tuple):
+            self.others.append(value)
+        return list(value)
+
+    def _object(self, value: Any) -> Iterable[Any]:
+        names, attributes = _slot_names(value), getattr(value, "__dict__", None)
+        slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        attributes = attributes if isinstance(attributes, dict) else {}
+        inside = [*attributes.values(), *slots.values()]
+        if any(isinstance(each, _LOCKS) for each in inside):
+            return []
+        self.dicts.append(attributes)
+        if names:
+            self.slots.append((value, slots))
+        if not any(isinstance(each, nn.Module) for each in inside):
+            return inside
+        for each in inside:
+            if isinstance(each, _CONTAINERS):
+                self._container(each)
+        return [each for each in inside if isinstance(each, Tensor)]
+
+
+def _slot_names(value: Any) -> list[str]:
+    names: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return names
+
+
+def _random_state(value: Any) -> tuple[Callable[[Any], object], Any] | None:
+    """A function that sets a generator's state, and the state now; None of what is no generator."""
+    if isinstance(value, torch.Generator) and value is not torch.default_generator:
+        return value.set_state, value.get_state()
+    if isinstance(value, random.Random):
+        return value.setstate, value.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return value.set_state, value.get_state()
+    if numpy and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return partial(setattr, bits, "state"), bits.state
+    return None
 
 
 @contextmanager

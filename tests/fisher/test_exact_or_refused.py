@@ -2,9 +2,10 @@
 
 import argparse
 import random
-from collections import deque
+from collections import UserDict, deque
 from copy import deepcopy
 from itertools import count
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -544,6 +545,126 @@ def test_state_in_an_object_that_a_module_holds_is_put_back(engine, n_batches):
     assert relative_error(got, want) < 1e-12
     assert (model.memory.calls, model.memory.last, model.memory.seen) == (0, None, [])
     assert not model.memory.mean.any()
+
+
+class Slotted:
+    """What is inside of another object, has no attributes but these, and closes a circle."""
+
+    __slots__ = ("calls", "last", "others")
+
+    def __init__(self):
+        self.calls, self.others = 0, [self]
+
+
+class Listing(list):
+    """A list with an attribute."""
+
+    calls = 0
+
+
+class Holder:
+    """An object with containers and further objects in it, beside what cannot be copied."""
+
+    def __init__(self, module):
+        self.seen, self.counts, self.users = [], {"calls": 0}, UserDict()
+        self.recent, self.listing = deque(maxlen=3), Listing()
+        self.inner, self.handle = Slotted(), (each for each in ())
+        self.backward = WithModule(module)
+
+
+class WithModule:
+    def __init__(self, module):
+        self.module, self.seen = module, []
+
+
+class RemembersInObjects(nn.Module):
+    """Adds to its logits what it remembers in objects, in a list of them too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.holder = Holder(self.head)
+        self.stages = [Slotted(), self.holder, self]
+
+    def forward(self, x):
+        out, holder = self.head(x), self.holder
+        places = [holder.seen, holder.recent, holder.listing, holder.backward.seen]
+        total = sum(map(len, places)) + holder.counts["calls"] + len(holder.users)
+        for slotted in (holder.inner, self.stages[0]):
+            total += slotted.calls
+            slotted.calls, slotted.last = slotted.calls + 1, out
+        for place in places:
+            place.append(out)
+        holder.listing.calls += 1
+        holder.counts["calls"] += 1
+        holder.users[total] = out
+        return out * (1 + total)
+
+    def state(self):
+        h = self.holder
+        lists = [h.seen, [*h.recent], [*h.listing], h.backward.seen, h.users.data]
+        slots = [(s.calls, hasattr(s, "last")) for s in (h.inner, self.stages[0])]
+        return lists, h.counts, vars(h.listing), slots
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_state_inside_of_objects_is_put_back(engine):
+    model, x = built(RemembersInObjects), normal(8, 6)
+    got = diagonal_fisher(model, in_batches(4, x, LABELS[:8]), "empirical", engine=engine)
+    want = loop_fisher(model.head, x, LABELS[:8], "empirical")
+    assert relative_error(got, {f"head.{name}": f for name, f in want.items()}) < 1e-12
+    assert model.state() == ([[], [], [], [], {}], {"calls": 0}, {}, [(0, False)] * 2)
+
+
+class DrawsFromItsOwn(nn.Module):
+    """Scales its logits by a number that it draws from a generator of its own."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.head, self.draw = nn.Linear(6, 4), [draw]
+
+    def forward(self, x):
+        return self.head(x) * (1 + self.noise())
+
+    def noise(self):
+        (g,) = self.draw
+        return torch.rand((), generator=g) if isinstance(g, torch.Generator) else g.random()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.Generator().manual_seed(3),
+        lambda: np.random.default_rng(3),
+        lambda: np.random.RandomState(3),
+        lambda: random.Random(3),
+    ],
+    ids=["torch", "numpy", "numpy's old one", "Python"],
+)
+def test_generators_of_a_models_own_are_put_back(make):
+    model, x = built(lambda: DrawsFromItsOwn(make())), normal(8, 6)
+    diagonal_fisher(model, in_batches(4, x))
+    assert model.noise() == DrawsFromItsOwn(make()).noise()
+
+
+class Locked:
+    """Shared with a thread, so that it is not for a forward pass to put back."""
+
+    def __init__(self):
+        self.queue = Queue()
+
+
+def test_what_threads_share_is_left_to_them():
+    model = built(mlp)
+    model.logger = Locked()
+
+    def forward(model, batch):
+        model.logger.queue.put(0)
+        return model(batch[0])
+
+    diagonal_fisher(model, [(normal(4, 6),)], forward=forward)
+    queue = model.logger.queue
+    assert queue.qsize() == queue.unfinished_tasks > 0
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
