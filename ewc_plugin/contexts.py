@@ -52,13 +52,20 @@ class ModelState:
         self._others = [(v, v.copy()) for v in held.others]
         self._tensors = [(t, t.detach().clone()) for t in held.tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
+        small: dict[Any, dict[Tensor, Tensor]] = {}
+        for t, value in self._tensors:
+            if _is_small(t):
+                small.setdefault((t.dtype, t.device), {})[t] = value.flatten()
+        self._small = [(list(g), torch.cat(list(g.values()))) for g in small.values()]
 
     def restore(self, *, values: bool = False) -> None:
         """Put everything back.
 
+        A tensor has changed where its version counter has, or, up to 4096 entries, its values:
+        batch normalisation and writes through `.data` do not raise the counter.
+
         Args:
-            values: Compare every tensor with its saved value, instead of its version counter, which
-                batch normalisation does not raise.
+            values: Compare the values of larger tensors too.
         """
         for now, saved in self._attributes.changed():
             for name in [name for name in now if name not in saved]:
@@ -81,12 +88,21 @@ class ModelState:
                     object.__delattr__(holder, name)
         for put_back, state in self._randomness:
             put_back(state)
+        small = not values and self._small_have_changed()
         for i, (tensor, value) in enumerate(self._tensors):
             written = tensor._version != self._versions[i]
-            if written or (values and not torch.equal(tensor, value)):
+            compared = values or (small and _is_small(tensor))
+            if written or (compared and not torch.equal(tensor, value)):
                 with torch.no_grad():
                     tensor.copy_(value)
                 self._versions[i] = tensor._version
+
+    def _small_have_changed(self) -> bool:
+        """Whether any value has, of all in one tensor: one comparison, one wait for a GPU."""
+        with torch.no_grad():
+            joined = [torch.cat([t.flatten() for t in tensors]) for tensors, _ in self._small]
+        saved = [values for _, values in self._small]
+        return not all(map(torch.equal, joined, saved))
 
 
 class _Dicts:
@@ -114,6 +130,11 @@ def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bo
     keys = map(is_, chain.from_iterable(dicts), chain.from_iterable(others))
     of_one, of_other = (chain.from_iterable(map(dict.values, each)) for each in (dicts, others))
     return all(keys) and all(map(is_, of_one, of_other))
+
+
+def _is_small(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_quantized and tensor.numel() <= 4096
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -667,6 +667,37 @@ def test_what_threads_share_is_left_to_them():
     assert queue.qsize() == queue.unfinished_tasks > 0
 
 
+class WritesUnseen(nn.Module):
+    """Changes a buffer and a parameter through `.data`, which leaves their version counters."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.shift = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        out = self.head(x) * self.scale + self.shift
+        self.scale.data.mul_(1.0001)
+        self.shift.data.mul_(1.0001)
+        return out
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_small_tensors_written_to_through_data_are_put_back_between_passes(engine):
+    model, x = built(WritesUnseen), normal(12, 6)
+    start = deepcopy(model.state_dict())
+    got = diagonal_fisher(model, in_batches(2, x, LABELS), "empirical", engine=engine)
+    assert all(torch.equal(t, start[name]) for name, t in model.state_dict().items())
+
+    def forward(x):
+        model.load_state_dict(start)
+        return WritesUnseen.forward(model, x)
+
+    model.forward = forward
+    want = loop_fisher(model, x, LABELS, "empirical")
+    assert relative_error(got, want) < 1e-12
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_nested_tensors_are_refused(layout):
