@@ -291,7 +291,10 @@ def _drop_in() -> dict[str, Any]:
             "λ": number(first["ewc_lambda"]),
             "Avalanche's EWC": f"{first['other_mean']:.4f}",
             "`DiagonalEWC` less it": difference_of(first),
-            'with `fisher_type="class_mean"`': difference_of(of_type["class_mean"]),
+            **{
+                f'with `"{name}"`': difference_of(of_type[name])
+                for name in ("class_mean", "class_mean_empirical")
+            },
         })
     return {"drop_in": _markdown(pd.DataFrame(rows)), "n_drop_in": int(pairs["n"].min())}
 
