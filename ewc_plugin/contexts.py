@@ -57,6 +57,13 @@ class ModelState:
             if _is_small(t):
                 small.setdefault((t.dtype, t.device), {})[t] = value.flatten()
         self._small = [(list(g), torch.cat(list(g.values()))) for g in small.values()]
+        plain = [t for t, _ in self._tensors if _is_plain(t)]
+        self._memory = {t.untyped_storage().data_ptr() for t in plain}
+
+    def apart(self, output: Tensor) -> Tensor:
+        """Return an output of the model, or its copy where `restore` may overwrite it."""
+        shared = _is_plain(output) and output.untyped_storage().data_ptr() in self._memory
+        return output.clone() if shared else output
 
     def restore(self, *, values: bool = False) -> None:
         """Put everything back.
@@ -132,9 +139,13 @@ def _same_dicts(dicts: list[dict[Any, Any]], others: list[dict[Any, Any]]) -> bo
     return all(keys) and all(map(is_, of_one, of_other))
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    strided = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return strided and not tensor.is_quantized and not tensor.is_nested
+
+
 def _is_small(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and not tensor.is_quantized and tensor.numel() <= 4096
+    return _is_plain(tensor) and tensor.numel() <= 4096
 
 
 def _readable(tensor: Tensor) -> bool:

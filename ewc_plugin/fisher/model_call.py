@@ -48,7 +48,7 @@ class ModelCall:
     def logits(self, batch: Batch, capture: Context = _NOTHING) -> Tensor:
         """The logits [N, C] of a batch, checked; the forward pass runs in the context `capture`."""
         self.state.restore()
-        return self.functional(self.model, batch, capture)
+        return self.state.apart(self.functional(self.model, batch, capture))
 
     def sample_logits(self, batch: Batch, n: int, capture: Context = _NOTHING) -> Tensor:
         """The logits [1, C] of one sample of a batch, with no other sample beside it."""

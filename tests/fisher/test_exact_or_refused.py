@@ -698,6 +698,29 @@ def test_small_tensors_written_to_through_data_are_put_back_between_passes(engin
     assert relative_error(got, want) < 1e-12
 
 
+class WritesToItsMemory(nn.Module):
+    """Returns a view of a buffer that it writes its logits to."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("out", torch.zeros(64, 4))
+
+    def forward(self, x):
+        self.out = self.out.detach()
+        self.out[: len(x)] = self.head(x)
+        return self.out[: len(x)]
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_logits_that_are_a_view_of_a_buffer(engine):
+    model, x = built(WritesToItsMemory), normal(12, 6)
+    got = diagonal_fisher(model, in_batches(6, x, LABELS), "empirical", engine=engine)
+    want = loop_fisher(model.head, x, LABELS, "empirical")
+    assert relative_error(got, {f"head.{name}": f for name, f in want.items()}) < 1e-12
+    assert not model.out.any()
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_nested_tensors_are_refused(layout):
