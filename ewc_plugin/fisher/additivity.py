@@ -10,14 +10,14 @@ from torch import Tensor
 from ewc_plugin.batches import Batch
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.outputs import is_half
-from ewc_plugin.fisher.per_sample import gradients_of, own_logits, zeros
+from ewc_plugin.fisher.per_sample import gradients_of, own_logits, typical, zeros
 from ewc_plugin.fisher.rules.base import Sums
 
 _TRIED = 8  # samples of a batch, half of them those with the largest scores
 _TOGETHER = 1024  # with so many at most: in more, the few would drown in rounding
 _TOGETHER_HALF = 32
 
-# Largest norm of a difference, relative to the gradient's, and to the largest gradient of all.
+# Largest norm of a difference, relative to the gradient's, and to a typical parameter's.
 _TOLERANCES = {torch.float64: (1e-6, 1e-10), torch.float32: (0.05, 1e-4)}
 _ELSEWHERE = (0.2, 1e-3)  # float32 on devices that may use TF32 or similar
 _HALF = (0.25, 0.03)
@@ -107,10 +107,11 @@ def differing(
     alone = summed_alone(call, batch, logits, v, rows[order[:_TRIED]])
     relative, floor = _tolerances(logits, half)
     eps = _HALF_EPS if half else torch.finfo(logits.dtype).eps
-    noise = floor * _largest(alone) + _ROUNDINGS * eps * _largest(together)
+    sizes, of_batch = _norms(alone), _norms(together)
+    noise = floor * typical(sizes.values()) + _ROUNDINGS * eps * typical(of_batch.values())
     found = []
     for name, own in alone.items():
-        allowed = relative * float(own.norm()) + noise
+        allowed = relative * sizes[name] + noise + _ROUNDINGS * eps * of_batch.get(name, 0.0)
         off = own.neg()
         for gradients, sign in ((together, 1), (rest, -1)):
             if name in gradients:
@@ -128,5 +129,5 @@ def _tolerances(logits: Tensor, half: bool) -> tuple[float, float]:
     return _TOLERANCES.get(logits.dtype, _HALF)
 
 
-def _largest(gradients: Sums) -> float:
-    return max((float(g.norm()) for g in gradients.values()), default=0.0)
+def _norms(gradients: Sums) -> dict[str, float]:
+    return {name: float(g.norm()) for name, g in gradients.items()}

@@ -289,6 +289,26 @@ def test_each_sample_has_the_gradient_of_its_own_backward_pass(make, kind):
     assert relative_error(diagonal_fisher(net, [(x, y)], kind, chunk_size=1), expected) < 1e-12
 
 
+class ClipsBesideALargeGradient(Clips):
+    """One more parameter has a gradient in other units."""
+
+    def __init__(self):
+        super().__init__()
+        self.drift = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return super().forward(x) + 1e8 * x[:, :1] * self.drift
+
+
+def test_a_large_gradient_hides_no_other():
+    torch.manual_seed(0)
+    net, (x, y) = ClipsBesideALargeGradient(), data()
+    expected = class_means_of_backward_passes(net, x.float(), y)
+    with pytest.warns(UserWarning, match="do not add up .*goes back alone"):
+        found = diagonal_fisher(net, [(x.float(), y)], "class_mean_empirical")
+    assert relative_error(found, expected) < 1e-4
+
+
 def test_a_backward_pass_of_its_own_adds_up():
     net, (x, y) = Checkpointed().double(), data()
     expected = class_means_of_backward_passes(net, x, y)
