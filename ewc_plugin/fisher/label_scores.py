@@ -109,6 +109,8 @@ class LabelScores:
 
     def _dense(self, kind: FisherType, batch: Batch, outputs: Tensor) -> Scores:
         y = self._needed_labels(batch) if kind in AT_DATA_LABELS else self.labels(batch)
+        if self.targets is found_targets:
+            _check_one_candidate(batch, y)
         mask = self.positions(batch)
         if self._class_dim is None:  # once: another batch may have as many positions as classes
             soft = y is not None and y.is_floating_point()  # rows of probabilities: no positions
@@ -196,3 +198,17 @@ def is_index(y: Tensor | None, N: int) -> TypeGuard[Tensor]:
 def _refuse_labels(y: Tensor | None, shape: str) -> NoReturn:
     got = "None" if y is None else f"shape {tuple(y.shape)} {y.dtype}"
     raise ValueError(f"`targets` must be class indices {shape} int64, got {got}.")
+
+
+def _check_one_candidate(batch: Batch, y: Tensor | None) -> None:
+    """Raise where another item of a tuple may be the labels as well as the second: a mask's may."""
+    if y is None or not isinstance(batch, tuple | list):
+        return
+    for i, other in enumerate(batch[2:], 2):
+        whole = isinstance(other, Tensor) and not other.is_floating_point()
+        if whole and other.shape == y.shape and other.dtype != torch.bool:
+            raise ValueError(
+                f"`targets` is needed: items 1 and {i} of a batch both have the shape "
+                f"{tuple(y.shape)} of labels, so either may be a mask. Pass "
+                f"targets=lambda batch: batch[{i}], or the one that it is."
+            )

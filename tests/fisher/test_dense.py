@@ -210,6 +210,12 @@ def test_positions_of_the_callers_own():
             {},
             r"`targets` must be in \[0, 4\)",
         ),
+        (
+            (torch.zeros(3, 6).long(), torch.ones(3, 6).long(), torch.zeros(3, 6).long()),
+            "predicted",
+            {},
+            r"`targets` is needed: items 1 and 2 of a batch",
+        ),
         ((torch.zeros(3, 6).long(),), "empirical", {"class_dim": 2}, "`batches` must yield"),
         ((torch.zeros(3, 6).long(),), "predicted", {"class_dim": 0}, "`class_dim` must be an axis"),
         ((torch.zeros(3, 6).long(),), "class_mean", {}, "one label per sample"),
