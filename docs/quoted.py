@@ -77,6 +77,7 @@ def _results() -> dict[str, Any]:
         "main_table": shown("main", "summary"),
         "parity_table": shown("parity", "comparisons"),
         "kirkpatrick_table": shown("reproduce/kirkpatrick2017", "reproduce"),
+        **_kirkpatrick_search(),
         "vandeven2022_table": shown("reproduce/vandeven2022", "reproduce"),
         "baselines_table": shown("reproduce/baselines", "reproduce"),
     }
@@ -549,6 +550,16 @@ def _identities(problem: str) -> pd.DataFrame:
 
 def _share(problem: str, labels: str) -> str:
     return f"{_identities(problem).loc[labels, 'mean_square_of_own']:.0%}"
+
+
+def _kirkpatrick_search() -> dict[str, str]:
+    """The best of our candidates with and without dropout and pixels in [0, 1]."""
+    runs = _csv("reproduce/kirkpatrick2017/search/runs")
+    ours = runs[runs["method"] == "ewc"]
+    best = ours["average_accuracy"].groupby([ours["dropout"] > 0, ours["pixels"] == "unit"]).max()
+    names = {"neither": (False, False), "dropout_alone": (True, False)}
+    names |= {"pixels_alone": (False, True), "both": (True, True)}
+    return {f"kirkpatrick_{name}": f"{best[key]:.3f}" for name, key in names.items()}
 
 
 @cache
