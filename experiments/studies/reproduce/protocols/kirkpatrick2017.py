@@ -67,7 +67,7 @@ PROTOCOL = Protocol(
     setting=SETTING,
     arms=(
         Arm(NAIVE, {"method": "naive"}),
-        Arm("EWC, online", {**PREDICTED, "ewc_lambda": 30.0}, ATTAINED, NAIVE),
+        Arm("EWC, online", {**PREDICTED, "ewc_lambda": 100.0}, ATTAINED, NAIVE),
         Arm("Avalanche's EWC, online", {**BUILTIN, "ewc_lambda": 3000.0}, ATTAINED, NAIVE),
     ),
     seeds=tuple(range(10)),
