@@ -72,7 +72,8 @@ class ModelState:
         batch normalisation and writes through `.data` do not raise the counter.
 
         Args:
-            values: Compare the values of larger tensors too.
+            values: At the end: compare the values of larger tensors too, and put generators back,
+                which would repeat their numbers between forward passes.
         """
         for now, saved in self._attributes.changed():
             for name in [name for name in now if name not in saved]:
@@ -93,8 +94,9 @@ class ModelState:
                     object.__setattr__(holder, name, slots[name])
                 elif hasattr(holder, name):
                     object.__delattr__(holder, name)
-        for put_back, state in self._randomness:
-            put_back(state)
+        if values:
+            for _, put_back, state in self._randomness:
+                put_back(state)
         small = not values and self._small_have_changed()
         for i, (tensor, value) in enumerate(self._tensors):
             written = tensor._version != self._versions[i]
@@ -103,6 +105,10 @@ class ModelState:
                 with torch.no_grad():
                     tensor.copy_(value)
                 self._versions[i] = tensor._version
+
+    def random_states(self) -> list[Any]:
+        """The states of generators that the model holds."""
+        return [read() for read, _, _ in self._randomness]
 
     def _small_have_changed(self) -> bool:
         """Whether any value has, of all in one tensor: one comparison, one wait for a GPU."""
@@ -172,7 +178,7 @@ class _Held:
         self.dicts: list[dict[Any, Any]] = []
         self.others: list[Any] = []  # lists, sets and deques
         self.slots: list[tuple[Any, dict[str, Any]]] = []
-        self.randomness: list[tuple[Callable[[Any], object], Any]] = []
+        self.randomness: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = []
         seen: set[int] = set()
         while values:
             value = values.pop()
@@ -186,8 +192,9 @@ class _Held:
                 values += self._container(value)
                 if type(value) in _CONTAINERS:
                     continue
-            if (put_back := _random_state(value)) is not None:
-                self.randomness.append(put_back)
+            if (generator := _of_generator(value)) is not None:
+                read, put_back = generator
+                self.randomness.append((read, put_back, read()))
             elif not isinstance(value, _NOT_ENTERED) and not isroutine(value):
                 values += self._object(value)
 
@@ -222,18 +229,18 @@ def _slot_names(value: Any) -> list[str]:
     return names
 
 
-def _random_state(value: Any) -> tuple[Callable[[Any], object], Any] | None:
-    """A function that sets a generator's state, and the state now; None of what is no generator."""
+def _of_generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """Functions that return and set a generator's state; None of what is no generator."""
     if isinstance(value, torch.Generator) and value is not torch.default_generator:
-        return value.set_state, value.get_state()
+        return value.get_state, value.set_state
     if isinstance(value, random.Random):
-        return value.setstate, value.getstate()
+        return value.getstate, value.setstate
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, numpy.random.RandomState):
-        return value.set_state, value.get_state()
+        return value.get_state, value.set_state
     if numpy and isinstance(value, numpy.random.Generator):
         bits = value.bit_generator
-        return partial(setattr, bits, "state"), bits.state
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
     return None
 
 

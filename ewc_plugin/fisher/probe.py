@@ -386,12 +386,17 @@ def _alone(call: ModelCall, batch: Batch) -> tuple[tuple[TracedCall, ...], Tenso
 
 
 def _random_state(call: ModelCall) -> bytes:
-    """Of the global generators that a forward pass may draw from."""
+    """Of the generators that a forward pass may draw from: the global ones and the model's."""
     cuda = {p.device for p in call.params.values() if p.device.type == "cuda"}
-    states = [torch.cuda.get_rng_state(device) for device in sorted(cuda, key=str)]
     numpy = sys.modules.get("numpy")
-    others = random.getstate(), numpy and numpy.random.get_state(legacy=False)
-    return pickle.dumps((*(s.tolist() for s in (torch.get_rng_state(), *states)), *others))
+    states = [
+        torch.get_rng_state(),
+        *(torch.cuda.get_rng_state(device) for device in sorted(cuda, key=str)),
+        random.getstate(),
+        numpy and numpy.random.get_state(legacy=False),
+        *call.state.random_states(),
+    ]
+    return pickle.dumps([s.tolist() if isinstance(s, Tensor) else s for s in states])
 
 
 def _quietly(call: ModelCall, batch: Batch, n: int) -> Tensor:

@@ -617,21 +617,21 @@ def test_state_inside_of_objects_is_put_back(engine):
 
 
 class DrawsFromItsOwn(nn.Module):
-    """Scales its logits by a number that it draws from a generator of its own."""
+    """Turns its input around where a number from a generator of its own is small."""
 
-    def __init__(self, draw):
+    def __init__(self, draw, chance=0.0):
         super().__init__()
-        self.head, self.draw = nn.Linear(6, 4), [draw]
+        self.head, self.draw, self.chance = nn.Linear(6, 4), [draw], chance
 
     def forward(self, x):
-        return self.head(x) * (1 + self.noise())
+        return self.head(x.flip(1) if float(self.noise()) < self.chance else x)
 
     def noise(self):
         (g,) = self.draw
         return torch.rand((), generator=g) if isinstance(g, torch.Generator) else g.random()
 
 
-@pytest.mark.parametrize(
+GENERATORS = pytest.mark.parametrize(
     "make",
     [
         lambda: torch.Generator().manual_seed(3),
@@ -641,10 +641,23 @@ class DrawsFromItsOwn(nn.Module):
     ],
     ids=["torch", "numpy", "numpy's old one", "Python"],
 )
+
+
+@GENERATORS
 def test_generators_of_a_models_own_are_put_back(make):
     model, x = built(lambda: DrawsFromItsOwn(make())), normal(8, 6)
+    got = diagonal_fisher(model, in_batches(4, x))
+    assert relative_error(got, loop_fisher(model, x, None, "predicted")) < 1e-12
+    model = built(lambda: DrawsFromItsOwn(make()))
     diagonal_fisher(model, in_batches(4, x))
     assert model.noise() == DrawsFromItsOwn(make()).noise()
+
+
+@GENERATORS
+def test_rare_noise_of_a_models_own_generator_is_refused(make):
+    model = built(lambda: DrawsFromItsOwn(make(), chance=0.05))
+    with pytest.raises(ValueError, match="two outputs|other logits alone"):
+        diagonal_fisher(model, in_batches(4, normal(1000, 6)), chunk_size=4)
 
 
 class Locked:
