@@ -97,7 +97,7 @@ def test_the_class_incremental_network_is_the_one_that_the_search_found_best():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run_id",
-    ["split-digits-task-ewc-769d727abb-s100", "split-digits-task-avalanche-ewc-00672cccca-s102"],
+    ["split-digits-task-ewc-31f1501397-s100", "split-digits-task-avalanche-ewc-1d1624fa33-s102"],
 )
 def test_a_committed_run_made_again_has_the_committed_accuracies(run_id):
     # Digits, since they need no download. Processors and versions of torch round differently, which
