@@ -227,7 +227,7 @@ def test_the_readmes_words_on_the_fisher_types_are_those_of_the_committed_table(
     assert (table["n"] == 3).all()
     best = table.loc[table.groupby("fisher_type")["mean"].idxmax()].set_index("fisher_type")
     assert best["mean"].max() - best["mean"].min() < 0.004
-    assert best["ewc_lambda"].drop("batched").eq(5e3).all()
+    assert best["ewc_lambda"].drop("batched").le(5e3).all()
     assert best.loc["batched", "ewc_lambda"] == 5e5
     weakest = table[table["ewc_lambda"] == 50].set_index("fisher_type")["mean"]
     assert weakest[["exact", "sampled"]].min() > 0.98
