@@ -12,7 +12,7 @@ from inspect import isroutine
 from itertools import chain
 from operator import is_
 from threading import Lock, RLock
-from types import ModuleType
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
 _CONTAINERS = (list, dict, set, deque, tuple, OrderedDict)
 _NOT_ENTERED = (nn.Module, type, ModuleType, Enum, Optimizer, DataLoader, Dataset, Sampler)
 _LOCKS = (type(Lock()), type(RLock()))
+_SMALL = 4096  # entries of a tensor or array that is compared before every forward pass
 
 
 class ModelState:
@@ -50,6 +51,7 @@ class ModelState:
         held = _Held([*attributes, *self.buffers, *self.parameters])
         self._dicts, self._slots, self._randomness = _Dicts(held.dicts), held.slots, held.randomness
         self._others = [(v, v.copy()) for v in held.others]
+        self._arrays = [(array, array.copy()) for array in held.arrays]
         self._tensors = [(t, t.detach().clone()) for t in held.tensors if _readable(t)]
         self._versions = [t._version for t, _ in self._tensors]
         small: dict[Any, dict[Tensor, Tensor]] = {}
@@ -68,7 +70,7 @@ class ModelState:
     def restore(self, *, values: bool = False) -> None:
         """Put everything back.
 
-        A tensor has changed where its version counter has, or, up to 4096 entries, its values:
+        A tensor has changed where its version counter has, or, up to `_SMALL` entries, its values:
         batch normalisation and writes through `.data` do not raise the counter.
 
         Args:
@@ -97,11 +99,14 @@ class ModelState:
         if values:
             for _, put_back, state in self._randomness:
                 put_back(state)
+        for array, value in self._arrays:
+            if (values or array.size <= _SMALL) and array.tobytes() != value.tobytes():
+                array[...] = value
         small = not values and self._small_have_changed()
         for i, (tensor, value) in enumerate(self._tensors):
             written = tensor._version != self._versions[i]
             compared = values or (small and _is_small(tensor))
-            if written or (compared and not torch.equal(tensor, value)):
+            if written or (compared and not _equal(tensor, value)):
                 with torch.no_grad():
                     tensor.copy_(value)
                 self._versions[i] = tensor._version
@@ -151,12 +156,25 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    return _is_plain(tensor) and tensor.numel() <= 4096
+    return _is_plain(tensor) and tensor.numel() <= _SMALL
 
 
 def _readable(tensor: Tensor) -> bool:
     has_values = not nn.parameter.is_lazy(tensor)
     return has_values and not tensor.is_meta and not tensor.is_inference()
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    if not (numpy and isinstance(value, numpy.ndarray)):
+        return False
+    return bool(value.flags.writeable and not value.dtype.hasobject)
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    if tensor.layout is not torch.strided:  # which `torch.equal` does not take
+        return False
+    return torch.equal(tensor, value)
 
 
 def _same(container: Any, content: Any) -> bool:
@@ -175,6 +193,7 @@ class _Held:
 
     def __init__(self, values: list[Any]) -> None:
         self.tensors: list[Tensor] = []
+        self.arrays: list[Any] = []  # of NumPy
         self.dicts: list[dict[Any, Any]] = []
         self.others: list[Any] = []  # lists, sets and deques
         self.slots: list[tuple[Any, dict[str, Any]]] = []
@@ -187,6 +206,9 @@ class _Held:
             seen.add(id(value))
             if isinstance(value, Tensor):
                 self.tensors.append(value)
+                continue
+            if _is_array(value):
+                self.arrays.append(value)
                 continue
             if isinstance(value, _CONTAINERS):
                 values += self._container(value)
@@ -225,21 +247,23 @@ class _Held:
 
 
 def _slot_names(value: Any) -> list[str]:
-    names: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-    return names
+    """Names of slots that no property of a subclass hides."""
+    kind = type(value)
+    names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    return [name for name in names if isinstance(getattr(kind, name, None), MemberDescriptorType)]
 
 
 def _of_generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
     """Functions that return and set a generator's state; None of what is no generator."""
     if isinstance(value, torch.Generator) and value is not torch.default_generator:
         return value.get_state, value.set_state
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return value.getstate, value.setstate
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, numpy.random.RandomState):
         return value.get_state, value.set_state
-    if numpy and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator
+    if numpy and isinstance(value, numpy.random.Generator | numpy.random.BitGenerator):
+        bits = getattr(value, "bit_generator", value)
         return partial(getattr, bits, "state"), partial(setattr, bits, "state")
     return None
 

@@ -660,6 +660,39 @@ def test_rare_noise_of_a_models_own_generator_is_refused(make):
         diagonal_fisher(model, in_batches(4, normal(1000, 6)), chunk_size=4)
 
 
+class WithSlot:
+    __slots__ = ("number",)
+
+
+class Hidden(WithSlot):
+    __slots__ = ()
+    number = property(lambda self: 3)
+
+
+class CountsInAnArray(nn.Module):
+    """Holds what is awkward to put back, and an array that it counts in."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.calls, self.bits = nn.Linear(6, 4), np.zeros(3), np.random.PCG64(3)
+        self.system, self.hidden = random.SystemRandom(), Hidden()
+        self.register_buffer("edges", torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        self.calls += 1
+        self.bits.random_raw()
+        return self.head(x) * float(self.calls[0])
+
+
+def test_arrays_are_put_back_and_what_cannot_be_is_left():
+    model, x = built(CountsInAnArray), normal(8, 6)
+    got = diagonal_fisher(model, in_batches(4, x))
+    want = loop_fisher(model.head, x, None, "predicted")
+    assert relative_error(got, {f"head.{name}": f for name, f in want.items()}) < 1e-12
+    assert model.calls.tolist() == [0, 0, 0]
+    assert model.bits.random_raw() == np.random.PCG64(3).random_raw()
+
+
 class Locked:
     """Shared with a thread, so that it is not for a forward pass to put back."""
 
@@ -1341,6 +1374,25 @@ def test_hooks_on_parameters_change_the_gradients_that_are_squared(hook, engine)
     assert relative_error(got, loop_fisher(model, x, None, "predicted")) < 1e-12
     with pytest.raises(ValueError, match="a hook changes its gradient"):
         diagonal_fisher(model, [(x,)], engine="rules")
+
+
+class ClippedExpansion(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        scale = self.scale.expand(len(x), 6)
+        if scale.requires_grad:
+            scale.register_hook(lambda g: g.clamp(-0.05, 0.05))
+        return self.head(x * scale)
+
+
+def test_hooks_on_what_comes_from_a_parameter_change_its_gradient():
+    model, x = built(ClippedExpansion), 0.01 * normal(24, 6)
+    x[8:] *= 300
+    got = diagonal_fisher(model, [(x,)], chunk_size=8)
+    assert relative_error(got, loop_fisher(model, x, None, "predicted")) < 1e-12
 
 
 def small_mlp():
