@@ -16,11 +16,10 @@ from ewc_plugin.fisher.per_sample import vmap_squares
 from ewc_plugin.fisher.probe import SAMPLES, Probe
 from ewc_plugin.fisher.rules.base import Layout, Sums
 from ewc_plugin.fisher.rules.registry import RegisteredRule
-from ewc_plugin.fisher.tracing.layer_calls import OverwrittenError, TracedCall, Watch
+from ewc_plugin.fisher.tracing.layer_calls import HOOKED, OverwrittenError, TracedCall, Watch
 from ewc_plugin.fisher.tracing.shared import connected, find_shared
 
 _DATA_DEPENDENT = "its calls depend on the data"
-_HOOKED = "a hook changes its gradient"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _vmap_failures(call: ModelCall, seen: Probe) -> dict[str, str]:
         return dict.fromkeys(call.params, reason)
     wrong = {name for name in call.params if seen.wrong({name: sums[name]})}
     reasons = dict.fromkeys(wrong, "its values differ from the loop's")
-    return reasons | {name: _HOOKED for name in call.params if name in seen.hooked}
+    return reasons | {name: HOOKED for name in call.params if name in seen.hooked}
 
 
 def _match_rules(seen: Probe) -> tuple[dict[str, Served], dict[str, str]]:
@@ -179,7 +178,7 @@ def _unservable(seen: Probe) -> dict[str, str]:
 
 def _why_none(seen: Probe, name: str, n_calls: int) -> str:
     if name in seen.hooked:
-        return _HOOKED
+        return HOOKED
     if name in seen.of_registered_rules:
         return f"its registered rule is used in {n_calls} calls" if n_calls > 1 else ""
     if seen.untraceable and name in seen.untraceable:

@@ -33,6 +33,7 @@ from ewc_plugin.fisher.per_sample import gradient_squares, typical
 from ewc_plugin.fisher.rules.base import Sums, device_kind
 from ewc_plugin.fisher.tracing.capture import Capture
 from ewc_plugin.fisher.tracing.layer_calls import (
+    HOOKED,
     OnGradient,
     Trace,
     TracedCall,
@@ -123,7 +124,8 @@ class Probe:
         of_registered_rules: As in `Trace`.
         untraceable: As in `Trace`.
         direct: Names of the parameters that the graph reaches past the traced calls.
-        hooked: Names of the parameters with a hook on their gradient, which the loop alone calls.
+        hooked: Names of the parameters with a hook on their gradient, or on that of a tensor which
+            comes from them.
     """
 
     samples: Samples
@@ -311,9 +313,11 @@ def _probe_together(call: ModelCall, seen: Probe, alone: Tensor) -> tuple[ModelC
             trace.pull_back(together, seen.v, retain_graph=False)
         except RuntimeError as error:
             untraced = f"its backward pass can't be cut: {_line(error)}"
+    hooked = {name for name, reason in trace.untraceable.items() if reason == HOOKED}
     return call, replace(
         seen,
         untraced=untraced,
+        hooked=seen.hooked | hooked,
         traced=tuple(trace.calls),
         gradients=gradients,
         of_registered_rules=frozenset(trace.of_registered_rules),

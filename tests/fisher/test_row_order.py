@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from ewc_plugin.fisher.diagonal import diagonal_fisher, explain
 from support.reference import loop_fisher, relative_error
@@ -101,7 +101,74 @@ def rows_by_a_list(m, x, n):
     return m.narrow(torch.stack([h[order.index(i)] for i in range(len(x))]))
 
 
+def sorted_and_back(reordered):
+    """Two passes of one layer: over the rows as they are, and as `reordered(rows, order)`."""
+
+    def case(m, x, n):
+        order, h = n.argsort(stable=True), x.mean(1)
+        back = reordered(m.up(reordered(2 * h, order)).tanh(), order.argsort())
+        return m.narrow(m.up(h).tanh() + back)
+
+    case.__name__ = reordered.__name__
+    return case
+
+
+def by_an_array(rows, order):
+    return rows[order.numpy()]
+
+
+def by_a_copied_list(rows, order):
+    return rows[torch.tensor(order.tolist())]
+
+
+def by_stacking(rows, order):
+    return torch.stack([1.0 * rows[i] for i in order.tolist()])
+
+
+def by_writing(rows, order):
+    out = torch.zeros_like(rows)
+    for place, i in enumerate(order.tolist()):
+        out[place] = rows[i]
+    return out
+
+
+def by_a_matrix(rows, order):
+    return nn.functional.one_hot(order, len(rows)).to(rows) @ rows
+
+
+def by_flat_places(rows, order):
+    return rows.take(order[:, None] * 6 + torch.arange(6))
+
+
+def rolled(m, x, n):
+    """By as much as the data say, which is nothing in the first chunk."""
+    k, h = int((n != 3).any()), x.mean(1)
+    return m.narrow(m.up(h).tanh() + m.up(h.roll(k, 0)).tanh().roll(-k, 0))
+
+
+def halves(m, x, n):
+    """First the samples with a large number, then the others."""
+    large, h = n > 2, x.mean(1)
+    both = torch.cat([h[large], h[~large]])
+    out = torch.zeros_like(h)
+    out[large], out[~large] = m.up(m.up(both)).tanh().split([int(large.sum()), int((~large).sum())])
+    return m.narrow(m.up(h) + out)
+
+
+def packed_by_hand(m, x, n):
+    def encoded(x, n):
+        order = n.argsort(descending=True, stable=True).tolist()
+        packed = pack_sequence([x[i, : n[i]] for i in order])
+        last = m.gru(packed)[1][-1]
+        return torch.stack([last[order.index(i)] for i in range(len(x))])
+
+    return m.head(encoded(x, n) + encoded(x.flip(1), 6 - n))
+
+
+REORDERED = (by_an_array, by_a_copied_list, by_stacking, by_writing, by_a_matrix, by_flat_places)
 MOVED = [
+    *((sorted_and_back(reordered), (X, LENGTHS)) for reordered in REORDERED),
+    *((case, (X, LENGTHS)) for case in (rolled, halves, packed_by_hand)),
     *((case, (X, LENGTHS)) for case in (sorted_by_hand, steps_of_packed, rows_by_a_list)),
     (end_to_end, (X, RAGGED)),
     (tokens_by_expert, (EXPERT,)),
@@ -135,7 +202,47 @@ def edges(m, x, n):
     return m.narrow(h.view(len(x), 5, 6).mean(1))
 
 
-WITHIN = [(case, (X, LENGTHS)) for case in (last_tokens, gathered, sorted_within, edges)]
+def masked(m, x, n):
+    h = m.up(x)
+    h[torch.arange(5) >= n[:, None]] = 0
+    return m.narrow(m.up(h).sum(1))
+
+
+def as_long_as_the_chunk(m, x, n):
+    h = m.up(x.repeat(1, 4, 1)[:, :CHUNK])
+    return m.narrow(
+        h.gather(1, (n - 1)[:, None, None].expand(-1, 1, 6))[:, 0] + h.topk(2, 1)[0][:, 0]
+    )
+
+
+def by_keyword(m, x, n):
+    index = (n - 1)[:, None, None].expand(-1, 1, 6)
+    h = torch.gather(input=m.up(x), dim=1, index=index)[:, 0]
+    return m.narrow(torch.where(condition=h > 0, input=h, other=2 * h))
+
+
+def sample_by_sample(m, x, n):
+    return m.narrow(
+        torch.vmap(lambda row: torch.cat([row[:3], row.sort()[0][3:]]))(m.up(x.mean(1)))
+    )
+
+
+def steps_in_reverse(m, x, n):
+    steps = torch.stack([m.up(x)[:, t] for t in reversed(range(5))])
+    return m.narrow(m.up(steps).tanh().sum(0))
+
+
+def longest(m, x, n):
+    return m.narrow(m.up(x).sum(1) / (1 + 0 * n.sort()[0][-1]))
+
+
+WITHIN = [
+    (case, (X, LENGTHS))
+    for case in (
+        *(last_tokens, gathered, sorted_within, edges, masked, as_long_as_the_chunk, by_keyword),
+        *(sample_by_sample, steps_in_reverse, longest),
+    )
+]
 
 
 def named(cases):

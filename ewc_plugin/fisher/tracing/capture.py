@@ -27,7 +27,7 @@ from ewc_plugin.fisher.rules.base import LayerCall, LayerRule
 from ewc_plugin.fisher.rules.broadcast import ELEMENTWISE, Broadcast
 from ewc_plugin.fisher.rules.registry import LAYER_RULES, RULES, RegisteredRule
 from ewc_plugin.fisher.tracing.attention import attention, plain_call
-from ewc_plugin.fisher.tracing.layer_calls import OnGradient, Tap, Trace, TracedCall
+from ewc_plugin.fisher.tracing.layer_calls import HOOKED, OnGradient, Tap, Trace, TracedCall
 from ewc_plugin.fisher.tracing.lineage import Lineage, Source, tensors_in
 from ewc_plugin.fisher.tracing.recurrent import RECURRENT, cell, unrolled
 from ewc_plugin.fisher.tracing.recurrent import plain_call as layer_call
@@ -145,6 +145,9 @@ class Capture(TorchFunctionMode):
         """Run `func`; where it brings parameters together with the batch, record it."""
         kwargs = kwargs or {}
         found, foreign = self._lineage.read_by(func, args, kwargs)
+        if found and func is Tensor.register_hook:
+            self._give_up(found, HOOKED)
+            return func(*args, **kwargs)
         if not found:
             out = func(*args, **kwargs)
             if foreign:

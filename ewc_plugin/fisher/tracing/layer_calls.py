@@ -20,6 +20,8 @@ from ewc_plugin.fisher.tracing.lineage import Source
 
 WATCHED_VECTORS = 16  # of the watched sample, so that a thousand classes cost no thousand products
 
+HOOKED = "a hook changes its gradient"  # which the loop alone calls, sample by sample
+
 
 @dataclass
 class Watch:

@@ -112,13 +112,13 @@ class Lineage:
 
     def source(self, t: Any) -> Source | None:
         """What is known of a tensor that comes from parameters alone."""
-        known = self._known.get(id(t))
-        return known[2] if known is not None and known[1] == t._version else None
+        return None if self.is_of_batch(t) else self._known[id(t)][2]
 
     def is_of_batch(self, t: Any) -> bool:
-        """Whether a tensor may come from the batch: it is not of parameters and constants alone."""
+        """Whether a tensor may come from the batch, and not from parameters and constants alone."""
+        # One with a hook counts as such, so that its gradient goes through the hook.
         known = self._known.get(id(t))
-        return known is None or known[1] != t._version
+        return known is None or known[1] != t._version or bool(t._backward_hooks)
 
     def sources(self, args: Iterable[Any]) -> tuple[list[Source], bool]:
         """The sources among arguments, and whether any other argument may come from the batch."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ewc_plugin.fisher.tracing.lineage import tensors_in
@@ -24,13 +25,16 @@ _KINDS = {
     **dict.fromkeys(("__getitem__", "__setitem__", "index_put", "embedding"), "index"),
     **dict.fromkeys(("index_select", "index_add", "index_copy", "index_reduce"), "index"),
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), "along"),
-    **dict.fromkeys(("take_along_dim", "sort", "topk"), "along"),
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack", "vstack"), "join"),
+    **dict.fromkeys(("take_along_dim", "take", "sort", "topk"), "along"),
+    **dict.fromkeys(("cat", "concat", "concatenate", "vstack"), "join"),
+    **dict.fromkeys(("stack", "pad_sequence"), "join"),
+    **dict.fromkeys(("matmul", "mm", "__matmul__"), "mix"),
+    "roll": "roll",
     **dict.fromkeys(("split", "split_with_sizes"), "split"),
     "_pack_padded_sequence": "pack",
 }
 # Where a function of kind "along" has its axis and its index; a sort gives the latter.
-_PLACES = {"take_along_dim": (2, 1), "sort": (1, None), "topk": (2, None)}
+_PLACES = {"take_along_dim": (2, 1), "take": (9, 1), "sort": (1, None), "topk": (2, None)}
 
 
 @lru_cache(1024)
@@ -51,9 +55,9 @@ class RowOrder:
     def __init__(self, N: int, of_batch: Callable[[Any], bool]) -> None:
         self.lost = False
         self._N, self._of_batch = N, of_batch
-        self._sorted: list[Tensor] = []  # as `pack_padded_sequence` sorts what it packs
+        self._sorted: list[Tensor] = []  # rows, as `pack_padded_sequence` sorts what it packs
         self._orders: list[Tensor] = []  # of packed sequences
-        self._distinct: list[Tensor] = []  # values of the whole batch, and what comes from them
+        self._moved: list[Tensor] = []  # distinct or sorted numbers, and what comes from them
         self._packed = self._packed_sorted = False
 
     def is_known(self, read: Sequence[Tensor], *, recurrent: bool) -> bool:
@@ -61,10 +65,10 @@ class RowOrder:
         self.lost |= bool(self._sorted)
         if self._packed and not recurrent and not any(self._N in t.shape[:2] for t in read):
             return False  # the steps of packed sequences, of which some have ended
-        return not self.lost and not self._are_distinct(read)
+        return not self.lost and not self._are_moved(read)
 
-    def _are_distinct(self, read: Sequence[Any]) -> bool:
-        return any(t is one for t in read for one in self._distinct)
+    def _are_moved(self, read: Sequence[Any]) -> bool:
+        return any(t is one for t in read for one in self._moved)
 
     def of_recurrent(self, x: Any) -> Tensor | None:
         """Return the order of the samples in what a recurrent layer reads; None: their own."""
@@ -79,54 +83,86 @@ class RowOrder:
     def see(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         """Look at a call of a function that reads the batch."""
         name, kind = _named(func)
-        if kind == "distinct" or (self._distinct and self._are_distinct(tensors_in(args))):
-            values = out[:1] if kind == "distinct" and isinstance(out, tuple) else (out,)
-            self._distinct += [t for t in tensors_in(values) if t.dim()]
-        if kind is None or kind == "distinct" or self.lost:
-            return
-        args = (*args, *kwargs.values()) if kind in ("join", "split") else args
-        if not args:
-            self.lost = True  # all by keyword
-        elif kind == "pack":
+        args = args or (kwargs.get("input", kwargs.get("condition")),)
+        if kind == "pack":
             self._packed, self._packed_sorted = True, any(t is args[0] for t in self._sorted)
-            self._sorted = [t for t in self._sorted if not any(t is arg for arg in args[:2])]
-        elif kind == "count":
-            self.lost = self._counts(name, args, kwargs)
-        elif kind == "join":
-            self.lost = self._joins(*args[:2])
-        elif kind == "split":
-            self.lost = self._tears(args[0], args[1], args[2] if len(args) > 2 else 0)
-        elif kind == "index":
-            lost = self._indexes(name, args, kwargs)
-            if lost and name == "index_select":
-                self._sorted.append(out)
-            else:
-                self.lost = lost
-        elif self._N > 1 and self._of_batch(args[0]):
-            lengths = name == "sort" and args[0].dim() == 1 and not args[0].is_floating_point()
-            if lengths:
-                self._sorted.append(out[0])
-            else:
-                self.lost = self._along(name, args, kwargs, out)
+            self._sorted = [t for t in self._sorted if t is not args[0]]
+            return
+        sorts_numbers = (
+            name == "sort"
+            and isinstance(args[0], Tensor)
+            and args[0].dim() == 1
+            and not args[0].is_floating_point()
+        )
+        if (
+            kind == "distinct"
+            or sorts_numbers
+            or (self._moved and self._are_moved(tensors_in(args)))
+        ):
+            values = out[:1] if isinstance(out, tuple) and kind else (out,)
+            self._moved += [t for t in tensors_in(values) if t.dim()]
+        if kind in (None, "distinct") or sorts_numbers or self.lost or self._N == 1:
+            return
+        if any(is_functorch_wrapped_tensor(t) for t in tensors_in(args)):
+            return  # of one sample, inside of a `vmap` of the model's own
+        lost = self._loses(name, kind, args, kwargs, out)
+        if lost and name == "index_select":
+            self._sorted.append(out)
+        else:
+            self.lost = lost
+
+    def _loses(
+        self, name: str, kind: str | None, args: Any, kwargs: dict[str, Any], out: Any
+    ) -> bool:
+        if kind == "count":
+            return self._counts(name, args, kwargs)
+        if kind == "join":
+            pieces = next((a for a in (*args, *kwargs.values()) if isinstance(a, tuple | list)), ())
+            dim = (
+                0
+                if name == "pad_sequence"
+                else (args[1] if len(args) > 1 else kwargs.get("dim", 0))
+            )
+            return self._joins(pieces, dim, stacked=name in ("stack", "pad_sequence"))
+        if kind == "split":
+            sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections")
+            dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+            return dim == 0 and isinstance(sizes, tuple | list) and self._of_other_sizes(sizes)
+        if kind == "index":
+            return self._indexes(name, args, kwargs)
+        if not self._of_batch(args[0]):
+            return False
+        if kind == "roll":
+            dims = args[2] if len(args) > 2 else kwargs.get("dims", ())
+            dims = dims if isinstance(dims, tuple | list) else (dims,)
+            return not (dims and 0 not in dims) and args[0].size(0) % self._N == 0
+        if kind == "mix":  # rows of one by the other: a permutation, perhaps
+            other = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+            if not isinstance(other, Tensor) or not self._of_batch(other):
+                return False
+            rows = args[0].dim() == other.dim() == 2
+            return rows and len(other) % self._N == len(args[0]) % self._N == 0
+        return self._along(name, args, kwargs, out)
 
     def _counts(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         if name == "repeat_interleave":
             return isinstance(args[1] if len(args) > 1 else kwargs.get("repeats"), Tensor)
         return name != "where" or len(args) + len(kwargs) == 1
 
-    def _joins(self, pieces: Any, dim: Any = 0) -> bool:
-        """Whether pieces that are not as long, or not in the order of the memory, are joined."""
-        if self._N == 1 or not isinstance(pieces, (tuple, list)) or dim != 0 or len(pieces) < 2:
+    def _joins(self, pieces: Sequence[Tensor], dim: int, *, stacked: bool) -> bool:
+        """Whether pieces of single samples are joined in another order than the memory's."""
+        if len(pieces) < 2 or dim not in (0, -pieces[0].dim() - stacked):
             return False
-        starts = [p.storage_offset() for p in pieces]
-        same = len({p.untyped_storage().data_ptr() for p in pieces}) == 1
-        if same and starts != sorted(starts):
+        sizes = [1] * len(pieces) if stacked else [len(p) for p in pieces]
+        if sum(sizes) % self._N or not any(size % self._N for size in sizes):
+            return False
+        if stacked and pieces[0].dim() > 1 and self._N in pieces[0].shape[:2]:
+            return False  # steps or layers of all samples
+        if any(p.layout != torch.strided for p in pieces):
             return True
-        sizes = [len(p) if p.dim() else 1 for p in pieces]
-        return self._of_other_sizes(sizes)
-
-    def _tears(self, t: Any, sizes: Any, dim: Any) -> bool:
-        return dim == 0 and isinstance(sizes, (tuple, list)) and self._of_other_sizes(sizes)
+        starts = [p.storage_offset() for p in pieces]
+        one_memory = len({p.untyped_storage().data_ptr() for p in pieces}) == 1
+        return not one_memory or starts != sorted(starts) or self._of_other_sizes(sizes)
 
     def _of_other_sizes(self, sizes: Sequence[int]) -> bool:
         whole = sum(sizes) % self._N == 0 and any(size % self._N for size in sizes)
@@ -144,30 +180,31 @@ class RowOrder:
             t = args[0]
             found = args[1] if len(args) > 1 else kwargs["indices"]
             index = tuple(found) if isinstance(found, tuple) or name == "index_put" else (found,)
+        if name in ("__setitem__", "index_put"):
+            value = args[2] if len(args) > 2 else kwargs.get("values")
+            if not (isinstance(value, Tensor) and value.dim() and self._of_batch(value)):
+                return False  # every row gets the same
+            if isinstance(index[0], int) and t.size(0) % self._N == 0:
+                return value.dim() == 1 or value.size(0) != self._N  # else a step of all samples
         masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
-        # A mask [N] has a sample's row once or not at all.
-        if name != "embedding" and any(mask.shape != (self._N,) for mask in masks):
+        # A mask [N] has a sample's row once or not at all; what is written was picked before.
+        if name == "__getitem__" and any(mask.shape != (self._N,) for mask in masks):
             return True
-        if self._N == 1 or not self._of_batch(t):
+        if not self._of_batch(t):
             return False
         by_dim = _by_dim(t, index)
-        if not any(self._from_data(i) for i in by_dim.values()):
+        if not by_dim or any(i is order for i in by_dim.values() for order in self._orders):
             return False
         whole = torch.broadcast_tensors(*map(torch.as_tensor, by_dim.values()))
         flat = dict(zip(by_dim, (i.flatten() for i in whole), strict=True))
         if 0 in flat and t.size(0) % self._N == 0:
             return not self._in_order(flat[0][:, None], t.size(0))
-        on_second = 1 in flat and t.size(1) == self._N
+        on_second = 1 in flat and t.size(1) == self._N != t.size(0)
         return on_second and not self._in_order(flat[1][:, None], self._N)
-
-    def _from_data(self, index: Any) -> bool:
-        if isinstance(index, Tensor):
-            return self._of_batch(index) and not any(index is order for order in self._orders)
-        return True  # a list
 
     def _along(self, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> bool:
         at_dim, at_index = _PLACES.get(name, (1, 2))
-        t, default = args[0], None if name == "take_along_dim" else -1
+        t, default = args[0], None if name.startswith("take") else -1
         dim = args[at_dim] if len(args) > at_dim else kwargs.get("dim", default)
         if at_index is None:
             index = out[1]
@@ -176,14 +213,15 @@ class RowOrder:
             index = args[at_index] if len(args) > at_index else kwargs.get(names[at_index == 1])
         if dim is None:
             t, index, dim = t.flatten(), index.flatten(), 0
-        if not t.dim() or not self._from_data(index):
+        if not t.dim() or any(index is order for order in self._orders):
             return False
         if name.startswith("scatter"):
             written = args[3] if len(args) > 3 else kwargs.get("src")
             if not (isinstance(written, Tensor) and self._of_batch(written)):
                 return False  # constants, as where a permutation is inverted
         dim %= t.dim()
-        if (dim == 0 and t.size(0) % self._N == 0) or (dim == 1 and t.size(1) == self._N):
+        on_second = dim == 1 and t.size(1) == self._N != t.size(0)
+        if (dim == 0 and t.size(0) % self._N == 0) or on_second:
             return not self._in_order(index.movedim(dim, 0).flatten(1), t.size(dim))
         return False
 
@@ -206,8 +244,8 @@ def _by_dim(t: Tensor, index: Sequence[Any]) -> dict[int, Any]:
     for i, n in zip(index, axes, strict=True):
         if i is Ellipsis:
             n = t.dim() - sum(axes)
-        elif isinstance(i, list) or (isinstance(i, Tensor) and i.dtype != torch.bool):
-            found[dim] = i
+        elif not (i is None or isinstance(i, int | slice) or _is_mask(i)):
+            found[dim] = i  # a tensor, a list or an array
         dim += n
     return found
 
@@ -216,4 +254,8 @@ def _axes(index: Any) -> int:
     """How many axes one index takes."""
     if index is None or index is Ellipsis or isinstance(index, bool):
         return 0
-    return index.dim() if isinstance(index, Tensor) and index.dtype == torch.bool else 1
+    return index.dim() if _is_mask(index) else 1
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
