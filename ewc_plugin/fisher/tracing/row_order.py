@@ -88,20 +88,12 @@ class RowOrder:
             self._packed, self._packed_sorted = True, any(t is args[0] for t in self._sorted)
             self._sorted = [t for t in self._sorted if t is not args[0]]
             return
-        sorts_numbers = (
-            name == "sort"
-            and isinstance(args[0], Tensor)
-            and args[0].dim() == 1
-            and not args[0].is_floating_point()
-        )
-        if (
-            kind == "distinct"
-            or sorts_numbers
-            or (self._moved and self._are_moved(tensors_in(args)))
-        ):
+        if name == "sort" and args[0].dim() == 1 and not args[0].is_floating_point():
+            kind = "distinct"  # lengths or ids in order
+        if kind == "distinct" or (self._moved and self._are_moved(tensors_in(args))):
             values = out[:1] if isinstance(out, tuple) and kind else (out,)
             self._moved += [t for t in tensors_in(values) if t.dim()]
-        if kind in (None, "distinct") or sorts_numbers or self.lost or self._N == 1:
+        if kind in (None, "distinct") or self.lost or self._N == 1:
             return
         if any(is_functorch_wrapped_tensor(t) for t in tensors_in(args)):
             return  # of one sample, inside of a `vmap` of the model's own
@@ -118,26 +110,22 @@ class RowOrder:
             return self._counts(name, args, kwargs)
         if kind == "join":
             pieces = next((a for a in (*args, *kwargs.values()) if isinstance(a, tuple | list)), ())
-            dim = (
-                0
-                if name == "pad_sequence"
-                else (args[1] if len(args) > 1 else kwargs.get("dim", 0))
-            )
+            dim = 0 if name == "pad_sequence" else _given(args, kwargs, 1, "dim", 0)
             return self._joins(pieces, dim, stacked=name in ("stack", "pad_sequence"))
         if kind == "split":
-            sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections")
-            dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+            sizes = _given(args, kwargs, 1, "split_size_or_sections")
+            dim = _given(args, kwargs, 2, "dim", 0)
             return dim == 0 and isinstance(sizes, tuple | list) and self._of_other_sizes(sizes)
         if kind == "index":
             return self._indexes(name, args, kwargs)
         if not self._of_batch(args[0]):
             return False
         if kind == "roll":
-            dims = args[2] if len(args) > 2 else kwargs.get("dims", ())
+            dims = _given(args, kwargs, 2, "dims", ())
             dims = dims if isinstance(dims, tuple | list) else (dims,)
             return not (dims and 0 not in dims) and args[0].size(0) % self._N == 0
         if kind == "mix":  # rows of one by the other: a permutation, perhaps
-            other = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+            other = _given(args, kwargs, 1, "mat2" if name == "mm" else "other")
             if not isinstance(other, Tensor) or not self._of_batch(other):
                 return False
             rows = args[0].dim() == other.dim() == 2
@@ -146,7 +134,7 @@ class RowOrder:
 
     def _counts(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         if name == "repeat_interleave":
-            return isinstance(args[1] if len(args) > 1 else kwargs.get("repeats"), Tensor)
+            return isinstance(_given(args, kwargs, 1, "repeats"), Tensor)
         return name != "where" or len(args) + len(kwargs) == 1
 
     def _joins(self, pieces: Sequence[Tensor], dim: int, *, stacked: bool) -> bool:
@@ -170,18 +158,17 @@ class RowOrder:
 
     def _indexes(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         if name == "embedding":
-            t, index = args[1] if len(args) > 1 else kwargs["weight"], (args[0],)
+            t, index = _given(args, kwargs, 1, "weight"), (args[0],)
         elif name.startswith("index_") and name != "index_put":
             t = args[0]
-            dim = args[1] if len(args) > 1 else kwargs["dim"]
-            picked = args[2] if len(args) > 2 else kwargs["index"]
+            dim, picked = _given(args, kwargs, 1, "dim"), _given(args, kwargs, 2, "index")
             index = (*[slice(None)] * (dim % max(t.dim(), 1)), picked)
         else:
             t = args[0]
-            found = args[1] if len(args) > 1 else kwargs["indices"]
+            found = _given(args, kwargs, 1, "indices")
             index = tuple(found) if isinstance(found, tuple) or name == "index_put" else (found,)
         if name in ("__setitem__", "index_put"):
-            value = args[2] if len(args) > 2 else kwargs.get("values")
+            value = _given(args, kwargs, 2, "values")
             if not (isinstance(value, Tensor) and value.dim() and self._of_batch(value)):
                 return False  # every row gets the same
             if isinstance(index[0], int) and t.size(0) % self._N == 0:
@@ -205,18 +192,18 @@ class RowOrder:
     def _along(self, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> bool:
         at_dim, at_index = _PLACES.get(name, (1, 2))
         t, default = args[0], None if name.startswith("take") else -1
-        dim = args[at_dim] if len(args) > at_dim else kwargs.get("dim", default)
+        dim = _given(args, kwargs, at_dim, "dim", default)
         if at_index is None:
             index = out[1]
         else:
-            names = ("index", "indices")
-            index = args[at_index] if len(args) > at_index else kwargs.get(names[at_index == 1])
+            by_name = kwargs.get("index", kwargs.get("indices"))
+            index = args[at_index] if len(args) > at_index else by_name
         if dim is None:
             t, index, dim = t.flatten(), index.flatten(), 0
         if not t.dim() or any(index is order for order in self._orders):
             return False
         if name.startswith("scatter"):
-            written = args[3] if len(args) > 3 else kwargs.get("src")
+            written = _given(args, kwargs, 3, "src")
             if not (isinstance(written, Tensor) and self._of_batch(written)):
                 return False  # constants, as where a permutation is inverted
         dim %= t.dim()
@@ -234,6 +221,11 @@ class RowOrder:
         shape = (-1, *[1] * (index.dim() - 1))
         found = index.remainder(size).div(size // self._N, rounding_mode="floor")
         return bool((found == samples.view(shape)).all())
+
+
+def _given(args: Any, kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
+    """An argument, given by place or by name."""
+    return args[place] if len(args) > place else kwargs.get(name, default)
 
 
 def _by_dim(t: Tensor, index: Sequence[Any]) -> dict[int, Any]:
