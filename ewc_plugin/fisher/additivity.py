@@ -34,9 +34,8 @@ def obstacle(call: ModelCall) -> str:
     Returns:
         The reason, or "".
     """
-    for name, p in call.params.items():
-        if p._backward_hooks:
-            return f"a hook on `{name}` takes the gradient of all together"
+    if call.hooked:
+        return f"a hook on `{min(call.hooked)}` takes the gradient of all together"
     for name, module in call.model.named_modules():
         if getattr(module, "scale_grad_by_freq", False):
             return f"`{name}` has scale_grad_by_freq=True"

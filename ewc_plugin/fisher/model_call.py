@@ -45,6 +45,11 @@ class ModelCall:
     copies_input: bool = False
     draws: bool = False
 
+    @property
+    def hooked(self) -> frozenset[str]:
+        """Names of the parameters with a hook on their gradient."""
+        return frozenset(name for name, p in self.params.items() if p._backward_hooks)
+
     def logits(self, batch: Batch, capture: Context = _NOTHING) -> Tensor:
         """The logits [N, C] of a batch, checked; the forward pass runs in the context `capture`."""
         self.state.restore()

@@ -266,7 +266,7 @@ def _sizes(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """
     counts = _counts(outputs)
     sizes = outputs.masked_fill(~counts, 0)
-    rows, counted = sizes.view(len(sizes), -1), counts.view(len(sizes), -1)
+    rows, counted = sizes.reshape(len(sizes), -1), counts.reshape(len(sizes), -1)
     n = counted.sum(1, keepdim=True)
     common = rows.sum(1, keepdim=True) / n.clamp(min=1)
     centred = (rows - common.masked_fill(n < 2, 0)).masked_fill(~counted, 0)

@@ -272,9 +272,8 @@ def _probe_alone(call: ModelCall, samples: Samples) -> tuple[ModelCall, Probe, T
         untraced = "its forward pass is run again in the backward pass"
         alone = call.sample_logits(batch, 0)
         reference = gradient_squares(call, alone, v[:1])
-    hooked = frozenset(name for name, p in call.params.items() if p._backward_hooks)
     seen = Probe(
-        samples, v, reference, half, reached, untraced=untraced, single=single, hooked=hooked
+        samples, v, reference, half, reached, untraced=untraced, single=single, hooked=call.hooked
     )
     return call, seen, alone.detach()
 

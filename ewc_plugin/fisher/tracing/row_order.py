@@ -5,7 +5,7 @@ as many as in the probe. Tokens sorted by expert, users by id, or sequences by l
 another order in every batch, and a matching total does not show to which sample a row belongs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,10 +65,7 @@ class RowOrder:
         self.lost |= bool(self._sorted)
         if self._packed and not recurrent and not any(self._N in t.shape[:2] for t in read):
             return False  # the steps of packed sequences, of which some have ended
-        return not self.lost and not self._are_moved(read)
-
-    def _are_moved(self, read: Sequence[Any]) -> bool:
-        return any(t is one for t in read for one in self._moved)
+        return not self.lost and not _share(read, self._moved)
 
     def of_recurrent(self, x: Any) -> Tensor | None:
         """Return the order of the samples in what a recurrent layer reads; None: their own."""
@@ -85,12 +82,12 @@ class RowOrder:
         name, kind = _named(func)
         args = args or (kwargs.get("input", kwargs.get("condition")),)
         if kind == "pack":
-            self._packed, self._packed_sorted = True, any(t is args[0] for t in self._sorted)
+            self._packed, self._packed_sorted = True, _share(args[:1], self._sorted)
             self._sorted = [t for t in self._sorted if t is not args[0]]
             return
         if name == "sort" and args[0].dim() == 1 and not args[0].is_floating_point():
             kind = "distinct"  # lengths or ids in order
-        if kind == "distinct" or (self._moved and self._are_moved(tensors_in(args))):
+        if kind == "distinct" or (self._moved and _share(tensors_in(args), self._moved)):
             values = out[:1] if isinstance(out, tuple) and kind else (out,)
             self._moved += [t for t in tensors_in(values) if t.dim()]
         if kind in (None, "distinct") or self.lost or self._N == 1:
@@ -150,7 +147,7 @@ class RowOrder:
             return True
         starts = [p.storage_offset() for p in pieces]
         one_memory = len({p.untyped_storage().data_ptr() for p in pieces}) == 1
-        return not one_memory or starts != sorted(starts) or self._of_other_sizes(sizes)
+        return not one_memory or starts != sorted(starts) or len(set(sizes)) > 1
 
     def _of_other_sizes(self, sizes: Sequence[int]) -> bool:
         whole = sum(sizes) % self._N == 0 and any(size % self._N for size in sizes)
@@ -173,14 +170,14 @@ class RowOrder:
                 return False  # every row gets the same
             if isinstance(index[0], int) and t.size(0) % self._N == 0:
                 return value.dim() == 1 or value.size(0) != self._N  # else a step of all samples
-        masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
+        masks = [i for i in index if _is_mask(i)]
         # A mask [N] has a sample's row once or not at all; what is written was picked before.
         if name == "__getitem__" and any(mask.shape != (self._N,) for mask in masks):
             return True
         if not self._of_batch(t):
             return False
         by_dim = _by_dim(t, index)
-        if not by_dim or any(i is order for i in by_dim.values() for order in self._orders):
+        if not by_dim or _share(by_dim.values(), self._orders):
             return False
         whole = torch.broadcast_tensors(*map(torch.as_tensor, by_dim.values()))
         flat = dict(zip(by_dim, (i.flatten() for i in whole), strict=True))
@@ -200,7 +197,7 @@ class RowOrder:
             index = args[at_index] if len(args) > at_index else by_name
         if dim is None:
             t, index, dim = t.flatten(), index.flatten(), 0
-        if not t.dim() or any(index is order for order in self._orders):
+        if not t.dim() or _share([index], self._orders):
             return False
         if name.startswith("scatter"):
             written = _given(args, kwargs, 3, "src")
@@ -221,6 +218,11 @@ class RowOrder:
         shape = (-1, *[1] * (index.dim() - 1))
         found = index.remainder(size).div(size // self._N, rounding_mode="floor")
         return bool((found == samples.view(shape)).all())
+
+
+def _share(some: Iterable[Any], others: Sequence[Any]) -> bool:
+    """Whether an object is among both."""
+    return any(one is other for one in some for other in others)
 
 
 def _given(args: Any, kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
