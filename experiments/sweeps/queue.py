@@ -15,7 +15,7 @@ from experiments.settings.run import RunSettings
 METHOD_WORK = {"naive": 1.0, "joint": 0.9, "ewc": 1.3, "avalanche-ewc": 1.6, "si": 3.0}
 CHECK_WORK = 0.1  # of a run
 OVERHEAD = 100_000  # parameters whose training takes as long as what a step costs besides
-N_INPUTS = 784
+N_INPUTS, N_IMAGES = 784, 60_000  # of MNIST
 CNN_PARAMETERS = 2_000_000  # of an MLP that takes as long
 
 
@@ -42,7 +42,9 @@ class Task:
 
 def work(cell: RunSettings) -> float:
     """Duration of a run in arbitrary units; right enough to tell large from small."""
-    passes = cell.epochs * (1 if cell.benchmark == "split" else cell.n_experiences)
+    passes = cell.epochs * (1.0 if cell.benchmark == "split" else cell.n_experiences)
+    if cell.iterations:
+        passes = cell.iterations * cell.n_experiences * cell.batch_size / N_IMAGES
     h = cell.hidden_size
     n_parameters = N_INPUTS * h + (cell.hidden_layers - 1) * h * h
     if cell.model == "cnn":

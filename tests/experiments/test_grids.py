@@ -199,6 +199,8 @@ def test_time_is_estimated_from_runs_that_are_alike():
     joint = replace(cell, method="joint")
     assert estimated_seconds(joint, runs) == pytest.approx(10.0 * work(joint) / work(cell))
     assert estimated_seconds(replace(cell, dataset="mnist"), runs) is None
+    short, long = (replace(cell, iterations=count) for count in (100, 2000))
+    assert estimated_seconds(long, runs) == pytest.approx(20 * estimated_seconds(short, runs))
 
 
 def test_processes_keep_their_streams_and_none_waits():
