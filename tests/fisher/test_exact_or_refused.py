@@ -162,6 +162,21 @@ def test_wrong_squares_in_a_chunk_are_found_and_served_by_the_loop(monkeypatch):
     assert relative_error(got, loop_fisher(model, x, LABELS, "predicted")) < 1e-12
 
 
+@pytest.mark.parametrize("gap", [44, 59, 60, 80])
+def test_a_sure_network_whose_squares_underflow_passes_the_audit(gap, recwarn):
+    """As after many iterations on two classes: float32 has few digits of squares below 1e-38."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU())
+    model.append(nn.Linear(30, 2))
+    x = torch.rand(64, 20)
+    with torch.no_grad():
+        factor = gap / (model(x)[:, 0] - model(x)[:, 1]).abs().mean()
+        model[-1].weight *= factor
+        model[-1].bias *= factor
+    diagonal_fisher(model, [(part,) for part in x.split(32)])
+    assert not recwarn.list
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
