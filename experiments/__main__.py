@@ -45,7 +45,7 @@ STUDIES = {
     "drop-in": "DiagonalEWC beside Avalanche's EWC at the lambda that was found for the latter",
     "factorial": "importances by what they are made of: labels, what is squared, scale, loss",
     "reproduce": "a published experiment and whether its number comes out",
-    "sweep-speed": "seconds per run and per sweep, beside Avalanche's EWC and a plain loop",
+    "sweep-speed": "seconds per run, beside Avalanche's EWC and a plain loop",
     "fisher-speed": "time, memory and error of the Fisher, beside its peers",
     "penalty-speed": "what the penalty costs per step, beside Avalanche's",
     "implicit-step": "the implicit penalty step over six orders of magnitude of lambda",
