@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 
 from experiments.data.sources import DataSource
-from experiments.results import tables
+from experiments.results.files import replace_file
+from experiments.results.provenance import commit
 
 PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pandas", "scipy")
 
@@ -32,12 +32,12 @@ def keep_environment(folder: Path, source: DataSource, n_added: int) -> None:
 
 def write_environment(folder: Path, source: DataSource | None) -> None:
     """Write what the numbers were computed with to `environment.json`; None: data were drawn."""
+    state = commit()
     environment = {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m experiments", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": _git("status", "--porcelain", "--", "ewc_plugin", "experiments")
-        != "",
+        "commit": state and state.rstrip("+"),
+        "uncommitted_changes": state and state.endswith("+"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -50,21 +50,7 @@ def write_environment(folder: Path, source: DataSource | None) -> None:
         },
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    tables.replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    replace_file(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

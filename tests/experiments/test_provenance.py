@@ -8,7 +8,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.data.sources import find_data
-from experiments.results import provenance, schemas, tables
+from experiments.results import environment, provenance, schemas, tables
 from experiments.results.provenance import code_hash, content_digest, mixed_code
 from experiments.results.record import RunResult, one_line
 from experiments.results.store import PARTS, Store, read_results
@@ -197,3 +197,15 @@ def test_any_reason_comes_back_from_the_tables(tmp_path, text):
     assert found == reason
     assert Store(tmp_path).finished() == set()
     assert not math.isnan(len(reason))
+
+
+@pytest.mark.parametrize(
+    ("state", "commit", "changed"), [("abc", "abc", False), ("abc+", "abc", True), (None,) * 3]
+)
+def test_the_environment_says_whether_sources_were_changed(
+    tmp_path, monkeypatch, state, commit, changed
+):
+    monkeypatch.setattr(environment, "commit", lambda: state)
+    environment.write_environment(tmp_path, None)
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert (found["commit"], found["uncommitted_changes"]) == (commit, changed)
