@@ -116,6 +116,9 @@ def test_a_cell_has_the_same_colour_in_every_figure():
     assert style.colour_of("ewc", "exact") == style.FISHER_COLOURS["exact"]
     assert style.colour_of("avalanche-ewc", None) == style.METHOD_COLOURS["avalanche-ewc"]
     known = [c for c in {*style.METHOD_COLOURS.values(), *style.FISHER_COLOURS.values()}]
+    # Of methods that a committed figure shows beside every Fisher type.
+    for method in ("naive", "avalanche-ewc", "joint", "si", "replay"):
+        assert style.METHOD_COLOURS[method] not in style.FISHER_COLOURS.values()
     assert set(known) <= {style.INK, *(light for light, _ in style.PALETTE.values())}
 
 

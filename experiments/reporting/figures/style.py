@@ -39,6 +39,8 @@ PALETTE = {
     "pink": ("#cc79a7", "#e8a3cb"),
     "brown": ("#8c6d31", "#c9a961"),
     "indigo": ("#332288", "#9d90f0"),
+    "violet": ("#9a4fd0", "#c79bf5"),
+    "rose": ("#cc6677", "#f0959f"),
     "wine": ("#882255", "#e07bb0"),
     "olive": ("#7a7a1a", "#c8c85a"),
     "teal": ("#117777", "#5cc4c4"),
@@ -56,10 +58,10 @@ METHOD_COLOURS = {
     "ewc": _light("green"),
     "joint": INK,
     "l2": _light("grey"),
-    "si": _light("teal"),
+    "si": _light("rose"),
     "mas": _light("olive"),
     "lwf": _light("brown"),
-    "replay": _light("indigo"),
+    "replay": _light("violet"),
     "ewc+replay": _light("wine"),
 }
 OTHER_COLOURS = [_light(name) for name in ("pink", "sky", "yellow", "wine", "brown")]

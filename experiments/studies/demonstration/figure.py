@@ -12,7 +12,7 @@ from experiments.reporting.labels import DATASETS
 METHODS = {
     "sgd": ("plain SGD", style.METHOD_COLOURS["naive"]),
     "ewc": ("EWC", style.METHOD_COLOURS["ewc"]),
-    "ewc-renewed": ("EWC, anchor renewed every epoch", style.METHOD_COLOURS["replay"]),
+    "ewc-renewed": ("EWC, anchor renewed every epoch", style.PALETTE["indigo"][0]),
 }
 QUANTITIES = {"accuracy": "test accuracy", "loss": "test loss (nats)"}
 

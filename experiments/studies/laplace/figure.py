@@ -25,7 +25,7 @@ NAMES = {
 COLOURS = {
     "diagonal, exact": style.FISHER_COLOURS["exact"],
     "diagonal, predicted": style.FISHER_COLOURS["predicted"],
-    "full": style.METHOD_COLOURS["replay"],
+    "full": style.PALETTE["indigo"][0],
     NAIVE: style.METHOD_COLOURS["naive"],
 }
 LINES = dict(zip(QUADRATICS, ("-", "--", ":"), strict=True))
