@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -48,6 +49,22 @@ class Problem:
     def named(self) -> dict[str, nn.Parameter]:
         """Parameters by name."""
         return dict(self.model.named_parameters())
+
+    def of_memory(self) -> int:
+        """The batch size, or so many samples that their gradients fit into 256 MiB."""
+        return max(1, min(self.batch_size, 2**26 // sum(p.numel() for p in self.named().values())))
+
+    def mean(self, squares: Callable[[Tensor, Tensor], Fisher], size: int) -> Callable[[], Fisher]:
+        """Return a function for the mean over samples of what `squares` sums over a batch."""
+
+        def run() -> Fisher:
+            sums = {name: torch.zeros_like(p) for name, p in self.named().items()}
+            for x, y in zip(self.x.split(size), self.y.split(size), strict=True):
+                for name, part in squares(x, y).items():
+                    sums[name] += part
+            return {name: total / len(self.x) for name, total in sums.items()}
+
+        return run
 
 
 class NotOfferedError(Exception):
@@ -260,19 +277,8 @@ def vmap_grad(problem: Problem, *, compiled: bool = False) -> Callable[[], Fishe
     def squares(p: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {name: g.square().sum(0) for name, g in per_sample(p, x, y).items()}
 
-    call = torch.compile(squares) if compiled else squares
-    # Per-sample gradients of a chunk are held at once.
-    size = max(1, min(problem.batch_size, 2**26 // sum(p.numel() for p in params.values())))
-
-    def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in params.items()}
-        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
-            with torch.no_grad():
-                for name, total in call(params, x, y).items():
-                    sums[name] += total
-        return {name: total / len(problem.x) for name, total in sums.items()}
-
-    return run
+    call = torch.no_grad()(torch.compile(squares) if compiled else squares)
+    return problem.mean(partial(call, params), problem.of_memory())
 
 
 def vmap_compiled(problem: Problem) -> Callable[[], Fisher]:
@@ -325,17 +331,14 @@ def backpack(problem: Problem) -> Callable[[], Fisher]:
     criterion = extend(nn.CrossEntropyLoss(reduction="sum"))
     exact = problem.kind == "exact"
 
-    def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in problem.named().items()}
-        for x, y in problem.batches():
-            model.zero_grad()
-            with extensions(DiagGGNExact() if exact else SumGradSquared()):
-                criterion(model(x), y).backward()
-            for name, p in model.named_parameters():
-                sums[name] += p.diag_ggn_exact if exact else p.sum_grad_squared
-        return {name: total / len(problem.x) for name, total in sums.items()}
+    def squares(x: Tensor, y: Tensor) -> Fisher:
+        model.zero_grad()
+        with extensions(DiagGGNExact() if exact else SumGradSquared()):
+            criterion(model(x), y).backward()
+        kind = "diag_ggn_exact" if exact else "sum_grad_squared"
+        return {name: getattr(p, kind) for name, p in model.named_parameters()}
 
-    return run
+    return problem.mean(squares, problem.batch_size)
 
 
 def opacus(problem: Problem) -> Callable[[], Fisher]:
@@ -349,18 +352,14 @@ def opacus(problem: Problem) -> Callable[[], Fisher]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    size = max(1, min(problem.batch_size, 2**26 // sum(p.numel() for p in model.parameters())))
 
-    def run() -> Fisher:
-        sums = {name: torch.zeros_like(p) for name, p in problem.named().items()}
-        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
-            model.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), y, reduction="sum").backward()
-            for name, p in model._module.named_parameters():
-                sums[name] += p.grad_sample.square().sum(0)
-        return {name: total / len(problem.x) for name, total in sums.items()}
+    def squares(x: Tensor, y: Tensor) -> Fisher:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+        parameters = model._module.named_parameters()
+        return {name: p.grad_sample.square().sum(0) for name, p in parameters}
 
-    return run
+    return problem.mean(squares, problem.of_memory())
 
 
 def asdfghjkl(problem: Problem) -> Callable[[], Fisher]:
@@ -414,11 +413,9 @@ def nngeometry(problem: Problem) -> Callable[[], Fisher]:
 
     def run() -> Fisher:
         fim = FIM(model, loader, PMatDiag, variant="classif_logits", device=problem.x.device)
-        flat, result, start = fim.get_diag(), {}, 0
-        for name, p in problem.named().items():
-            result[name] = flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
-        return result
+        parts = fim.get_diag().split([p.numel() for p in problem.named().values()])
+        named = zip(problem.named().items(), parts, strict=True)
+        return {name: part.view_as(p) for (name, p), part in named}
 
     return run
 
@@ -430,23 +427,13 @@ def laplace(problem: Problem) -> Callable[[], Fisher]:
     if problem.kind != "predicted":
         raise NotOfferedError("one label per sample")
     backend = CurvlinopsEF(deepcopy(problem.model), "classification")
-    size = max(
-        1, min(problem.batch_size, 2**26 // sum(p.numel() for p in problem.model.parameters()))
-    )
+    named = problem.named()
 
-    def run() -> Fisher:
-        total = torch.zeros(
-            sum(p.numel() for p in problem.model.parameters()), device=problem.x.device
-        )
-        for x, y in zip(problem.x.split(size), problem.y.split(size), strict=True):
-            total += backend.diag(x, y)[1]
-        parts = total.split([p.numel() for p in problem.model.parameters()])
-        return {
-            name: part.view_as(p) / len(problem.x)
-            for (name, p), part in zip(problem.named().items(), parts, strict=True)
-        }
+    def squares(x: Tensor, y: Tensor) -> Fisher:
+        parts = backend.diag(x, y)[1].split([p.numel() for p in named.values()])
+        return {n: part.view_as(named[n]) for n, part in zip(named, parts, strict=True)}
 
-    return run
+    return problem.mean(squares, problem.of_memory())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pandera.pandas as pa
 import torch
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -419,7 +418,3 @@ ENGINE_COLOURS = {
     OURS: style.METHOD_COLOURS["ewc"],
     "Avalanche EWC": style.METHOD_COLOURS["avalanche-ewc"],
 }
-
-
-if __name__ == "__main__":
-    run(tyro.cli(FisherSpeedSettings))
