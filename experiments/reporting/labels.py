@@ -52,6 +52,17 @@ VALUES = {
     ("head", "cosine"): "cosine head",
     ("penalty_step", "implicit"): "implicit step",
 }
+# Settings whose value is a count, by what is counted.
+COUNTS = {
+    "n_experiences": "{} experiences",
+    "epochs": "{} epochs",
+    "iterations": "{} iterations",
+    "batch_size": "mini-batches of {}",
+    "importance_batch": "importance batches of {}",
+    "hidden_size": "{} hidden units",
+    "hidden_layers": "{} hidden layers",
+    "memory": "{} samples in memory",
+}
 BENCHMARKS = {"split": "Split", "permuted": "Permuted", "rotated": "Rotated"}
 DATASETS = {"mnist": "MNIST", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
@@ -144,6 +155,8 @@ def cell_labels(
     """
     varied = varied_settings(runs)
     cells = runs.drop_duplicates("config_hash")
+    if (cells["eval_every"] == cells["n_experiences"]).all():  # of a search, whatever it varies
+        varied = [name for name in varied if name != "eval_every"]
     several = cells.groupby("method")["fisher_type"].nunique()
     labels = {}
     for cell in cells.to_dict("records"):
@@ -181,12 +194,14 @@ def _is_usual(name: str, value: Any) -> bool:
 
 
 def labelled_setting(name: str, value: Any) -> str:
-    """Format a setting: a word alone; a number with the setting's name."""
+    """A setting in words: `cosine head`, `mini-batches of 128`, `learning rate 0.1`."""
     if known := VALUES.get((name, value)):
         return known.replace(" ", "\N{NO-BREAK SPACE}")
     if isinstance(value, str):
         return setting_text(value)
-    return f"{in_words(name)} {setting_text(value)}".replace(" ", "\N{NO-BREAK SPACE}")
+    text = COUNTS.get(name, in_words(name) + " {}").format(setting_text(value))
+    text = text.removesuffix("s") if name in COUNTS and value == 1 else text
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def without_common(labels: Sequence[str]) -> tuple[str, list[str]]:

@@ -228,8 +228,8 @@ def _draw_traces(axis: Axes, rows: pd.DataFrame) -> None:
 def _draw_accuracies(axis: Axes, rows: pd.DataFrame) -> None:
     one = rows[(rows["part"] == PER_SAMPLE) & (rows["labels"] == "predicted")]
     for column, look, words in (
-        ("accuracy", "--", "accuracy right after it"),
-        ("last_accuracy", "-", "after the last task"),
+        ("accuracy", "--", "accuracy right after the task"),
+        ("last_accuracy", "-", "accuracy after the last task"),
     ):
         by_task = one.groupby("experience")[column]
         means = by_task.mean()

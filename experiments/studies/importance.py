@@ -143,20 +143,20 @@ def draw_importance(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tens
     n = len(maps)
     figure = plt.figure(figsize=(1.9 * n + 1, 6.6), layout="constrained")
     grid = figure.add_gridspec(3, n, height_ratios=[1, 1, 1.25])
-    image, row = None, []
+    image, axes = None, []
     for t, (pixels, picture) in enumerate(zip(maps, pictures, strict=True)):
-        axis = figure.add_subplot(grid[0, t])
-        axis.imshow(picture, cmap="gray")
-        axis.set_title(f"experience {t + 1}", fontsize=9)
-        axis.set_axis_off()
-        row.append(figure.add_subplot(grid[1, t]))
+        above, below = (figure.add_subplot(grid[i, t]) for i in (0, 1))
+        axes += [above, below]
+        above.imshow(picture, cmap="gray")
+        above.set_title(f"experience {t + 1}", fontsize=9)
         # Each relative to its own maximum: the experiences' F differ by orders of magnitude.
         relative = (pixels / pixels.max()).clamp_min(FLOOR)
-        image = row[-1].imshow(relative, cmap="magma", norm="log", clim=(FLOOR, 1))
-        row[-1].set_title(f"sum of F: {float(pixels.sum()):.2g}", fontsize=9)
-        row[-1].set_axis_off()
+        image = below.imshow(relative, cmap="magma", norm="log", clim=(FLOOR, 1))
+        below.set_title(f"sum of F: {float(pixels.sum()):.2g}", fontsize=9)
+    for axis in axes:
+        axis.set_axis_off()
     assert image is not None
-    bar = figure.colorbar(image, ax=row, shrink=0.9, label="F of a pixel's weights,\nlargest = 1")
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, label="F of a pixel's weights,\nlargest = 1")
     bar.ax.yaxis.set_major_formatter(lambda value, _: number(value))
     draw_shares(figure.add_subplot(grid[2, :]), table)
     return figure

@@ -105,7 +105,7 @@ def test_arms_of_one_folder_may_differ_in_any_setting(tmp_path, capsys):
     write(tmp_path, sizes.values())
     assert main(["compare", str(tmp_path), "--against", "ewc,batch_size=16"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    pair = "EWC, per sample, predicted, batch size {}, λ = 1"
+    pair = "EWC, per sample, predicted, mini-batches of {}, λ = 1"
     assert f"{pair.format(64)} − {pair.format(16)}" in printed
     assert "margin 0.01" in printed
 

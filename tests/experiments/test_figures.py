@@ -202,7 +202,7 @@ def test_of_many_differences_those_from_the_built_in_are_shown_and_the_others_co
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert len(names) == 2 * 8
     assert all("Avalanche's EWC" in name and "loss" in name for name in names)
-    assert figure.get_suptitle().endswith(f"; 16 of {len(comparisons) // 2} pairs")
+    assert figure.get_suptitle().endswith(f"EWC: 16 of {len(comparisons) // 2} pairs")
     figure.draw_without_rendering()
     assert axis.get_window_extent().width > 0.25 * figure.bbox.width
     plt.close(figure)

@@ -99,7 +99,7 @@ def test_labels_name_what_differs_from_the_usual():
     cells = [settings(), settings(normalize="mean"), settings(batch_size=64)]
     rows = tables.frame([failed(cell, "stopped").record for cell in cells], schemas.RUNS)
     assert [label.replace("\N{NO-BREAK SPACE}", " ") for label in cell_labels(rows).values()] == [
-        "EWC, per sample, batch size 128, λ = 10",
-        "EWC, per sample, F by its mean, batch size 128, λ = 10",
-        "EWC, per sample, batch size 64, λ = 10",
+        "EWC, per sample, mini-batches of 128, λ = 10",
+        "EWC, per sample, F by its mean, mini-batches of 128, λ = 10",
+        "EWC, per sample, mini-batches of 64, λ = 10",
     ]

@@ -22,6 +22,7 @@ from experiments.results.statistics import interval
 
 MOST_BANDS = 4  # more curves in a panel have none
 MOST_MATRICES = 8
+MOST_DECIMALS = 6  # experiences; a larger matrix has percent
 MOST_NUMBERS = 12  # experiences; a larger matrix has colours alone
 
 
@@ -130,7 +131,11 @@ def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
     assert image is not None
     figure.colorbar(image, ax=list(axes.flat[: len(shown)]), shrink=0.7, label="accuracy")
     note = "mean over seeds"
-    if len(shown) < len(cells):
+    if shown[0].matrices.shape[2] in range(MOST_DECIMALS + 1, MOST_NUMBERS + 1):
+        note += ", numbers in percent"
+    if len(shown) < len({cell.family for cell in cells}):
+        note += f"; the best {len(shown)} of {len(cells)} cells"
+    elif len(shown) < len(cells):
         note += f"; {len(shown)} of {len(cells)} cells: each method and type at its best λ"
     style.title(figure, f"Accuracy after each experience: {title}", note)
     return figure
@@ -141,11 +146,11 @@ def draw_matrix(axis: Axes, cell: CellMatrices) -> Any:
     mean = cell.matrices.mean(axis=0)
     n = mean.shape[1]
     image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis")
-    size = 7 if n <= 6 else 4.6
+    size = 7 if n <= MOST_DECIMALS else 4.6
     for (row, column), value in np.ndenumerate(mean):
         if np.isfinite(value) and n <= MOST_NUMBERS:
             colour = "white" if value < 0.6 else "black"
-            text = f"{value:.2f}" if n <= 6 else f"{100 * value:.0f}"
+            text = f"{value:.2f}" if n <= MOST_DECIMALS else f"{100 * value:.0f}"
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     ticks = range(n) if n <= MOST_NUMBERS else range(0, n, -(-n // 10))
     axis.set_xticks(ticks, [str(j + 1) for j in ticks])

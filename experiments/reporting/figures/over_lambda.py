@@ -24,6 +24,7 @@ from experiments.results.statistics import by_lambda, interval
 METRICS = ("average_accuracy", "forgetting")
 BOUNDS = {"forgetting": (-1.0, 1.0)}  # of the other metrics: 0 and 1
 MOST_BANDS = 2  # more curves in a panel have bars instead
+FEWEST = 3  # seeds of a drawn interval; of two it reaches six times their distance to either side
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>P"
 
@@ -146,8 +147,9 @@ def over_lambda(
             axis.set_ylabel(in_words(metric))
     runs = pd.concat([line.runs for lines in panels.values() for line in lines])
     many = any(sum(not line.is_level for line in lines) > MOST_BANDS for lines in panels.values())
-    note = f"mean over seeds ({seeds_text(runs)})"
-    if runs["seed"].nunique() > 1:
+    n = runs["seed"].nunique()
+    note = f"mean over seeds ({seeds_text(runs)})" if n > 1 else "one seed"
+    if n >= FEWEST:
         levels = any(line.is_level for lines in panels.values() for line in lines)
         shown = "bars" if many else "band, and bar of a level" if levels else "band"
         note += f", {shown}: 95 % interval"
@@ -216,7 +218,7 @@ def _draw_level(axis: Axes, line: Line, metric: str) -> float:
         return float("nan")
     found = interval(values)
     axis.axhline(found["mean"], color=line.colour, linestyle="--", linewidth=1.2)
-    if len(values) > 1:
+    if len(values) >= FEWEST:
         ends, place = [found["ci_low"], found["ci_high"]], axis.get_yaxis_transform()
         axis.plot([0.99] * 2, ends, color=line.colour, transform=place, lw=1.5)
     return found["mean"]
@@ -226,14 +228,14 @@ def _draw_curve(axis: Axes, line: Line, metric: str, dodge: float, *, band: bool
     curve = _complete(line, metric)
     if curve.empty:
         return float("nan")
+    ends = curve[["ci_low", "ci_high"]].where(curve["n"] >= FEWEST)
     x = curve["ewc_lambda"] * dodge
     look = {"color": line.colour, "linestyle": line.line, "marker": line.marker, "markersize": 4}
     axis.plot(x, curve["mean"], **look)
     if band:
-        low, high = curve["ci_low"], curve["ci_high"]
-        axis.fill_between(x, low, high, color=line.colour, alpha=0.13, linewidth=0)
+        axis.fill_between(x, ends["ci_low"], ends["ci_high"], color=line.colour, alpha=0.13, lw=0)
     else:
-        axis.vlines(x, curve["ci_low"], curve["ci_high"], color=line.colour, lw=0.9, alpha=0.45)
+        axis.vlines(x, ends["ci_low"], ends["ci_high"], color=line.colour, lw=0.9, alpha=0.45)
     return float(curve["mean"].iloc[-1])
 
 

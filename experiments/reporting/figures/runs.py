@@ -159,7 +159,9 @@ def draw_differences(comparisons: pd.DataFrame) -> Figure | None:
     axes[-1, 0].set_xlabel("average accuracy of the first less that of the second, seed by seed")
     note = f"mean and 95 % interval; grey: a difference below the margin of {MARGIN:g}"
     if len(rows) < len(all_rows):
-        note += f"; {len(rows)} of {len(all_rows)} pairs"
+        is_ours = rows[["method", "other_method"]].eq(["ewc", "avalanche-ewc"]).all(axis=None)
+        which = "ours beside Avalanche's EWC" if is_ours else "the first"
+        note += f"\n{which}: {len(rows)} of {len(all_rows)} pairs"
     where = f": {streams.pop()}" if len(streams) == 1 else ""
     style.title(figure, f"Paired differences of average accuracy{where}", note)
     return figure
@@ -195,7 +197,7 @@ def _draw_part(axis: Axes, rows: list[dict[str, Any]], names: list[str]) -> None
     axis.grid(axis="y", visible=False)
 
 
-MOST_ROWS = 20
+MOST_ROWS = 30
 MOST_LETTERS = 60  # in a line of a name
 
 
