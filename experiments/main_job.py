@@ -64,16 +64,7 @@ def write_report(
     numerical: Sequence[dict[str, Any]],
     console: Console,
 ) -> None:
-    """Write every table and plot of the folder, and print the summary and the comparison.
-
-    Args:
-        job: The command that was run.
-        store: The folder's results.
-        cells: What the job consisted of.
-        source: Where the images came from.
-        numerical: Rows of the numerical checks against Avalanche's EWC, if it is compared.
-        console: Where to print.
-    """
+    """Write every table and plot of the folder, and print the summary and the comparison."""
     with store.lock:  # another sweep may be writing to the folder as well
         accuracy, runs, summary = write_run_tables(store, source)
         files = plot_all(accuracy, runs, store.folder / PLOTS)

@@ -41,12 +41,6 @@ class Compare:
 def run(settings: Compare) -> pd.DataFrame:
     """Print the comparison.
 
-    Args:
-        settings: Which folder.
-
-    Returns:
-        Rows of `comparisons.csv`, or of `statistics.differences`.
-
     Raises:
         ValueError: The folder holds neither runs to compare nor checks, or `against` is no arm.
     """

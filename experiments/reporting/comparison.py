@@ -21,11 +21,7 @@ def stream_of(row: Mapping[str, Any]) -> str:
 
 
 def sides(comparisons: pd.DataFrame) -> dict[str, str]:
-    """A label for each compared cell, by `config_hash`: `EWC, per sample, predicted, λ = 30`.
-
-    Args:
-        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
-    """
+    """A label for each compared cell, by `config_hash`: `EWC, per sample, predicted, λ = 30`."""
     names = [n for n in (*SETTING_NAMES, "config_hash") if f"other_{n}" in comparisons]
     others = comparisons.drop(columns=names).rename(columns={f"other_{n}": n for n in names})
     both = pd.concat([comparisons.astype(object), others.astype(object)], ignore_index=True)
@@ -172,14 +168,7 @@ def shared_settings(row: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, str]]:
-    """Paired differences as text, a row each.
-
-    Args:
-        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
-
-    Returns:
-        Columns by name; `stream` first.
-    """
+    """Paired differences as text, a row each."""
     labels = sides(comparisons) if len(comparisons) else {}
     return [
         {
@@ -204,14 +193,7 @@ def checks_text(checks: pd.DataFrame) -> str:
 
 
 def check_rows(checks: pd.DataFrame) -> list[dict[str, str]]:
-    """Return checks as text, a row each.
-
-    Args:
-        checks: Rows of `checks.csv`.
-
-    Returns:
-        Columns by name; `stream` first.
-    """
+    """Return checks as text, a row each."""
     return [
         {
             "stream": stream_title(*(row[name] for name in STREAM)),

@@ -171,14 +171,7 @@ def cell_labels(
 
 
 def run_labels(cells: Sequence[RunSettings]) -> dict[str, str]:
-    """Return a label for each run: stream, method, lambda, what distinguishes its cell, and seed.
-
-    Args:
-        cells: The settings of all runs that are shown together.
-
-    Returns:
-        By `run_id`.
-    """
+    """A label for each run, by `run_id`: stream, method, lambda, other settings, and seed."""
     runs = pd.DataFrame([{**asdict(cell), "config_hash": cell.config_hash} for cell in cells])
     labels = cell_labels(runs) if len(runs) else {}
     return {

@@ -160,14 +160,7 @@ def study_output(settings: Any, source: DataSource | None = None) -> StudyOutput
 
 
 def study_on_images(settings: Any) -> tuple[DataSource, StudyOutput]:
-    """The images and the output of a study with the options `dataset`, `data_root` and `out`.
-
-    Args:
-        settings: Of the study.
-
-    Returns:
-        Both; that the images are not those one would expect was printed.
-    """
+    """The images and the output of a study with the options `dataset`, `data_root` and `out`."""
     source = find_data(settings.dataset, settings.data_root)
     return source, study_output(settings, source)
 

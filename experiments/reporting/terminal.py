@@ -25,11 +25,6 @@ def print_table(title: str, rows: Sequence[dict[str, str]], console: Console) ->
 
     Where it is too wide, the first column's entries become lines above their rows; where that is
     not enough, each row becomes a sentence.
-
-    Args:
-        title: Above it.
-        rows: Entries by column; all have the same columns.
-        console: Where to print.
     """
     if not rows:
         return
@@ -72,12 +67,7 @@ def _aligned(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[str
 
 
 def print_summary(runs: pd.DataFrame, console: Console) -> None:
-    """Print mean and 95 % interval of the main metrics, a table per stream.
-
-    Args:
-        runs: Rows of `runs.csv`.
-        console: Where to print.
-    """
+    """Print mean and 95 % interval of the main metrics, a table per stream."""
     for title, cells in summary_cells(runs).items():
         rows = [
             {
@@ -94,13 +84,7 @@ def print_summary(runs: pd.DataFrame, console: Console) -> None:
 def print_comparisons(
     comparisons: pd.DataFrame, console: Console, *, all_pairs: bool = False
 ) -> None:
-    """Print a sentence per stream, then the paired differences, a table per stream; not too many.
-
-    Args:
-        comparisons: Rows of `comparisons.csv`, or of `statistics.differences`.
-        console: Where to print.
-        all_pairs: Whether there is a sentence on each pair.
-    """
+    """Print a sentence per stream, or per pair, then a table of paired differences per stream."""
     for sentence in comparison.answers(comparisons, all_pairs=all_pairs):
         _show(wrapped(sentence, console.width), console, style="bold")
     streams = comparisons.groupby([*comparison.STREAM, "validation"], sort=False)
@@ -119,13 +103,7 @@ def print_comparisons(
 
 
 def print_checks(checks: pd.DataFrame, console: Console, *, all_of_them: bool = False) -> None:
-    """Print how many checks hold, and those that do not; or all.
-
-    Args:
-        checks: Rows of `checks.csv`.
-        console: Where to print.
-        all_of_them: Whether the table is printed too.
-    """
+    """Print how many checks hold, and those that do not; or all."""
     console.print(f"{comparison.checks_text(checks)}.", highlight=False)
     shown = checks if all_of_them else checks[checks["verdict"] == "different"]
     rows = pd.DataFrame(comparison.check_rows(shown))

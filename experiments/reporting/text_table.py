@@ -56,12 +56,6 @@ class SummaryTable:
 def run(settings: Table) -> SummaryTable:
     """Print the table and return it.
 
-    Args:
-        settings: Which folder, and how.
-
-    Returns:
-        What was printed.
-
     Raises:
         ValueError: The folder does not hold it.
     """
@@ -73,13 +67,6 @@ def run(settings: Table) -> SummaryTable:
 
 def table_of(folder: str | Path, of: str) -> SummaryTable:
     """Return the table that `run` prints.
-
-    Args:
-        folder: Of results.
-        of: One of `MADE_FROM`.
-
-    Returns:
-        The table.
 
     Raises:
         ValueError: The folder does not hold it.
@@ -97,14 +84,7 @@ def table_of(folder: str | Path, of: str) -> SummaryTable:
 
 
 def summary_table(runs: pd.DataFrame) -> SummaryTable:
-    """The main metrics of each cell as text, methods in their usual order.
-
-    Args:
-        runs: Rows of `runs.csv`.
-
-    Returns:
-        The table.
-    """
+    """The main metrics of each cell as text, methods in their usual order."""
     rows, bold = [], []
     for title, cells in summary_cells(runs).items():
         for cell in cells:
@@ -125,38 +105,17 @@ def summary_table(runs: pd.DataFrame) -> SummaryTable:
 
 
 def comparisons_table(runs: pd.DataFrame) -> SummaryTable:
-    """Paired differences, seed by seed.
-
-    Args:
-        runs: Rows of `runs.csv`.
-
-    Returns:
-        The table, nothing of it bold.
-    """
+    """Paired differences, seed by seed."""
     return _plain(comparison.comparison_rows(statistics.paired_differences(runs)))
 
 
 def checks_table(checks: pd.DataFrame) -> SummaryTable:
-    """Equalities with Avalanche's EWC.
-
-    Args:
-        checks: Rows of `checks.csv`.
-
-    Returns:
-        The table, nothing of it bold.
-    """
+    """Equalities with Avalanche's EWC."""
     return _plain(comparison.check_rows(checks))
 
 
 def published_table(reproduce: pd.DataFrame) -> SummaryTable:
-    """Each arm of a published experiment beside its number.
-
-    Args:
-        reproduce: Rows of `reproduce.csv`.
-
-    Returns:
-        The table, nothing of it bold.
-    """
+    """Each arm of a published experiment beside its number."""
     return _plain(
         {
             "experiment": row.protocol,

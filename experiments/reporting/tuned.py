@@ -58,13 +58,7 @@ def _panels(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def print_tuned(table: pd.DataFrame, runs: pd.DataFrame, console: Console) -> None:
-    """Print what was chosen, a table per stream.
-
-    Args:
-        table: Rows of `tuned.csv`.
-        runs: Rows of `runs.csv`, of all values that were tried.
-        console: Where to print.
-    """
+    """Print what was chosen, a table per stream."""
     labels = cell_labels(runs, with_lambda=False)
     for stream, part in table.groupby(list(STREAM), sort=False):
         names: Any = stream
@@ -87,12 +81,7 @@ def print_tuned(table: pd.DataFrame, runs: pd.DataFrame, console: Console) -> No
 
 
 def print_edges(table: pd.DataFrame, console: Console) -> None:
-    """Say which lambdas are at the edge of what was tried.
-
-    Args:
-        table: Rows of `tuned.csv`.
-        console: Where to print.
-    """
+    """Say which lambdas are at the edge of what was tried."""
     for row in table[table["place"] != "inside"].to_dict("records"):
         line = (
             f"AT THE EDGE: {method_of(row, with_type=True)} ({row['config_hash']}) is best at the "

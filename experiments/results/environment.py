@@ -19,13 +19,7 @@ PACKAGES = ("ewc-plugin", "avalanche-lib", "torch", "torchvision", "numpy", "pan
 
 
 def keep_environment(folder: Path, source: DataSource, n_added: int) -> None:
-    """Write `environment.json` unless it is that of the folder's rows already.
-
-    Args:
-        folder: Of the results.
-        source: The data.
-        n_added: Rows that this command has added.
-    """
+    """Write `environment.json` unless it is that of the folder's rows already."""
     if n_added or not (folder / "environment.json").exists():
         write_environment(folder, source)
 

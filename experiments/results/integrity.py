@@ -27,10 +27,6 @@ REPEATED = [name for name in SETTING_NAMES if name in ACCURACY.columns]
 def check_runs(runs: pd.DataFrame, accuracy: pd.DataFrame) -> None:
     """Check each run against its rows of `accuracy.csv`.
 
-    Args:
-        runs: Rows of `runs.csv`.
-        accuracy: Rows of `accuracy.csv`, of the same runs.
-
     Raises:
         TableError: Naming the run and what does not fit.
     """

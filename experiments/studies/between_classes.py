@@ -92,14 +92,7 @@ class BetweenClasses(OnImages):
 
 
 def run(settings: BetweenClasses) -> pd.DataFrame:
-    """Train on every stream, and take the parts of F after each task.
-
-    Args:
-        settings: What to look at.
-
-    Returns:
-        A row per stream, seed, experience, labels and part; also in `between_classes.csv`.
-    """
+    """Train on every stream; write the parts of F after each task to `between_classes.csv`."""
     source, output = study_on_images(settings)
     rows: list[dict[str, Any]] = []
     for benchmark, scenario, n_experiences in STREAMS:
@@ -180,14 +173,7 @@ def _trace(model: torch.nn.Module, batches: Any, fisher_type: str) -> float:
 
 
 def draw_parts(table: pd.DataFrame) -> Figure:
-    """A column per stream: the traces of the parts by task; the accuracy on it, then and at last.
-
-    Args:
-        table: Rows of `between_classes.csv`.
-
-    Returns:
-        The figure.
-    """
+    """A column per stream: the parts' traces by task; the accuracy on the task, then and at last."""
     streams = list(table.groupby(list(STREAM), sort=False))
     figure, axes = plt.subplots(
         *(2, len(streams)),

@@ -56,14 +56,7 @@ class DropIn(TunedFirst):
 
 
 def run(settings: DropIn) -> pd.DataFrame:
-    """Make what is missing; write the run tables, the comparisons and the figures.
-
-    Args:
-        settings: What to compare.
-
-    Returns:
-        Rows of `comparisons.csv`; `difference` is the drop-in's accuracy less Avalanche's.
-    """
+    """Make what is missing; write the run tables, the comparisons and the figures."""
     console = Console(quiet=settings.quiet)
     search_lambdas(settings, console)
     runs, folder = completed_runs(settings, console)

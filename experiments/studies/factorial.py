@@ -109,14 +109,7 @@ class Factorial(TunedFirst):
 
 
 def run(settings: Factorial) -> pd.DataFrame:
-    """Make what is missing; write the run tables, `effects.csv` and `effects.png`.
-
-    Args:
-        settings: What to compare.
-
-    Returns:
-        Rows of `effects.csv`.
-    """
+    """Make what is missing; write the run tables, `effects.csv` and `effects.png`."""
     search_lambdas(settings, Console(quiet=settings.quiet))
     runs, output = completed_study(settings)
     table = output.table(effects(runs), EFFECTS)
@@ -194,14 +187,7 @@ def _contrasts(
 
 
 def draw_effects(table: pd.DataFrame) -> Figure:
-    """Main effects with their intervals, a panel per stream and loss.
-
-    Args:
-        table: Rows of `effects.csv`.
-
-    Returns:
-        The figure.
-    """
+    """Main effects with their intervals, a panel per stream and loss."""
     main = table[table["given_factor"] == ALL]
     strata = [part for _, part in main.groupby([*STREAM, "loss_classes"], sort=False)]
     strata = [part for part in strata if part["factor"].iloc[0] != "loss_classes"]

@@ -117,14 +117,7 @@ class Moments:
 
 
 def run(settings: Identities) -> pd.DataFrame:
-    """Train logistic regression, softmax regression and a small network; measure on the way.
-
-    Args:
-        settings: Of the study.
-
-    Returns:
-        A row per problem, seed, step and labels; also in `identities.csv`.
-    """
+    """Train three models, and measure on the way; write `identities.csv` and a figure."""
     torch.set_num_threads(1)
     source = find_data("digits", None)
     train, _ = load_images(source)
@@ -279,14 +272,7 @@ PANELS = {
 
 
 def draw_definitions(table: pd.DataFrame) -> Figure:
-    """A column per problem, a row per quantity, over the steps of training.
-
-    Args:
-        table: Rows of `identities.csv`.
-
-    Returns:
-        The figure.
-    """
+    """A column per problem, a row per quantity, over the steps of training."""
     names = list(dict.fromkeys(table["problem"]))
     figure, axes = plt.subplots(
         *(len(PANELS), len(names)),

@@ -83,14 +83,7 @@ class ImplicitStep(Job):
 
 
 def run(settings: ImplicitStep) -> pd.DataFrame:
-    """Run the sweep; write `implicit_step.csv` and `implicit_step.png` beside the run tables.
-
-    Args:
-        settings: The sweep.
-
-    Returns:
-        A row per optimizer, way, metric and lambda.
-    """
+    """Run the sweep; write `implicit_step.csv` and `implicit_step.png` beside the run tables."""
     runs, output = completed_study(settings)
     parts = [
         part.assign(optimizer=optimizer, penalty=way)

@@ -66,14 +66,7 @@ class Importance(OnImages):
 
 
 def run(settings: Importance) -> pd.DataFrame:
-    """Train on split MNIST with a head per task, then take F of every experience.
-
-    Args:
-        settings: What to look at.
-
-    Returns:
-        A row per experience and parameter tensor; also in `importance.csv`.
-    """
+    """Train on split MNIST with a head per task; write F by layer to `importance.csv`."""
     source, output = study_on_images(settings)
     cell = RunSettings(
         "split",
@@ -130,16 +123,7 @@ def pixel_map(fisher: dict[str, Tensor], picture: Tensor) -> Tensor:
 
 
 def draw_importance(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tensor]) -> Figure:
-    """Mean image and pixel importance per experience; below, what part each layer has of F.
-
-    Args:
-        table: Rows of `importance.csv`.
-        maps: F by pixel, per experience.
-        pictures: Mean images, likewise.
-
-    Returns:
-        The figure.
-    """
+    """Mean image and pixel importance per experience; below, what part each layer has of F."""
     n = len(maps)
     figure = plt.figure(figsize=(1.9 * n + 1, 6.6), layout="constrained")
     grid = figure.add_gridspec(3, n, height_ratios=[1, 1, 1.25])
@@ -163,12 +147,7 @@ def draw_importance(table: pd.DataFrame, maps: list[Tensor], pictures: list[Tens
 
 
 def draw_shares(axis: Axes, table: pd.DataFrame) -> None:
-    """A bar per experience that adds up to the trace of F, cut by layer.
-
-    Args:
-        axis: To draw on.
-        table: Rows of `importance.csv`.
-    """
+    """A bar per experience that adds up to the trace of F, cut by layer."""
     layers = table.assign(layer=layer_names(table["parameter"]))
     shares = layers.groupby(["experience", "layer"], sort=False)["share_of_trace"].sum().unstack()
     left = np.zeros(len(shares))

@@ -81,14 +81,7 @@ class LambdaTranslation(OnImages):
 
 
 def run(settings: LambdaTranslation) -> pd.DataFrame:
-    """Train without a penalty, then take every F of the last experience.
-
-    Args:
-        settings: What to translate.
-
-    Returns:
-        A row per benchmark, seed and Fisher; also in `lambda_translation.csv`.
-    """
+    """Train without a penalty; write every F of the last task to `lambda_translation.csv`."""
     source, output = study_on_images(settings)
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
@@ -151,15 +144,7 @@ def statistics(fisher: dict[str, Tensor]) -> dict[str, float]:
 
 
 def draw_translation(table: pd.DataFrame, settings: LambdaTranslation) -> Figure:
-    """Trace relative to EXACT, and the lambda that is as strong: a row per Fisher.
-
-    Args:
-        table: Rows of `lambda_translation.csv`.
-        settings: Whose lambda is translated.
-
-    Returns:
-        The figure.
-    """
+    """Trace relative to EXACT, and the lambda that is as strong: a row per Fisher."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, layout="constrained")
     names = list(dict.fromkeys(table["fisher"]))
     shown = {

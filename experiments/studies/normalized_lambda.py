@@ -87,14 +87,7 @@ class NormalizedLambda(Job):
 
 
 def run(settings: NormalizedLambda) -> pd.DataFrame:
-    """Run the sweep; write `normalized_lambda.csv` and `normalized_lambda.png`.
-
-    Args:
-        settings: The sweep.
-
-    Returns:
-        Average accuracy per benchmark, Fisher type, normalisation and lambda.
-    """
+    """Run the sweep; write `normalized_lambda.csv` and `normalized_lambda.png`."""
     runs, output = completed_study(settings)
     parts = [
         by_lambda(part, "average_accuracy").assign(**dict(zip(KEY, key, strict=True)))
@@ -107,14 +100,7 @@ def run(settings: NormalizedLambda) -> pd.DataFrame:
 
 
 def draw_losses(table: pd.DataFrame) -> Figure:
-    """Accuracy lost against the best lambda of the same line: as it is, and divided by its mean.
-
-    Args:
-        table: Rows of `normalized_lambda.csv`.
-
-    Returns:
-        The figure.
-    """
+    """Accuracy lost against the best lambda of the same line: as it is, and divided by its mean."""
     figure, axes = plt.subplots(1, 2, figsize=(10.4, 4), sharey=True, layout="constrained")
     titles = {AS_IT_IS: "F as it is", "mean": "F divided by its mean"}
     for axis, (normalize, words) in zip(axes, titles.items(), strict=True):

@@ -108,12 +108,6 @@ class Tune(Sweep):
 def run(settings: Tune) -> pd.DataFrame:
     """Search every arm; write `tuned.csv`, `tuned.json` and a figure per stream.
 
-    Args:
-        settings: The arms.
-
-    Returns:
-        Rows of `tuned.csv`.
-
     Raises:
         ValueError: An arm has no lambda; those of the others are written.
     """

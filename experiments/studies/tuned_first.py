@@ -53,10 +53,6 @@ class TunedFirst(Job):
 def search_lambdas(job: TunedFirst, console: Console) -> None:
     """Search the lambdas that are missing.
 
-    Args:
-        job: The study.
-        console: Where progress is shown.
-
     Raises:
         SystemExit: It is a dry run, which is done.
     """

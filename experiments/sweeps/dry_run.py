@@ -25,15 +25,7 @@ ALIKE = (
 def print_plan(
     cells: Sequence[RunSettings], folder: Path, processes: int, force: bool, console: Console
 ) -> None:
-    """Lists the cells with what would become of each.
-
-    Args:
-        cells: Of the command.
-        folder: Where its results are, or would be; it is only read.
-        processes: Runs at the same time.
-        force: Whether what exists is repeated.
-        console: Where to print.
-    """
+    """Lists the cells with what would become of each."""
     _, runs = read_results(folder)
     status = dict(zip(runs["run_id"], runs["status"], strict=True))
     labels = run_labels(cells)

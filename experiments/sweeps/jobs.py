@@ -90,15 +90,7 @@ def make_runs(
 def write_run_tables(
     store: Store, source: DataSource
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Rewrite a folder's run tables, its summary and its `environment.json`; hold its lock.
-
-    Args:
-        store: The folder's results.
-        source: Where the images came from.
-
-    Returns:
-        The rows of `accuracy.csv`, `runs.csv` and `summary.csv`.
-    """
+    """Rewrite a folder's run tables, its summary and its `environment.json`; hold its lock."""
     accuracy, runs = store.write_tables()
     summary = statistics.summarise(runs)
     tables.write(summary, store.folder, schemas.SUMMARY)

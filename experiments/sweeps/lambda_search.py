@@ -107,12 +107,7 @@ def next_steps(found: Mapping[int, float]) -> list[int]:
 
 
 def search(arm: Arm, outcomes: Mapping[str, Outcome]) -> Search:
-    """The search of an arm, as far as the runs that are there allow.
-
-    Args:
-        arm: The arm.
-        outcomes: Of runs that ended well or diverged, by run id.
-    """
+    """The search of an arm, as far as the runs that are there allow."""
     found: dict[int, float] = {}
     while steps := next_steps(found):
         runs = {step: arm.cells(step) for step in steps}

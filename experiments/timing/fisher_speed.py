@@ -351,14 +351,7 @@ def _high_water() -> float:
 
 
 def draw_speeds(table: pd.DataFrame) -> Figure:
-    """Rows of panels for each label type, a panel per network, a line per engine.
-
-    Args:
-        table: Rows of `fisher_speed.csv`.
-
-    Returns:
-        The figure.
-    """
+    """Rows of panels for each label type, a panel per network, a line per engine."""
     table = table[(table["engine"] != UNIT) & table["multiple_of_gradient_pass"].notna()]
     rows = []  # of panels: label type, its engines, networks
     for kind, part in table.groupby("kind", sort=False):

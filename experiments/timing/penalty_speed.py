@@ -169,14 +169,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def run(settings: PenaltySpeed) -> pd.DataFrame:
-    """Measure what `penalty_speed.csv` does not hold yet; draw `penalty_speed.png`.
-
-    Args:
-        settings: What to measure.
-
-    Returns:
-        A row per model, optimizer, batch size, method and number of past experiences.
-    """
+    """Measure what `penalty_speed.csv` does not hold yet; draw `penalty_speed.png`."""
     torch.set_num_threads(settings.threads)
     output = study_output(settings)
     table = tables.read(output.folder, PENALTY_SPEED)
@@ -337,14 +330,7 @@ def step_seconds(strategy: Any, batch: list[Tensor], steps: int) -> float:
 
 
 def draw_steps(table: pd.DataFrame) -> Figure:
-    """The multiple of a plain step over the number of past experiences, a panel per setting.
-
-    Args:
-        table: Rows of `penalty_speed.csv`.
-
-    Returns:
-        The figure.
-    """
+    """The multiple of a plain step over the number of past experiences, a panel per setting."""
     cells = list(table.groupby(["model", "optimizer", "batch_size"], sort=False))
     columns = min(3, len(cells))
     n_rows = -(-len(cells) // columns)

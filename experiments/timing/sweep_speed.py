@@ -74,14 +74,7 @@ class SweepSpeed:
 
 
 def run(settings: SweepSpeed) -> pd.DataFrame:
-    """Make the same run in each way, in turn, round by round, and write the table.
-
-    Args:
-        settings: What to run.
-
-    Returns:
-        A row per way of making the run.
-    """
+    """Make the same run in each way, in turn, round by round, and write the table."""
     torch.set_num_threads(1)
     source, output = study_on_images(settings)
     theirs, ours = PermutedMnist(

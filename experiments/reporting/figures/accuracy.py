@@ -100,15 +100,7 @@ def best_of_each_family(cells: Sequence[CellMatrices]) -> list[CellMatrices]:
 
 
 def draw_matrices(cells: Sequence[CellMatrices], title: str) -> Figure:
-    """R of every cell, the mean over seeds, beside each other; of many cells, the best.
-
-    Args:
-        cells: Of one stream.
-        title: What they are of.
-
-    Returns:
-        The figure.
-    """
+    """R of every cell, the mean over seeds, beside each other; of many cells, the best."""
     shown = best_of_each_family(cells)
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
@@ -161,15 +153,7 @@ def draw_matrix(axis: Axes, cell: CellMatrices) -> Any:
 
 
 def draw_curves(cells: Sequence[CellMatrices], title: str) -> Figure:
-    """Average accuracy on the experiences seen, as they come.
-
-    Args:
-        cells: Of one stream.
-        title: What they are of.
-
-    Returns:
-        The figure: a panel per method and Fisher type where one can't hold all lines.
-    """
+    """Average accuracy on the experiences seen, as they come."""
     panels = panels_of(cells)
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)

@@ -20,16 +20,7 @@ STREAM = ["benchmark", "dataset", "scenario"]
 
 
 def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the figures of every stream in the tables, and the paired differences of all.
-
-    Args:
-        accuracy: Rows of `accuracy.csv`.
-        runs: Rows of `runs.csv`.
-        folder: Where the PNG files go; made if it isn't there.
-
-    Returns:
-        The files.
-    """
+    """Draw the figures of every stream in the tables, and the paired differences of all."""
     return [save(figure, folder / f"{name}.png") for name, figure in _figures(accuracy, runs)]
 
 

@@ -78,15 +78,7 @@ def shaded(lines: Sequence[Line]) -> list[Line]:
 
 
 def draw_over_lambda(runs: pd.DataFrame, title: str) -> Figure | None:
-    """Average accuracy and forgetting over lambda; None where no lambda varies.
-
-    Args:
-        runs: Rows of `runs.csv` of one stream.
-        title: What they are of.
-
-    Returns:
-        The figure; of too many lines, the best.
-    """
+    """Average accuracy and forgetting over lambda; None where no lambda varies."""
     lines = lines_of(runs)
     lines = [line for line in lines if line.is_level or line.runs["ewc_lambda"].nunique() > 1]
     if all(line.is_level for line in lines):
@@ -110,16 +102,7 @@ def best_lines(lines: Sequence[Line]) -> list[Line]:
 def over_lambda(
     panels: Mapping[str, Sequence[Line]], title: str, metrics: Sequence[str] = METRICS
 ) -> Figure:
-    """A row per metric, a column per panel; rows share their axis. One metric takes rows of two.
-
-    Args:
-        panels: Lines by the title of their panel.
-        title: What is shown, and on what.
-        metrics: Columns of `runs.csv`.
-
-    Returns:
-        The figure.
-    """
+    """A row per metric, a column per panel; rows share their axis. One metric takes rows of two."""
     columns = len(panels) if len(metrics) > 1 or len(panels) < 3 else 2
     rows = len(metrics) * -(-len(panels) // columns)
     figure, axes = plt.subplots(

@@ -29,15 +29,7 @@ from experiments.settings.unset import UNSET
 
 
 def draw_trade_off(runs: pd.DataFrame, title: str) -> Figure | None:
-    """Forgetting against learning accuracy: a point per run, a large one per cell's mean.
-
-    Args:
-        runs: Rows of `runs.csv` of one stream.
-        title: What they are of.
-
-    Returns:
-        The figure; None where no run has both.
-    """
+    """Forgetting against learning accuracy: a point per run, a large one per cell's mean."""
     x, y = "learning_accuracy", "forgetting"
     done = runs[(runs["status"] == "ok") & runs[x].notna() & runs[y].notna()]
     if done.empty:

@@ -278,15 +278,7 @@ def title(figure: Figure, what: str, note: str = "") -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG by rename, and close the figure.
-
-    Args:
-        figure: To write.
-        path: Of the file; its folder is made if it isn't there.
-
-    Returns:
-        The path.
-    """
+    """Write a PNG by rename, and close the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI, bbox_inches="tight", facecolor="white")

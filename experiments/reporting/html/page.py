@@ -102,13 +102,7 @@ class Folder:
 
 
 def run(settings: Report) -> Path:
-    """Write the page and the figures.
-
-    Args:
-        settings: Which folders, and where to.
-
-    Returns:
-        The page.
+    """Write the page and the figures; return the page's path.
 
     Raises:
         ValueError: A folder holds no table, or the page can't be written.

@@ -18,14 +18,7 @@ QUANTITIES = {"accuracy": "test accuracy", "loss": "test loss (nats)"}
 
 
 def draw_curves(curves: pd.DataFrame) -> Figure:
-    """A column per method, a line per task.
-
-    Args:
-        curves: Rows of `curves.csv`.
-
-    Returns:
-        The figure.
-    """
+    """A column per method, a line per task."""
     n_tasks = int(curves["eval_task"].max()) + 1
     length = curves["epoch"].max() // n_tasks
     figure, axes = plt.subplots(

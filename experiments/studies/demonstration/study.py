@@ -89,14 +89,7 @@ class TaskData:
 
 
 def run(settings: Demonstration) -> pd.DataFrame:
-    """Train with every method; then times the Fisher. Writes two tables and a plot.
-
-    Args:
-        settings: Of the demonstration.
-
-    Returns:
-        A row per method, seed, epoch and task seen so far; also in `curves.csv`.
-    """
+    """Train with every method; then times the Fisher. Writes two tables and a plot."""
     torch.set_num_threads(1)
     source, output = study_on_images(settings)
     settings = replace(

@@ -33,15 +33,7 @@ LEVELS = (0.5, 2.0, 4.5)  # nats: one, two and three standard deviations of a no
 
 
 def draw_densities(pictured: dict[str, Solved], rows: pd.DataFrame) -> Figure:
-    """A row per problem: EWC's normal densities on p(θ | A); EWC's optima on p(θ | A, B).
-
-    Args:
-        pictured: One draw of each problem.
-        rows: Of `laplace.csv` for that number of samples.
-
-    Returns:
-        The figure.
-    """
+    """A row per problem: EWC's normal densities on p(θ | A); EWC's optima on p(θ | A, B)."""
     figure, axes = plt.subplots(
         len(pictured), 2, figsize=(9.4, 4.2 * len(pictured)), squeeze=False, layout="constrained"
     )
@@ -70,16 +62,7 @@ def draw_densities(pictured: dict[str, Solved], rows: pd.DataFrame) -> Figure:
 
 
 def draw_weights(table: pd.DataFrame, n: int, n_draws: int) -> Figure:
-    """A row per problem: distance from the joint optimum over λ; error of the density over n.
-
-    Args:
-        table: Rows of `laplace.csv`.
-        n: Samples per task for which λ was varied.
-        n_draws: Of the data.
-
-    Returns:
-        The figure.
-    """
+    """A row per problem: distance from the joint optimum over λ; error of the density over n."""
     problems = list(dict.fromkeys(table["problem"]))
     figure, axes = plt.subplots(
         len(problems), 2, figsize=(10.4, 3.3 * len(problems)), squeeze=False, layout="constrained"

@@ -83,14 +83,7 @@ class Laplace:
 
 
 def run(settings: Laplace) -> pd.DataFrame:
-    """Solve every problem for every number of samples and seed; write a table and a picture.
-
-    Args:
-        settings: Of the study.
-
-    Returns:
-        A row per problem, n, seed, quadratic and weight; also in `laplace.csv`.
-    """
+    """Solve every problem for every number of samples and seed; write `laplace.csv` and figures."""
     output = study_output(settings)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

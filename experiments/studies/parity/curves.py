@@ -96,15 +96,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run_curves(settings: Curves, *, make: bool = True) -> pd.DataFrame:
-    """Run the grid; write `lambda_curves.csv` and `lambda_curves.png`.
-
-    Args:
-        settings: The grid.
-        make: Whether to make runs; else those that are there have to do.
-
-    Returns:
-        A row per way, metric and lambda; without protection there is no lambda.
-    """
+    """Run the grid; write `lambda_curves.csv` and `lambda_curves.png`."""
     runs, output = completed_study(settings, make=make)
     table = output.table(curves(runs), LAMBDA_CURVES)
     output.figure(draw_ways(runs), "lambda_curves")
@@ -138,14 +130,7 @@ def _setting(runs: pd.DataFrame) -> str:
 
 
 def draw_ways(runs: pd.DataFrame) -> Figure:
-    """Ours on the left, Avalanche's EWC on the right, with no protection as a level in both.
-
-    Args:
-        runs: Rows of `runs.csv`.
-
-    Returns:
-        The figure.
-    """
+    """Ours on the left, Avalanche's EWC on the right, with no protection as a level in both."""
     naive = Line("Naive", style.colour_of(NAIVE), _runs_of(runs, NAIVE))
     ours = [Line(name, style.colour_of("ewc", name), _runs_of(runs, name)) for name in TYPES]
     theirs = []

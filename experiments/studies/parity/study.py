@@ -117,14 +117,7 @@ def _grid(
 
 
 def run(settings: Parity) -> pd.DataFrame:
-    """Make what is missing; write comparisons, checks, the run tables and the figures.
-
-    Args:
-        settings: What to compare.
-
-    Returns:
-        Rows of `comparisons.csv`.
-    """
+    """Make what is missing; write comparisons, checks, the run tables and the figures."""
     console = Console(quiet=settings.quiet)
     folder = settings.folder
     source = find_data(settings.dataset, settings.data_root)

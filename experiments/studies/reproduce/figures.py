@@ -48,16 +48,7 @@ def curves_over_tasks(
 
 
 def draw_tasks(protocol: Protocol, accuracy: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """Accuracy on task 1 on the left, the mean over those seen on the right.
-
-    Args:
-        protocol: Whose runs they are.
-        accuracy: Rows of `accuracy.csv`.
-        runs: Rows of `runs.csv`.
-
-    Returns:
-        The figure.
-    """
+    """Accuracy on task 1 on the left, the mean over those seen on the right."""
     table = curves_over_tasks(protocol, accuracy, runs)
     figure, axes = plt.subplots(1, 2, figsize=(10.6, 4), sharey=True, layout="constrained")
     references = {arm.reference.value for arm in protocol.arms if arm.reference}

@@ -60,14 +60,7 @@ class Reproduce(Job):
 
 
 def run(settings: Reproduce) -> pd.DataFrame:
-    """Make the runs; write `reproduce.csv` and pictures beside the run tables.
-
-    Args:
-        settings: Which protocol.
-
-    Returns:
-        A row per arm; of a search, the candidates' rows of `summary.csv`.
-    """
+    """Make the runs; write `reproduce.csv` and pictures beside the run tables."""
     console = Console(quiet=settings.quiet)
     protocol = load_protocol(settings.protocol)
     if settings.search:
@@ -78,17 +71,7 @@ def run(settings: Reproduce) -> pd.DataFrame:
 
 
 def report(protocol: Protocol, runs: pd.DataFrame, folder: Path, console: Console) -> pd.DataFrame:
-    """Write and print what the runs say of the protocol.
-
-    Args:
-        protocol: Whose arms they are.
-        runs: Rows of `runs.csv`.
-        folder: Which holds them.
-        console: Where to print.
-
-    Returns:
-        Rows of `reproduce.csv`.
-    """
+    """Write and print what the runs say of the protocol."""
     table = arms_table(protocol, runs)
     tables.write(table, folder, schemas.REPRODUCE)
     accuracy = tables.read(folder, schemas.ACCURACY)

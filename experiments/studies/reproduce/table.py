@@ -15,15 +15,7 @@ METRIC = "average_accuracy"
 
 
 def arms_table(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm: ours beside the published number, and beside another arm seed by seed.
-
-    Args:
-        protocol: What was to be run.
-        runs: Rows of `runs.csv`; an arm without runs says so.
-
-    Returns:
-        Rows of `reproduce.csv`.
-    """
+    """One row per arm: ours beside the published number, and beside another arm seed by seed."""
     by_arm = {arm.label: _runs_of(protocol, arm, runs) for arm in protocol.arms}
     return tables.frame((_row(protocol, arm, by_arm) for arm in protocol.arms), schemas.REPRODUCE)
 
