@@ -10,13 +10,13 @@ import torch
 from avalanche.core import BaseSGDPlugin
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.plugins.clock import Clock
-from avalanche.training.templates.base_sgd import BaseSGDTemplate, PeriodicEval
-from avalanche.training.templates.update_type import SGDUpdate
-from torch import Tensor, nn
+from avalanche.training.templates.base_sgd import PeriodicEval
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from ewc_plugin.avalanche.template import overrides
 from ewc_plugin.penalty.implicit_step import implicit_step_
 from ewc_plugin.penalty.penalty import QuadraticPenalty
 
@@ -49,11 +49,23 @@ class InLoss(Placement):
         return penalty.detach()
 
 
-class InGradient(Placement):
-    """Add the penalty's gradient to `.grad`: cheaper, allowed if `gradients_are_ours`."""
+class InGradient(InLoss):
+    """Add the penalty's gradient to `.grad`: cheaper, allowed if `gradients_are_ours`.
 
-    def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
+    It adds to the loss as `InLoss` does where a backward pass of that loss comes again, or a hook
+    on a parameter sees the gradient.
+    """
+
+    def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:  # type: ignore[override]
+        """Add it to the loss where that must be; decided anew in each iteration."""
+        hooked = any(_hooks(theta) for theta, _ in self.penalty.pairs(strategy.model))
+        self._in_loss = strategy.retain_graph or hooked
+        return super().before_backward(strategy, ewc_lambda) if self._in_loss else None
+
+    def after_backward(self, strategy: Any, ewc_lambda: float) -> Tensor | None:
         """Add the gradient to `.grad`, and the value to `strategy.loss` for whoever reads it."""
+        if self._in_loss:
+            return None
         penalty = ewc_lambda * self.penalty.add_gradient_(strategy.model, ewc_lambda)
         strategy.loss = strategy.loss.detach() + penalty
         return penalty
@@ -143,11 +155,12 @@ def placement_of(
 
 
 def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
-    """Return whether no other code reads or rescales gradients before our `after_backward`.
+    """Return whether no other code may compute, read or rescale gradients before the update.
 
-    Adding to `.grad` there is then the same as adding to the loss, and cheaper. It is not with a
-    template that has its own backward pass (a gradient scaler's), with hooks on parameters, after
-    plugins that rewrite gradients, or before plugins that rewrite the loss.
+    Adding to `.grad` in `after_backward` is then the same as adding to the loss, and cheaper. It is
+    not with a template that has its own version of a step between the loss and the update (a
+    gradient scaler's backward pass, a closure that computes the loss again), with plugins that act
+    between the backward pass and the update, or before plugins that rewrite the loss.
 
     Args:
         plugin: Ours.
@@ -156,28 +169,34 @@ def gradients_are_ours(plugin: SupervisedPlugin, strategy: Any) -> bool:
     Returns:
         False wherever it is not certain.
     """
-    template = type(strategy)
-    own_loop = (
-        getattr(template, "training_epoch", None) is not SGDUpdate.training_epoch
-        or template.backward is not BaseSGDTemplate.backward
-        or "backward" in vars(strategy)
-    )
-    hooked = any(p._backward_hooks or _late_hooks(p) for p in strategy.model.parameters())
-    if own_loop or hooked or plugin not in strategy.plugins:
+    if overrides(strategy, *_FROM_LOSS_TO_UPDATE) or plugin not in strategy.plugins:
         return False
     place = strategy.plugins.index(plugin)
-    before, after = strategy.plugins[:place], strategy.plugins[place + 1 :]
+    others, after = [p for p in strategy.plugins if p is not plugin], strategy.plugins[place + 1 :]
     return not (
-        any(_implements(p, "after_backward") for p in before)
+        any(_implements(p, "after_backward", "before_update") for p in others)
         or any(_implements(p, "before_backward") for p in after)
     )
 
 
-def _implements(plugin: Any, hook: str) -> bool:
+_FROM_LOSS_TO_UPDATE = (
+    "training_epoch",
+    "_before_backward",
+    "backward",
+    "_after_backward",
+    "_before_update",
+    "optimizer_step",
+)
+
+
+def _implements(plugin: Any, *hooks: str) -> bool:
     if isinstance(plugin, (EvaluationPlugin, Clock, PeriodicEval)):  # these change no gradient
         return False
-    return getattr(type(plugin), hook, None) not in (None, getattr(BaseSGDPlugin, hook))
+    own = (getattr(type(plugin), hook, None) for hook in hooks)
+    bases = (getattr(BaseSGDPlugin, hook) for hook in hooks)
+    return any(mine not in (None, base) for mine, base in zip(own, bases, strict=True))
 
 
-def _late_hooks(parameter: nn.Parameter) -> Any:
-    return getattr(parameter, "_post_accumulate_grad_hooks", None)
+def _hooks(parameter: Tensor) -> Any:
+    late = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter._backward_hooks or late

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from avalanche.training.templates.problem_type import SupervisedProblem
+from avalanche.training.templates import SupervisedTemplate
 from avalanche.training.templates.update_type import MetaUpdate
 from torch import nn
 
@@ -33,7 +33,7 @@ def overrides(strategy: Any, *names: str) -> bool:
     """Return whether a user's template has its own version of one of these members."""
     return any(
         name in vars(strategy)
-        or getattr(type(strategy), name, None) is not getattr(SupervisedProblem, name)
+        or getattr(type(strategy), name, None) is not getattr(SupervisedTemplate, name)
         for name in names
     )
 
