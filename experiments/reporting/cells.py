@@ -19,10 +19,9 @@ from experiments.reporting.labels import (
 )
 from experiments.results import statistics
 from experiments.results.schemas import UNITS
+from experiments.settings.run import STREAM
 
-SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")
-COMPETED = ("average_accuracy", "forgetting", "learning_accuracy")  # whose best is bold
-STREAM = ["benchmark", "dataset", "scenario", "validation"]
+SHOWN = ("average_accuracy", "forgetting", "learning_accuracy")  # the best of each is bold
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,11 @@ def summary_cells(runs: pd.DataFrame) -> dict[str, list[Cell]]:
     Returns:
         Cells by the stream's title.
     """
-    best = {metric: statistics.best_cells(runs, metric) for metric in COMPETED}
+    best = {metric: statistics.best_cells(runs, metric) for metric in SHOWN}
     found: dict[str, list[Cell]] = {}
-    streams = sorted(runs.groupby(STREAM), key=lambda item: (item[0][0] != "split", item[0]))
+    streams = sorted(
+        runs.groupby([*STREAM, "validation"]), key=lambda item: (item[0][0] != "split", item[0])
+    )
     for (*stream, validation), group in streams:
         varied = statistics.varied_settings(group)
         labels = cell_labels(group, with_lambda=False, with_type=True)

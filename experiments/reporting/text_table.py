@@ -104,17 +104,11 @@ def summary_table(runs: pd.DataFrame) -> SummaryTable:
     return SummaryTable(text, pd.DataFrame(bold).reindex(columns=text.columns, fill_value=False))
 
 
-def comparisons_table(runs: pd.DataFrame) -> SummaryTable:
-    """Paired differences, seed by seed."""
+def _comparisons_table(runs: pd.DataFrame) -> SummaryTable:
     return _plain(comparison.comparison_rows(statistics.paired_differences(runs)))
 
 
-def checks_table(checks: pd.DataFrame) -> SummaryTable:
-    """Equalities with Avalanche's EWC."""
-    return _plain(comparison.check_rows(checks))
-
-
-def published_table(reproduce: pd.DataFrame) -> SummaryTable:
+def _published_table(reproduce: pd.DataFrame) -> SummaryTable:
     """Each arm of a published experiment beside its number."""
     return _plain(
         {
@@ -143,9 +137,9 @@ def _plain(rows: Iterable[dict[str, str]]) -> SummaryTable:
 # What to print -> the tables that it is made from, and how.
 MADE_FROM: dict[str, tuple[tuple[str, ...], Callable[..., SummaryTable]]] = {
     "summary": (("runs",), summary_table),
-    "comparisons": (("runs",), comparisons_table),
-    "checks": (("checks",), checks_table),
-    "reproduce": (("reproduce",), published_table),
+    "comparisons": (("runs",), _comparisons_table),
+    "checks": (("checks",), lambda checks: _plain(comparison.check_rows(checks))),
+    "reproduce": (("reproduce",), _published_table),
 }
 
 

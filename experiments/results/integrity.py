@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from experiments.results.metrics import METRICS, continual_metrics
+from experiments.results.metrics import METRICS, accuracy_matrix, continual_metrics
 from experiments.results.provenance import NOT_RECORDED, content_digest
 from experiments.results.schemas import ACCURACY, SETTING_NAMES
 from experiments.results.tables import TableError
@@ -70,9 +69,7 @@ def _check_rows(record: Mapping[str, Any], settings: RunSettings, rows: pd.DataF
     found = list(zip(rows["train_exp"], rows["eval_exp"], strict=True))
     if sorted(found) != wanted:
         raise TableError(f"{run_id} has {len(rows)} rows of accuracy, not {len(wanted)}")
-    matrix = np.full((n + 1, n), np.nan)
-    for (i, j), value in zip(found, rows["accuracy"], strict=True):
-        matrix[i + 1, j] = value
+    matrix = accuracy_matrix(rows["train_exp"], rows["eval_exp"], rows["accuracy"])
     expected = continual_metrics(matrix)
     for name in METRICS:
         if not _close(record[name], expected[name]):

@@ -20,9 +20,9 @@ from experiments.results.metrics import METRICS, continual_metrics
 from experiments.results.statistics import is_logged
 from experiments.results.store import has_parts, read_results
 from experiments.results.tables import TableError
+from experiments.settings.run import STREAM
 
-NAMES = ["benchmark", "dataset", "scenario", "method", "fisher_type", "ewc_lambda"]
-STREAM = ["benchmark", "dataset", "scenario"]
+NAMES = [*STREAM, "method", "fisher_type", "ewc_lambda"]
 TESTED = "test"  # the stream whose accuracies count
 
 
@@ -113,7 +113,7 @@ def _tested(accuracy: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 
 def _runs_of(accuracy: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """A row like those of `runs.csv` for each run."""
-    sizes = accuracy.groupby(STREAM)["eval_exp"].max() + 1
+    sizes = accuracy.groupby(list(STREAM))["eval_exp"].max() + 1
     records = []
     for run_id, rows in accuracy.groupby("run_id", sort=False):
         names = rows[[*NAMES, "seed"]].drop_duplicates()

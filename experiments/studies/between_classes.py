@@ -173,7 +173,7 @@ def _trace(model: torch.nn.Module, batches: Any, fisher_type: str) -> float:
 
 
 def draw_parts(table: pd.DataFrame) -> Figure:
-    """A column per stream: the parts' traces by task; the accuracy on the task, then and at last."""
+    """A column per stream: the parts' traces by task, and the accuracy on it, then and at last."""
     streams = list(table.groupby(list(STREAM), sort=False))
     figure, axes = plt.subplots(
         *(2, len(streams)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import get_args
 
 import pandas as pd
@@ -58,28 +59,22 @@ class ImplicitStep(Job):
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """Settings for both optimizers, both placements of the penalty, all lambdas and seeds."""
-        for seed in self.seeds:
-            for optimizer in get_args(Optimizer):
-                for step in STEPS.values():
-                    for ewc_lambda in self.ewc_lambda:
-                        yield RunSettings(
-                            "permuted",
-                            dataset,
-                            "domain",
-                            "ewc",
-                            seed,
-                            fisher_type="predicted",
-                            ewc_lambda=ewc_lambda,
-                            mode="separate",
-                            n_experiences=self.experiences,
-                            epochs=1 if dataset != "digits" else 20,
-                            optimizer=optimizer,
-                            learning_rate=LEARNING_RATE[optimizer],
-                            data_path=self.data_path,
-                            device=self.device,
-                            penalty_step=None if step == UNSET["penalty_step"] else step,
-                            hidden_size=self.hidden_size,
-                        )
+        ways = product(self.seeds, get_args(Optimizer), STEPS.values(), self.ewc_lambda)
+        for seed, optimizer, step, ewc_lambda in ways:
+            yield RunSettings(
+                *("permuted", dataset, "domain", "ewc", seed),
+                fisher_type="predicted",
+                ewc_lambda=ewc_lambda,
+                mode="separate",
+                n_experiences=self.experiences,
+                epochs=1 if dataset != "digits" else 20,
+                optimizer=optimizer,
+                learning_rate=LEARNING_RATE[optimizer],
+                data_path=self.data_path,
+                device=self.device,
+                penalty_step=None if step == UNSET["penalty_step"] else step,
+                hidden_size=self.hidden_size,
+            )
 
 
 def run(settings: ImplicitStep) -> pd.DataFrame:

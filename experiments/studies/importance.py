@@ -69,11 +69,7 @@ def run(settings: Importance) -> pd.DataFrame:
     """Train on split MNIST with a head per task; write F by layer to `importance.csv`."""
     source, output = study_on_images(settings)
     cell = RunSettings(
-        "split",
-        source.name,
-        "task",
-        "ewc",
-        settings.seed,
+        *("split", source.name, "task", "ewc", settings.seed),
         fisher_type=FisherType(settings.fisher_type).value,
         ewc_lambda=settings.ewc_lambda,
         mode="separate",

@@ -87,11 +87,7 @@ def run(settings: LambdaTranslation) -> pd.DataFrame:
     for seed in settings.seeds:
         for benchmark, scenario, n_experiences in STREAMS:
             cell = RunSettings(
-                benchmark,
-                source.name,
-                scenario,
-                "naive",
-                seed,
+                *(benchmark, source.name, scenario, "naive", seed),
                 n_experiences=n_experiences,
                 epochs=DEFAULT_EPOCHS[benchmark, source.name],
                 hidden_size=settings.hidden_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -61,29 +62,25 @@ class NormalizedLambda(Job):
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
         """Seed by seed, so that a sweep that is cut short has complete seeds."""
-        scales = {"mean": self.ewc_lambda, None: self.plain_ewc_lambda}
-        for seed in self.seeds:
-            for benchmark, scenario in BENCHMARKS:
-                for normalize, lambdas in scales.items():
-                    for fisher_type in self.fisher_type if normalize else self.fisher_type[:1]:
-                        for ewc_lambda in lambdas:
-                            yield RunSettings(
-                                benchmark,
-                                dataset,
-                                scenario,
-                                "ewc",
-                                seed,
-                                fisher_type=FisherType(fisher_type).value,
-                                ewc_lambda=ewc_lambda,
-                                mode="separate",
-                                epochs=DEFAULT_EPOCHS[benchmark, dataset],
-                                validation=True,
-                                data_path=self.data_path,
-                                device=self.device,
-                                normalize=normalize,
-                                n_experiences=self.permutations if benchmark == "permuted" else 5,
-                                hidden_size=self.hidden_size,
-                            )
+        scales = [
+            *product(("mean",), self.fisher_type, self.ewc_lambda),
+            *product((None,), self.fisher_type[:1], self.plain_ewc_lambda),
+        ]
+        for seed, (benchmark, scenario), scale in product(self.seeds, BENCHMARKS, scales):
+            normalize, fisher_type, ewc_lambda = scale
+            yield RunSettings(
+                *(benchmark, dataset, scenario, "ewc", seed),
+                fisher_type=FisherType(fisher_type).value,
+                ewc_lambda=ewc_lambda,
+                mode="separate",
+                epochs=DEFAULT_EPOCHS[benchmark, dataset],
+                validation=True,
+                data_path=self.data_path,
+                device=self.device,
+                normalize=normalize,
+                n_experiences=self.permutations if benchmark == "permuted" else 5,
+                hidden_size=self.hidden_size,
+            )
 
 
 def run(settings: NormalizedLambda) -> pd.DataFrame:

@@ -14,9 +14,7 @@ from experiments.reporting.figures.over_lambda import draw_over_lambda
 from experiments.reporting.figures.style import save
 from experiments.reporting.labels import stream_title
 from experiments.results.statistics import paired_differences
-from experiments.settings.run import in_file_name
-
-STREAM = ["benchmark", "dataset", "scenario"]
+from experiments.settings.run import STREAM, in_file_name
 
 
 def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
@@ -25,7 +23,7 @@ def plot_all(accuracy: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[P
 
 
 def _figures(accuracy: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    for stream, group in runs.groupby(STREAM, sort=False):
+    for stream, group in runs.groupby(list(STREAM), sort=False):
         name = "-".join(map(in_file_name, stream))
         title = stream_title(*stream) + (", validation images" if group["validation"].all() else "")
         if cells := matrices_of(accuracy, group):
