@@ -60,28 +60,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "DiagonalEWC": "avalanche",
-    "DiagonalEWCPlugin": "avalanche",
-    "DivergedError": "penalty",
-    "FisherData": "avalanche",
-    "FisherType": "fisher",
-    "QuadraticPenalty": "penalty",
-    "TidyCSVLogger": "avalanche",
-    "adam_fisher": "fisher",
-    "bernoulli_score": "fisher",
-    "causal_lm": "fisher",
-    "diagonal_fisher": "fisher",
-    "ewc_metrics": "avalanche",
-    "experience_batches": "avalanche",
-    "explain": "fisher",
-    "gaussian_score": "fisher",
-    "load_fisher": "fisher_file",
-    "log_likelihood_score": "fisher",
-    "loss_score": "fisher",
-    "masked_lm": "fisher",
-    "register_rule": "fisher",
-    "save_fisher": "fisher_file",
-    "weighted_label_score": "fisher",
+    **dict.fromkeys(__all__, "fisher"),
+    **dict.fromkeys(("DiagonalEWC", "DiagonalEWCPlugin", "FisherData"), "avalanche"),
+    **dict.fromkeys(("TidyCSVLogger", "ewc_metrics", "experience_batches"), "avalanche"),
+    **dict.fromkeys(("DivergedError", "QuadraticPenalty"), "penalty"),
+    **dict.fromkeys(("load_fisher", "save_fisher"), "fisher_file"),
 }
 
 

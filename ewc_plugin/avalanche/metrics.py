@@ -14,13 +14,20 @@ from torch import Tensor
 from ewc_plugin.avalanche.plugin import DiagonalEWCPlugin
 
 
-class _EpochMean(PluginMetric[float]):
-    """Mean of one of the plugin's attributes over the training samples of an epoch."""
+class _Named(PluginMetric[float]):
+    """A metric with a name, of one of the plugin's attributes."""
 
-    def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], Tensor | None]) -> None:
+    def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], Any]) -> None:
         super().__init__()
         self._name, self._read = name, read
         self.reset()
+
+    def __str__(self) -> str:
+        return self._name
+
+
+class _EpochMean(_Named):
+    """Mean of one of the plugin's attributes over the training samples of an epoch."""
 
     def reset(self) -> None:
         self._total, self._n = 0.0, 0
@@ -41,17 +48,9 @@ class _EpochMean(PluginMetric[float]):
     def after_training_epoch(self, strategy: Any) -> list[MetricValue]:
         return _values(self, strategy, self.result(), add_experience=False)
 
-    def __str__(self) -> str:
-        return self._name
 
-
-class _AfterExperience(PluginMetric[float]):
+class _AfterExperience(_Named):
     """One of the plugin's attributes, reported after an experience's Fisher is computed."""
-
-    def __init__(self, name: str, read: Callable[[DiagonalEWCPlugin], float]) -> None:
-        super().__init__()
-        self._name, self._read = name, read
-        self.reset()
 
     def reset(self) -> None:
         self._last = 0.0
@@ -64,9 +63,6 @@ class _AfterExperience(PluginMetric[float]):
         if plugin is not None:
             self._last = self._read(plugin)
         return _values(self, strategy, self._last, add_experience=True)
-
-    def __str__(self) -> str:
-        return self._name
 
 
 def ewc_metrics(*, epoch: bool = True, experience: bool = True) -> list[PluginMetric[float]]:
