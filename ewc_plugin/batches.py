@@ -199,7 +199,7 @@ class _SharedList(list[Any]):
 
 
 class _SharedTuple(tuple[Any, ...]):
-    """The same of a tuple."""
+    """A tuple of such values."""
 
 
 _SHARED: dict[type, Callable[[Any], Any]] = {list: _SharedList, tuple: _SharedTuple}

@@ -184,7 +184,7 @@ def _same(container: Any, content: Any) -> bool:
 
 
 class _Held:
-    """What is reachable from values through containers and objects, each once.
+    """Tensors, containers and generators that are reachable from values, each once.
 
     Modules, code, and what feeds or steps the model from outside are not entered, and neither is an
     object with a lock, which other threads may change. Of an object that holds a module, as a

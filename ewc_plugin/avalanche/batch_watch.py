@@ -18,7 +18,7 @@ _ITERATIONS = 8  # of an experience: a change may happen by chance, such as mixu
 
 
 class _Seen(NamedTuple):
-    """What a strategy has at one moment: leaves of its batch and outputs, with their versions."""
+    """The leaves of a strategy's batch and outputs at one moment, with their versions."""
 
     batch: list[tuple[Any, int]]
     outputs: list[tuple[Any, int]]

@@ -40,7 +40,7 @@ class SharedFisherExperiences:
         self.clear()
 
     def clear(self) -> None:
-        """Start with none."""
+        """Forget all experiences."""
         self.n_done = 0
         self._ended: list[Any] = []  # data sets of the experiences that have ended
         self._current: list[Any] = []

@@ -184,7 +184,7 @@ def _checked_likelihood(strategy: Any, outputs: Any, targets: Any) -> Likelihood
 
 
 def refuse(criterion: Any) -> NoReturn:
-    """Raise: no likelihood is certain.
+    """Raise a `ValueError`: the criterion does not determine the likelihood.
 
     Args:
         criterion: The strategy's.
@@ -290,7 +290,7 @@ def _is_softmax(strategy: Any, outputs: Any, logits: Tensor, y: Any) -> bool:
 
 
 def _factors(gradient: Tensor, outputs: Tensor, target: Tensor) -> Tensor | None:
-    """Return c_n [N] of a criterion's gradient, NaN where it has no digits; None: it has none."""
+    """Return a gradient's factors c_n [N], NaN where too small to tell; None if it has none."""
     labelled = target.sum(1) > 0
     direction = torch.where(labelled[:, None], outputs.softmax(1) - target, 0)
     sizes = direction.square().sum(1)

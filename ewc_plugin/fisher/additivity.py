@@ -26,7 +26,7 @@ _HALF_EPS = 2.0**-7
 
 
 def obstacle(call: ModelCall) -> str:
-    """What may give a sample other gradients in a batch, as far as it can be read off a model.
+    """Return why a batch may change a sample's gradients, as far as the model's parts show it.
 
     Args:
         call: The model.
@@ -57,7 +57,7 @@ def summed_gradients(
 
 
 def summed_alone(call: ModelCall, batch: Batch, logits: Tensor, v: Tensor, rows: Tensor) -> Sums:
-    """The same sum over some samples of a batch, each with a backward pass of its own."""
+    """The sum over some samples of a batch, each with a backward pass of its own."""
     total = zeros(call.params)
     for n in rows.tolist():
         alone = own_logits(call, batch, logits, n)

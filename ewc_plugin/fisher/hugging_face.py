@@ -1,4 +1,4 @@
-"""What `diagonal_fisher` has to know of the language models of Hugging Face's `transformers`.
+"""Labels and logits of the language models of Hugging Face's `transformers`.
 
 Nothing is imported from there: a model takes a mapping as keyword arguments and returns an object
 with `logits` [N, T, V].

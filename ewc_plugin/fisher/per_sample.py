@@ -143,7 +143,7 @@ def add_gradient_squares(sums: Sums, call: ModelCall, logits: Tensor, vectors: T
 
 
 def gradient_squares(call: ModelCall, logits: Tensor, vectors: Tensor) -> Sums:
-    """The same of one sample alone, 0 for a parameter that its logits do not depend on."""
+    """The squares of one sample alone, 0 for a parameter that its logits do not depend on."""
     sums: Sums = {}
     add_gradient_squares(sums, call, logits, vectors)
     sums |= zeros({name: p for name, p in call.params.items() if name not in sums})

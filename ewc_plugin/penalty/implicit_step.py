@@ -82,14 +82,14 @@ def _step_in_blocks(blocks: Blocks, stiffness: float) -> None:
 
 
 def _step_together(small: SideBySide, stiffness: float) -> None:
-    """The same for small parameters, side by side."""
+    """Take the step of `_step_in_blocks` for small parameters, side by side."""
     e, weight = small.distance(), torch.add(small.S, stiffness, out=small.change)
     torch.div(small.S, weight, out=weight).mul_(e)
     torch._foreach_sub_([theta for theta, _ in small.pairs], small.changes)
 
 
 def _step(parameter: Tensor, q: Quadratic, stiffness: float) -> None:
-    """The same for a parameter that is not prepared."""
+    """Take the step of `_step_in_blocks` for a parameter that is not prepared."""
     S, offset, anchor = q.loaded(parameter)
     theta = as_real(parameter)
     e = theta.to(S.dtype) - anchor

@@ -124,7 +124,7 @@ def _applies(part: str, cell: Mapping[str, Any], label: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without spaces, in small letters."""
+    """The text without spaces, in small letters."""
     return "".join(text.split()).casefold()
 
 

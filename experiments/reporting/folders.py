@@ -1,4 +1,4 @@
-"""The results folder that a command shows where none is named, and what is to be said of it."""
+"""The results folder that a command shows if none is named, and notes on it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def given_or_newest(folder: Path | str | None, *tables: str) -> Path:
 
 
 def notes(folder: Path | str, runs: pd.DataFrame) -> str:
-    """What is to be said of a folder's runs beside what they show; "" if nothing is.
+    """Notes on a folder's runs: unfinished, of mixed code, or of a logger; "" without any.
 
     Args:
         folder: Of results, or file of `TidyCSVLogger`.

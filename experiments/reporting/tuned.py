@@ -1,4 +1,4 @@
-"""What a search for lambda found: on the terminal, and as a figure per stream."""
+"""Results of a search for lambda: on the terminal, and as a figure per stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How files of a results folder are written: under its lock, beside the old one, then renamed."""
+"""Write the files of a results folder: under its lock, beside the old one, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies between the classes and what within them: the Fisher's parts, task by task.
+"""The Fisher's parts between the classes and within them, task by task.
 
 The per-sample Fisher is the sum of a part between the classes, the class means, and one within them
 (the law of total variance). A network is trained with the per-sample Fisher on predicted labels;

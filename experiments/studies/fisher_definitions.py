@@ -98,7 +98,7 @@ class Logistic(nn.Module):
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the score, per parameter, averaged over the samples and their labels; each [P].
+    """Moments of the score per parameter, averaged over the samples and their labels; each [P].
 
     Attributes:
         mean: E[s]. Unit: nats / theta.
@@ -257,7 +257,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 def _package_difference(
     model: nn.Module, x: Tensor, y: Tensor, labels: str, mean_square: Tensor
 ) -> float:
-    """Of what `diagonal_fisher` gives; NaN for labels that it would draw itself."""
+    """`largest_difference` of `diagonal_fisher`; NaN for labels that it would draw itself."""
     if labels not in FISHER_TYPE:
         return float("nan")
     fisher = diagonal_fisher(model, [(x, y)], FISHER_TYPE[labels])

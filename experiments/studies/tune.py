@@ -99,7 +99,7 @@ class Tune(Sweep):
 
     @property
     def left_out(self) -> str:  # type: ignore[override]
-        """What `sweep` leaves out, and methods without a lambda."""
+        """A message on what `sweep` leaves out, and on methods without a lambda."""
         without = [m for m in self.methods if not (m in WITH_LAMBDA or is_own(m))]
         line = f"{', '.join(without)}: left out, as they have no lambda." if without else ""
         return " ".join(filter(None, (super().left_out, line)))

@@ -92,7 +92,7 @@ class Dask:
             yield self._events.get()
 
     def close(self) -> None:
-        """Give up what still runs."""
+        """Close the connection; runs that have not ended are lost."""
         self._client.close(timeout=CONNECT_TIMEOUT_S)
 
     def _hear(self, event: Any) -> None:

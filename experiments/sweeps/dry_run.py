@@ -1,4 +1,4 @@
-"""What a command would run, and about how long that would take."""
+"""The runs of a command, and an estimate of their time, without making them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALIKE = (
 def print_plan(
     cells: Sequence[RunSettings], folder: Path, processes: int, force: bool, console: Console
 ) -> None:
-    """Lists the cells with what would become of each."""
+    """List the runs: which exist, which would run, and for about how long."""
     _, runs = read_results(folder)
     status = dict(zip(runs["run_id"], runs["status"], strict=True))
     labels = run_labels(cells)

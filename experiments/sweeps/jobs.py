@@ -59,7 +59,7 @@ def prepare(job: Job, console: Console) -> tuple[Store, list[RunSettings], DataS
 
 
 def show_plan(job: Job, cells: Sequence[RunSettings], console: Console) -> None:
-    """Print what would become of each cell of a job."""
+    """Print which runs of a job exist and which would run."""
     print_plan(cells, job.folder, job.processes, job.force, console)
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of a sweep: a bar over all experiences of all runs, a line for each run.
+"""Progress of a sweep on the terminal: a bar over all experiences, and a line for each run.
 
 Where the output is no terminal, a plain line for each run that has ended.
 """
@@ -66,7 +66,7 @@ class Display:
         self.progress.stop()
 
     def update(self, event: Event) -> None:
-        """A run has begun (no experience is done) or finished an experience."""
+        """Show that a run has begun (no experience is done) or finished an experience."""
         run_id, done, accuracy, note = event
         if note:
             self.say(note)
@@ -83,7 +83,7 @@ class Display:
         self._advance(run_id, done)
 
     def finish(self, result: RunResult) -> None:
-        """A run has ended, well or not."""
+        """Show that a run has ended, well or not."""
         record = result.record
         run_id = record["run_id"]
         self._advance(run_id, self.n_experiences[run_id])
@@ -101,7 +101,7 @@ class Display:
         )
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, run_id: str, done: int) -> None:

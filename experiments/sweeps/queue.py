@@ -36,7 +36,7 @@ class Task:
 
     @property
     def work(self) -> float:
-        """Relative duration."""
+        """Duration in the units of `work`."""
         return work(self.cell) * (CHECK_WORK if self.check else 1.0)
 
 

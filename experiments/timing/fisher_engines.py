@@ -26,7 +26,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed.
+    """A network, its samples, and the kind of Fisher to compute.
 
     Attributes:
         model: In eval mode.
@@ -75,7 +75,7 @@ class NotOfferedError(Exception):
 
 
 def mlp(*hidden: int) -> nn.Sequential:
-    """Of 784 inputs, with ReLUs."""
+    """A fully connected network of 784 inputs, with ReLUs."""
     widths = [784, *hidden, CLASSES]
     layers: list[nn.Module] = []
     for i, o in zip(widths, widths[1:], strict=False):
@@ -84,7 +84,7 @@ def mlp(*hidden: int) -> nn.Sequential:
 
 
 def simple_cnn() -> nn.Module:
-    """Avalanche's, with in-place ReLUs and dropout."""
+    """Avalanche's `SimpleCNN`, with in-place ReLUs and dropout."""
     from avalanche.models import SimpleCNN
 
     model: nn.Module = SimpleCNN(num_classes=CLASSES)
@@ -92,7 +92,7 @@ def simple_cnn() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
-    """Torchvision's."""
+    """Torchvision's ResNet-18."""
     from torchvision.models import resnet18 as build
 
     model: nn.Module = build(num_classes=CLASSES)
@@ -174,7 +174,7 @@ def vit() -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """What is measured on a network.
+    """A network, and the sizes that it is measured with.
 
     Attributes:
         build: Makes it.
@@ -282,7 +282,7 @@ def vmap_grad(problem: Problem, *, compiled: bool = False) -> Callable[[], Fishe
 
 
 def vmap_compiled(problem: Problem) -> Callable[[], Fisher]:
-    """The same through `torch.compile`."""
+    """`vmap_grad` through `torch.compile`."""
     if len(problem.named()) > 50:
         raise NotOfferedError("networks that compile in minutes")
     return vmap_grad(problem, compiled=True)
@@ -322,7 +322,7 @@ def avalanche(problem: Problem) -> Callable[[], Fisher]:
 
 
 def backpack(problem: Problem) -> Callable[[], Fisher]:
-    """`SumGradSquared`, and `DiagGGNExact` for all classes."""
+    """BackPACK's `SumGradSquared`, and `DiagGGNExact` for all classes."""
     from backpack import backpack as extensions
     from backpack import extend
     from backpack.extensions import DiagGGNExact, SumGradSquared
@@ -342,7 +342,7 @@ def backpack(problem: Problem) -> Callable[[], Fisher]:
 
 
 def opacus(problem: Problem) -> Callable[[], Fisher]:
-    """Per-sample gradients from module hooks."""
+    """Opacus's per-sample gradients, from module hooks."""
     from opacus import GradSampleModule
 
     if problem.kind != "predicted":
@@ -401,7 +401,7 @@ def asdfghjkl(problem: Problem) -> Callable[[], Fisher]:
 
 
 def nngeometry(problem: Problem) -> Callable[[], Fisher]:
-    """The diagonal of its Fisher matrix."""
+    """The diagonal of nngeometry's Fisher matrix."""
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatDiag
     from torch.utils.data import DataLoader, TensorDataset

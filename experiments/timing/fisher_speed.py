@@ -1,4 +1,4 @@
-"""What a diagonal Fisher costs: our engine, plain PyTorch and other libraries, beside each other.
+"""Cost of a diagonal Fisher: our engine beside plain PyTorch and other libraries.
 
 Every time is a multiple of the gradient pass: one forward and backward over the same samples. All
 engines of a network are timed in turn, round after round, each between two gradient passes that are

@@ -1,4 +1,4 @@
-"""What a penalty costs: the time of a training step, and the memory it keeps, beside Avalanche's.
+"""Cost of a penalty: the time of a training step, and memory, beside Avalanche's.
 
 Every method trains the same network on the same batch inside Avalanche's own loop, in short turns,
 so that whatever else the machine does falls on all of them alike.
@@ -100,7 +100,7 @@ class PenaltySpeed:
 
 
 class _InTheLoss(DiagonalEWCPlugin):
-    """The way that is taken where other plugins see gradients first."""
+    """Our plugin with the penalty in the loss, as where other plugins see gradients first."""
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self._placement = InLoss(self.penalty)

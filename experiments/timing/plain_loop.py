@@ -28,7 +28,7 @@ Accuracies = list[list[float]]  # a row per evaluation, the untrained model's fi
 
 @dataclass(frozen=True)
 class Timed:
-    """One run.
+    """Time and accuracies of one run.
 
     Attributes:
         seconds: Of training, Fisher and evaluation; the data were there already.

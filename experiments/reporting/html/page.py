@@ -71,7 +71,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class StreamPart:
-    """What a folder has about one stream."""
+    """Table, figures and settings of one stream of a folder."""
 
     id: str
     title: str

@@ -1,4 +1,4 @@
-"""The tables of the report's page: what is shown, and what it is sorted by."""
+"""The tables of the report's page: entries, and the keys that sort them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_ROWS = 40  # of a CSV; the page says what it leaves out
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry.
+    """One entry of a table.
 
     Attributes:
         text: What is shown.
@@ -157,7 +157,7 @@ def runs_table(runs: pd.DataFrame) -> PageTable:
 
 
 def from_frame(frame: pd.DataFrame, title: str) -> PageTable:
-    """Any table, with four digits shown and all of them sorted by."""
+    """Any table; numbers show four digits and sort by all of theirs."""
     shown = frame.head(MOST_ROWS)
     note = "" if len(shown) == len(frame) else f"The first {MOST_ROWS} of {len(frame)} rows."
     numeric = [

@@ -40,7 +40,7 @@ class TwoParameters(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """How both tasks' labels come about.
+    """The model and the parameters that both tasks' labels are drawn with.
 
     Attributes:
         logit: (theta [G, 2], x [N, I]) -> [G, N].

@@ -148,7 +148,7 @@ def run(settings: Parity) -> pd.DataFrame:
 def _show_plans(
     settings: Parity, curves: Curves, tuning: _Tuning, dataset: Dataset, console: Console
 ) -> None:
-    """What each part would run."""
+    """Print the runs of each part."""
     if "curves" in settings.parts:
         show_plan(curves, list(curves.cells(dataset)), console)
     if "behaviour" in settings.parts:

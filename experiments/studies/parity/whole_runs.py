@@ -60,7 +60,7 @@ class SameDraws(SupervisedPlugin):
     """Advance the global RNG as Avalanche's EWC does, by drawing one seed."""
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """One iterator, as Avalanche's EWC makes one."""
+        """Make one iterator, as Avalanche's EWC does."""
         iter(DataLoader(strategy.experience.dataset, collate_fn=list))
 
 
@@ -178,12 +178,12 @@ class ToFloat64(nn.Module):
     """Makes a float64 network take float32 images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same numbers."""
+        """The input as float64."""
         return x.double()
 
 
 def trace_of(kind: str, run: RunSettings, source: DataSource, *, double: bool = False) -> RunTrace:
-    """One run.
+    """Train with one kind of EWC, and record its values.
 
     Args:
         kind: "avalanche-ewc", "in its order" or "folded".

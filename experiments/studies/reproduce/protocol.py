@@ -32,7 +32,7 @@ class Reference:
 
     @property
     def rule(self) -> str:
-        """In words, for the table."""
+        """The rule in words, for the table."""
         if self.margin is None:
             return f"mean >= {self.value:g}"
         return f"mean within {self.margin:g} of {self.value:g}"

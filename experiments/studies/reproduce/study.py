@@ -47,7 +47,7 @@ class Reproduce(Job):
 
     @property
     def name(self) -> str:
-        """The output folder's, too."""
+        """The name of the command and of its output folder."""
         return f"reproduce/{self.protocol}" + ("/search" if self.search else "")
 
     def cells(self, dataset: Dataset) -> Iterator[RunSettings]:
