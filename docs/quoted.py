@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -231,31 +231,38 @@ def _many_tasks() -> dict[str, Any]:
 def _parts() -> dict[str, Any]:
     """Traces of the Fisher's parts by task."""
     table = _csv("between_classes/between_classes")
-    cell = [*STREAM, "labels", "part", "experience"]
-    traces = table.groupby(cell, sort=False)["trace"].mean().unstack()
-    predicted, of_data = (traces.xs(labels, level="labels") for labels in PART_TYPES)
-    between, whole = (predicted.xs(part, level="part") for part in (BETWEEN, PER_SAMPLE))
-    share = 100 * between / whole
+    predicted, of_data = _traces(table)
+    fashion, _ = _traces(_csv("between_classes/fashion/between_classes"))
     permuted, data = (t.loc["permuted"].droplevel(STREAM[1:]) for t in (predicted, of_data))
     grown, by_class = permuted.loc[PER_SAMPLE], data.loc[BY_CLASS]
     to_between, to_shuffled = by_class / data.loc[BETWEEN], by_class / data.loc[SHUFFLED]
     shown = pd.concat([permuted, data.loc[[BY_CLASS, SHUFFLED]]]).map("{:.2g}".format)
     shown.columns = [f"task {task + 1}" for task in shown.columns]
 
-    def percent(benchmark: str) -> str:
-        ours = share.loc[benchmark]
-        return f"{ours.min(axis=None):.1f} to {ours.max(axis=None):.0f} %"
+    def percent(benchmark: str, traces: pd.DataFrame) -> str:
+        between, whole = (traces.xs(part, level="part") for part in (BETWEEN, PER_SAMPLE))
+        share = (100 * between / whole).loc[benchmark]
+        return f"{share.min(axis=None):.1f} to {share.max(axis=None):.0f} %"
 
     return {
         "traces": _markdown(shown.reset_index()),
         "n_traces": table["seed"].nunique(),
-        "permuted_share": percent("permuted"),
-        "split_share": percent("split"),
+        "permuted_share": percent("permuted", predicted),
+        "split_share": percent("split", predicted),
+        "permuted_fashion_share": percent("permuted", fashion),
+        "split_fashion_share": percent("split", fashion),
         "growth": f"{grown.iloc[-1] / grown.iloc[0]:.1f}",
         "first_to_tenth": f"{grown.iloc[0]:.0f} to {grown.iloc[-1]:.0f}",
         "sorted_to_between": f"{to_between.min():.2f} to {to_between.max():.2f}",
         "sorted_to_shuffled": f"{to_shuffled.min():.0f} to {to_shuffled.max():.0f}",
     }
+
+
+def _traces(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Means over the networks by task, of the parts with predicted labels and with the data's."""
+    cell = [*STREAM, "labels", "part", "experience"]
+    traces = table.groupby(cell, sort=False)["trace"].mean().unstack()
+    return (traces.xs(labels, level="labels") for labels in PART_TYPES)
 
 
 def _stream_and_loss(row: dict[str, Any]) -> str:
