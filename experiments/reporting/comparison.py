@@ -36,7 +36,7 @@ def pair_of(row: Mapping[str, Any], labels: Mapping[str, str]) -> tuple[str, str
         labels: Of `sides`.
 
     Returns:
-        Such as `EWC, per sample, λ = 1`, `Naive` and `epochs 10`, which may be empty.
+        Such as `EWC, per sample, λ = 1`, `Naive` and `10 epochs`, which may be empty.
     """
     mine, theirs = (labels[row[n]].split(", ") for n in ("config_hash", "other_config_hash"))
     shared: list[str] = []
@@ -47,7 +47,7 @@ def pair_of(row: Mapping[str, Any], labels: Mapping[str, str]) -> tuple[str, str
 
 
 def pair_text(first: str, second: str, common: str) -> str:
-    """`EWC, per sample, λ = 1 − Naive (epochs 10)`."""
+    """`EWC, per sample, λ = 1 − Naive (10 epochs)`."""
     return f"{first} − {second}" + (f" ({common})" if common else "")
 
 
