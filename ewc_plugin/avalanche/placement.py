@@ -13,7 +13,10 @@ from avalanche.training.plugins.clock import Clock
 from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from ewc_plugin.avalanche.template import overrides
@@ -75,18 +78,24 @@ class ImplicitStep(Placement):
     """Take `implicit_step_` once for every step that an optimizer took in the iteration.
 
     A gradient scaler that found infinities, and a template that accumulates gradients, take none;
-    a template with several optimizers takes one with each.
+    a template with several optimizers takes one with each. A step that an optimizer takes inside of
+    its own or another's, as in a wrapper, is a part of that one.
     """
 
     def __init__(self, penalty: QuadraticPenalty) -> None:
         super().__init__(penalty)
         self._stepped: list[Optimizer] = []
-        self._handle: RemovableHandle | None = None
+        self._stepping: list[Optimizer] = []  # the outermost first
+        self._handles: list[RemovableHandle] = []
 
     def before_backward(self, strategy: Any, ewc_lambda: float) -> Tensor:
         """Add the value to the loss, without a gradient; start to record optimizer steps."""
-        self._stop()  # an iteration may have been interrupted
-        self._handle = register_optimizer_step_post_hook(_weakly(self._record))
+        if not self._stepping:  # else a closure calls
+            self._stop()  # an iteration may have been interrupted
+            self._handles = [
+                register_optimizer_step_pre_hook(_weakly(self._begin)),
+                register_optimizer_step_post_hook(_weakly(self._end)),
+            ]
         with torch.no_grad():
             penalty = ewc_lambda * self.penalty(strategy.model)
         strategy.loss = strategy.loss + penalty
@@ -100,17 +109,25 @@ class ImplicitStep(Placement):
             implicit_step_(optimizer, pairs, ewc_lambda)
 
     def _stop(self) -> list[Optimizer]:
-        if self._handle is not None:
-            self._handle.remove()
-        stepped, self._stepped, self._handle = self._stepped, [], None
+        for handle in self._handles:
+            handle.remove()
+        stepped, self._stepped, self._stepping, self._handles = self._stepped, [], [], []
         return stepped
 
     def __del__(self) -> None:
         self._stop()
 
-    def _record(self, optimizer: Optimizer, *arguments: Any) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # Of an interrupted iteration: hooks are of this process.
+        return {**vars(self), "_stepped": [], "_stepping": [], "_handles": []}
+
+    def _begin(self, optimizer: Optimizer, *arguments: Any) -> None:
+        self._stepping.append(optimizer)
+
+    def _end(self, optimizer: Optimizer, *arguments: Any) -> None:
+        self._stepping.pop()
         # A fused optimizer is called, and does nothing, where a gradient scaler found infinities.
-        if not bool(getattr(optimizer, "found_inf", None) or 0):
+        if not self._stepping and not bool(getattr(optimizer, "found_inf", None) or 0):
             self._stepped.append(optimizer)
 
 

@@ -1,6 +1,7 @@
 """An implicit step is taken when, and only when, an optimizer stepped."""
 
 import gc
+import pickle
 
 import pytest
 import torch
@@ -81,13 +82,13 @@ class ByHand(DiagonalEWCPlugin):
                 implicit_step_(optimizer, self.penalty.pairs(strategy.model), LAMBDA)
 
 
-def trained(kind, plugin_kind, fused=False):
-    def optimizer(parameters, lr):
-        return torch.optim.SGD(parameters, lr=lr, fused=fused)
+def trained(kind, plugin_kind, fused=False, optimizer=torch.optim.SGD):
+    def made(parameters, lr):
+        return optimizer(parameters, lr=lr, fused=fused)
 
     model = mlp().double()
     plugin = plugin_kind(LAMBDA, implicit=True)
-    learner = strategy(model, plugin, kind=kind, optimizer=optimizer, lr=0.1)
+    learner = strategy(model, plugin, kind=kind, optimizer=made, lr=0.1)
     return train(learner, benchmark(dtype=torch.float64).train_stream)
 
 
@@ -103,6 +104,46 @@ def test_as_many_implicit_steps_as_optimizer_steps(kind, fused):
 def test_every_optimizer_of_a_template_is_followed():
     ours, reference = trained(TwoOptimizers, DiagonalEWCPlugin), trained(TwoOptimizers, ByHand)
     assert_same(ours, reference)
+
+
+class Slower(torch.optim.SGD):
+    """Its step is that of the class above, which torch hooks too."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Leaves the step to an optimizer of its own, as sharpness-aware and look-ahead ones do."""
+
+    def __init__(self, parameters, lr, fused=False):
+        super().__init__(parameters, {"lr": lr})
+        self.inner = torch.optim.SGD(self.param_groups, lr=lr)
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [Slower, Wrapper])
+def test_a_step_inside_of_a_step_is_not_counted_twice(optimizer):
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # now its `step` has hooks
+    ours, reference = (
+        trained(Naive, kind, optimizer=optimizer) for kind in (DiagonalEWCPlugin, ByHand)
+    )
+    assert_same(ours, reference)
+
+
+def test_an_interrupted_iteration_can_be_pickled():
+    plugin = DiagonalEWCPlugin(LAMBDA, implicit=True)
+    learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD)
+    stream = benchmark().train_stream
+    train(learner, stream[:1])
+    learner.backward = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        learner.train(stream[1])
+    assert pickle.loads(pickle.dumps(plugin)).penalty.n_experiences == 1
+    del learner.backward
+    learner.train(stream[1])  # takes the hooks away
 
 
 def test_no_hook_outlives_an_iteration_nor_an_interrupted_one():
