@@ -38,6 +38,8 @@ class WatchedPlugins(list[Any]):
     """
 
     def __init__(self, strategy: Any) -> None:
+        if isinstance(strategy.plugins, WatchedPlugins):  # of another plugin like ours
+            strategy.plugins.stop()
         super().__init__(strategy.plugins)
         self.found = False
         self._strategy, self._own = strategy, strategy.plugins

@@ -233,3 +233,11 @@ def test_an_interrupted_run_gets_its_list_back_with_what_was_added():
     learner.plugins.remove(stops)
     learner.train(stream[0])
     assert learner.plugins is own and own[:-1] == others
+
+
+def test_two_plugins_leave_the_strategys_list_as_it_was():
+    learner = strategy(mlp(), DiagonalEWCPlugin(1), DiagonalEWCPlugin(2))
+    own, plugins = learner.plugins, list(learner.plugins)
+    for experience in benchmark(n_experiences=4).train_stream:
+        learner.train(experience)
+    assert learner.plugins is own and own == plugins
