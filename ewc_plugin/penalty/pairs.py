@@ -42,6 +42,7 @@ class Pairs(list[Pair]):
         return self._prepared[2] + [(b.theta, b.quadratic) for b in moved]
 
     @cached_property
+    @torch.inference_mode(False)  # a step writes into what a call in inference mode has prepared
     def _prepared(self) -> tuple[list[Blocks], list[SideBySide], list[Pair]]:
         large: list[Blocks] = []
         small: dict[torch.dtype, list[Pair]] = {}

@@ -354,6 +354,19 @@ def test_second_derivatives_include_twice_f(moved):
         assert torch.allclose(full - plain, 6 * F * v, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [3, 200])  # side by side, and in blocks
+def test_a_first_call_in_inference_mode_leaves_the_penalty_usable(width):
+    net = nn.Linear(width, width)
+    penalty = QuadraticPenalty()
+    penalty.consolidate(net, {name: torch.ones_like(p) for name, p in net.named_parameters()})
+    with torch.no_grad():
+        net.weight += 1
+    with torch.inference_mode():
+        assert float(penalty(net)) == pytest.approx(width**2, rel=1e-5)
+    penalty.add_gradient_(net, 1.0)
+    torch.testing.assert_close(net.weight.grad, torch.full((width, width), 2.0))
+
+
 def test_reading_changes_nothing():
     net, penalty = consolidated()
     larger = copy.deepcopy(net)
