@@ -289,7 +289,8 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._stop_watching()
         if not self._shared.end(strategy.experience):
             return
-        if not all(bool(torch.isfinite(p).all()) for p in strategy.model.parameters()):
+        trained = (p for p in strategy.model.parameters() if p.requires_grad)
+        if not all(bool(torch.isfinite(p).all()) for p in trained):  # a frozen mask may hold -inf
             raise DivergedError(f"The training diverged: a weight is not finite. {_REMEDY}")
         check_optimizer_state(strategy.optimizer, _REMEDY)
         start = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ def check_optimizer_state(optimizer: Optimizer, remedy: str = "") -> None:
         ewc_plugin.penalty.stability.DivergedError: The training diverged: `square_avg` of RMSprop \
 is not finite, so that its weights cannot move any more.
     """
-    for state in getattr(optimizer, "state", {}).values():  # a wrapper may have none
+    states = getattr(optimizer, "state", {}).values()  # a wrapper may have none
+    for state in filter(lambda state: isinstance(state, Mapping), states):  # else: a count of steps
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(

@@ -177,6 +177,23 @@ def test_weights_that_stand_still_as_second_moments_overflowed_are_an_error(opti
         train(learner, benchmark().train_stream)
 
 
+def test_a_frozen_mask_of_minus_infinity_is_no_divergence():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+            self.mask = torch.nn.Parameter(mask, requires_grad=False)
+
+        def forward(self, x):
+            logits = self.net(x)
+            return logits + (logits + self.mask).softmax(1)
+
+    plugin = DiagonalEWCPlugin(1)
+    train(strategy(Masked(), plugin), benchmark().train_stream)
+    assert plugin.penalty.n_experiences == 2
+
+
 def test_implicit_step_holds_every_lambda():
     plugin = DiagonalEWCPlugin(1e12, implicit=True)
     learner = strategy(mlp(), plugin, optimizer=torch.optim.SGD, lr=0.5, train_epochs=5)

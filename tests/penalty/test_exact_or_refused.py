@@ -312,6 +312,12 @@ def test_implicit_step_is_finite_where_lambda_f_overflows(ewc_lambda):
     assert torch.allclose(net[0][1:].detach(), torch.full((19999,), 0.5))
 
 
+def test_an_optimizer_may_keep_numbers_beside_its_tensors():
+    stepper = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    stepper.state["n_steps"] = 3
+    check_optimizer_state(stepper)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Adam, torch.optim.Adagrad])
 def test_second_moments_that_overflow_are_an_error_and_no_silent_standstill(optimizer):
     net = nn.ParameterList([torch.ones(3)])
