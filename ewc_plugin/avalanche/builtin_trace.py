@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from ewc_plugin.avalanche.fisher_data import collate_of
 from ewc_plugin.avalanche.strategy_fisher import StrategyFisher
 from ewc_plugin.avalanche.template import unpacked
 from ewc_plugin.batch_parts import on_device
@@ -79,7 +80,7 @@ def _mean(value: Any, B: int) -> float:
 
 
 def _squared_norm(fisher: StrategyFisher, strategy: Any, data: Any, rows: range) -> float:
-    collate = getattr(data, "collate_fn", None) or default_collate
+    collate = collate_of(strategy, data) or default_collate
     batch = on_device(collate([data[i] for i in rows]), strategy.device)
     if fisher.by_template:
         batch = unpacked(strategy, batch)

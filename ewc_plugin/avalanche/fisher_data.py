@@ -90,8 +90,8 @@ def experience_batches(strategy: Any, *, num_workers: int = 0) -> Iterator[Batch
         num_workers: Of the data loader.
 
     Yields:
-        What the data set's `collate_fn` makes of `strategy.train_mb_size` samples; in a distributed
-        run, of this process's share of them.
+        What the training's `collate_fn`, else the data set's, makes of `strategy.train_mb_size`
+        samples; in a distributed run, of this process's share of them.
     """
     yield from dataset_batches(strategy, own_dataset(strategy.experience), num_workers)
 
@@ -102,7 +102,7 @@ def dataset_batches(
     """Yield the batches of a data set, or of some of its samples, as `experience_batches` does."""
     if hasattr(dataset, "eval"):
         dataset = dataset.eval()
-    collate = getattr(dataset, "collate_fn", None)
+    collate = collate_of(strategy, dataset)
     if indices is not None:
         dataset = Subset(dataset, indices)
     if world_size() > 1:
@@ -133,6 +133,14 @@ def drawn_batches(
         if inside:
             yield from dataset_batches(strategy, dataset, num_workers, inside)
         start += len(dataset)
+
+
+def collate_of(strategy: Any, dataset: Any) -> Any:
+    """Return the function that makes a batch of samples: the training's, else the data set's."""
+    loader = strategy.dataloader
+    training = getattr(loader, "loader_kwargs", {}).get("collate_fn")  # Avalanche's own loaders
+    training = training or getattr(loader, "collate_fn", None)
+    return training or getattr(dataset, "collate_fn", None)
 
 
 def own_dataset(experience: Any) -> Any:

@@ -55,9 +55,10 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     it; in one that does not, one per `consolidate_every` experiences. In a distributed run F is
     summed over the ranks, each of which has its share of the samples.
 
-    F sees what the strategy's template feeds its model, and is of the likelihood that the criterion
-    trains: cross entropy and NLL of a softmax classifier, whose labels `fisher_type` names; MSE and
-    BCE with logits of their own, exactly. Samples whose label the criterion ignores are left out.
+    F sees what the strategy's template feeds its model, in batches of the training's `collate_fn`,
+    and is of the likelihood that the criterion trains: cross entropy and NLL of a softmax
+    classifier, whose labels `fisher_type` names; MSE and BCE with logits of their own, exactly.
+    Samples whose label the criterion ignores are left out.
     What is not certain is refused before the first step; override `unpack`, `forward` or
     `active_classes` to say what a batch holds and which logits [N, C] the model gives.
     F does not see what other plugins do to `mbatch` before the forward pass, or to `mb_output`

@@ -8,10 +8,11 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Cumulative, Naive
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ewc_plugin import DiagonalEWCPlugin, FisherData, diagonal_fisher
 from ewc_plugin.batch_parts import Unpacked, unpack
@@ -181,6 +182,39 @@ def test_training_data_of_an_unknown_loader():
 
 
 # ---- loaders
+
+
+def tripled(samples):
+    x, *others = default_collate(samples)
+    return [3 * x, *others]
+
+
+class OfTorch(Naive):
+    """Its loader is torch's own."""
+
+    def make_train_dataloader(self, **kwargs):
+        self.dataloader = DataLoader(self.adapted_dataset, 8, collate_fn=tripled)
+
+
+class OfAvalanche(Naive):
+    """Its loader is one of Avalanche's."""
+
+    def make_train_dataloader(self, **kwargs):
+        self.dataloader = TaskBalancedDataLoader(
+            self.adapted_dataset, batch_size=8, collate_fn=tripled
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 24}], ids=str)
+@pytest.mark.parametrize("kind", [OfTorch, OfAvalanche])
+def test_the_fisher_is_of_batches_that_the_training_collates(kind, options):
+    stream = stream_of()
+    plugin = DiagonalEWCPlugin(1, fisher_options=options)
+    learner = strategy(double_mlp(), plugin, kind=kind)
+    train(learner, stream[:1])
+    x, y = x_y(stream[0].dataset)
+    learner.model.eval()
+    assert relative_error(plugin.fisher, loop_fisher(learner.model, 3 * x, y, "predicted")) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
