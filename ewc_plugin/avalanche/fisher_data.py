@@ -42,7 +42,7 @@ class SharedFisherExperiences:
     def clear(self) -> None:
         """Forget all experiences."""
         self.n_done = 0
-        self._ended: list[Any] = []  # data sets of the experiences that have ended
+        self._ended: list[Any] = []  # data sets of the experiences that are done
         self._current: list[Any] = []
 
     def begin(self, experience: Any) -> None:
@@ -57,19 +57,28 @@ class SharedFisherExperiences:
             self._current = _datasets_of(loader)
 
     def end(self, experience: Any) -> bool:
-        """End an experience; return whether it is the last of those that share the Fisher."""
-        self._ended += self._current
-        self._current = []
-        self.n_done += 1
-        if not knows_boundaries(experience):
-            return self.n_done >= self.size
-        # Avalanche sets is_last_subexp to False in every part where the parts have one size.
-        counted: bool = self.n_done >= experience.sub_stream_length
-        return counted or bool(experience.is_last_subexp)
+        """End an experience; return whether it is the last of those that share the Fisher.
+
+        Args:
+            experience: The one whose training ended.
+
+        Returns:
+            Whether the Fisher is due; this experience then counts once `clear` is called after it.
+        """
+        n_done = self.n_done + 1
+        if knows_boundaries(experience):
+            # Avalanche sets is_last_subexp to False in every part where the parts have one size.
+            is_last = n_done >= experience.sub_stream_length or bool(experience.is_last_subexp)
+        else:
+            is_last = n_done >= self.size
+        if not is_last:
+            self._ended, self._current = self._ended + self._current, []
+            self.n_done = n_done
+        return is_last
 
     def datasets(self, experience: Any) -> list[Any]:
         """Return the data sets to compute the Fisher on; outside training, that of `experience`."""
-        return self._ended or [own_dataset(experience)]
+        return self._ended + self._current or [own_dataset(experience)]
 
     @property
     def needs_past_data(self) -> bool:

@@ -135,6 +135,21 @@ def test_an_interrupted_part_is_not_counted_twice():
     assert plugin.penalty.n_experiences == 1
 
 
+def test_an_interrupted_fisher_is_computed_over_the_same_experiences():
+    stream = stream_of(n_experiences=4)
+    plugin = DiagonalEWCPlugin(1, consolidate_every=2)
+    learner = strategy(double_mlp(), plugin)
+    train(learner, stream[:1])
+    plugin.fisher_batches = lambda strategy: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        learner.train(stream[1])
+    plugin.fisher_batches = None
+    learner.train(stream[1])
+    expected = expected_fisher(learner.model, *(e.dataset for e in stream[:2]))
+    assert plugin.penalty.n_experiences == 1
+    assert relative_error(plugin.fisher, expected) < 1e-9
+
+
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_bad_consolidate_every(value):
     with pytest.raises(
