@@ -9,7 +9,14 @@ from typing import Any
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.options import check_options
 from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
-from ewc_plugin.penalty.options import checked_decay, checked_non_negative
+from ewc_plugin.penalty.options import (
+    Normalization,
+    checked_decay,
+    checked_non_negative,
+    parsed,
+)
+
+AVALANCHE = "avalanche"  # of `normalize`
 
 
 class Checked:
@@ -38,6 +45,15 @@ def decay_factor(plugin: Any, name: str, value: Any) -> float | None:
     plugin.penalty.decay_factor = checked_decay(plugin.penalty.mode, value)
     factor: float | None = plugin.penalty.decay_factor
     return factor
+
+
+def normalize(plugin: Any, name: str, value: Any) -> Normalization | str | None:
+    """Set how the penalty divides later experiences' F, and return it."""
+    known = value is None or value == AVALANCHE
+    kind = None if known else parsed(Normalization, name, value, AVALANCHE)
+    plugin.penalty.normalize = kind
+    result: Normalization | str | None = value
+    return result
 
 
 def boolean(plugin: Any, name: str, value: Any) -> bool:

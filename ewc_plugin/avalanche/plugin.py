@@ -18,7 +18,7 @@ from ewc_plugin.avalanche import checked
 from ewc_plugin.avalanche.active_classes import active_classes
 from ewc_plugin.avalanche.batch_watch import WatchedPlugins
 from ewc_plugin.avalanche.builtin_trace import builtin_trace
-from ewc_plugin.avalanche.checked import Checked
+from ewc_plugin.avalanche.checked import AVALANCHE, Checked
 from ewc_plugin.avalanche.fisher_data import (
     FisherData,
     SharedFisherExperiences,
@@ -43,6 +43,7 @@ from ewc_plugin.penalty.options import (
 )
 from ewc_plugin.penalty.penalty import QuadraticPenalty
 from ewc_plugin.penalty.stability import DivergedError, check_optimizer_state, largest_stable_lambda
+from ewc_plugin.penalty.state import check_keys
 
 
 class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -108,6 +109,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     ewc_lambda = Checked(checked.ewc_lambda)
     decay_factor = Checked(checked.decay_factor)
+    normalize = Checked(checked.normalize)
     fisher_type = Checked(checked.fisher_type)
     fisher_batches = Checked(checked.function_or_none)
     fisher_options = Checked(checked.fisher_options)
@@ -131,13 +133,10 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         storage_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if normalize is not None and normalize != AVALANCHE:
-            parsed(Normalization, "normalize", normalize, AVALANCHE)
         self.ewc_lambda = ewc_lambda
         self.penalty = QuadraticPenalty(
             mode,
             decay_factor,
-            normalize=None if normalize == AVALANCHE else normalize,
             keep_history=checked.boolean(self, "keep_importance_data", keep_importance_data),
             storage_dtype=storage_dtype,
             storage_device=storage_device,
@@ -480,8 +479,9 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             state: Of `state_dict()`.
 
         Raises:
-            ValueError: The penalty's settings differ.
+            ValueError: It is no plugin's state, or the penalty's settings differ.
         """
+        check_keys(state, {"penalty", "fisher", "fisher_seconds", "n_parts"})
         scaled_as = AVALANCHE if self.normalize == AVALANCHE else None
         if state.get("scaled_as") != scaled_as:
             raise ValueError(
@@ -491,6 +491,7 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.penalty.load_state_dict(state["penalty"])
         self.fisher = state["fisher"]
         self.fisher_seconds = state["fisher_seconds"]
+        self._shared.clear()
         self._shared.n_done = state["n_parts"]
         self._model = None
 
@@ -503,5 +504,4 @@ class DiagonalEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         return {**vars(self), "_strategy": None, "_model": None, "_watch": None}
 
 
-AVALANCHE = "avalanche"  # of `normalize`
 _REMEDY = "Use a smaller `ewc_lambda` or learning rate, or `implicit=True`."

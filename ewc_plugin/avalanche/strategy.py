@@ -9,7 +9,8 @@ from typing import Any
 from avalanche.training.supervised import EWC
 from avalanche.training.templates import SupervisedTemplate
 
-from ewc_plugin.avalanche.plugin import AVALANCHE, DiagonalEWCPlugin
+from ewc_plugin.avalanche.checked import AVALANCHE
+from ewc_plugin.avalanche.plugin import DiagonalEWCPlugin
 
 _AVALANCHES = dict(inspect.signature(EWC.__init__).parameters)
 _PLUGINS = dict(inspect.signature(DiagonalEWCPlugin).parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -41,8 +41,7 @@ def loaded_state(
     Raises:
         ValueError: The settings of both differ, or the state is incomplete, not finite or negative.
     """
-    if missing := mine.keys() - state.keys():
-        raise ValueError(f"`state` has no {sorted(missing)}: pass what `state_dict()` returned.")
+    check_keys(state, mine.keys())
     for setting in ("mode", "decay_factor", "normalize"):
         if state[setting] != mine[setting]:
             raise ValueError(
@@ -58,6 +57,19 @@ def loaded_state(
         Remembered(_copies(past["fisher"]), _copies(past["anchor"])) for past in state["history"]
     ]
     return quadratics, history
+
+
+def check_keys(state: Any, keys: Set[str]) -> None:
+    """Raise unless a state is a mapping with these keys."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"`state` must be what `state_dict()` returned, got a {type(state).__name__}."
+        )
+    if missing := keys - state.keys():
+        raise ValueError(
+            f"`state` has no {sorted(missing)}, but {sorted(state)[:9]}: pass what `state_dict()` "
+            "of an object of the same class returned."
+        )
 
 
 def _check_form(state: Mapping[str, Any], n: int) -> None:

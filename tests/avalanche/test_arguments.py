@@ -34,6 +34,7 @@ REFUSED = {
     "implicit": {"implicit": "no"},
     "implicit as a number": {"implicit": 1},
     "history": {"keep_importance_data": "no"},
+    "a scale": {"normalize": "sum"},
     "a type": {"fisher_type": "true"},
     "no type": {"fisher_type": None},
     "data": {"fisher_data": "all"},
@@ -58,6 +59,7 @@ def test_an_unknown_normalization_is_told_every_known_one():
 
 
 SETTABLE = {"fisher_options", "fisher_batches", "implicit", "fisher_type", "decay_factor"}
+SETTABLE |= {"normalize"}
 LATER = [case for case, options in REFUSED.items() if len(options) == 1 and SETTABLE & {*options}]
 
 
@@ -79,6 +81,15 @@ def test_a_schedule_cannot_turn_the_penalty_off_without_a_word(value):
     with pytest.raises(ValueError, match="`ewc_lambda` must be"):
         DiagonalEWCPlugin(value)
     assert plugin.ewc_lambda == 1.0
+
+
+def test_a_scale_that_is_set_later_is_that_of_later_experiences():
+    plugin = DiagonalEWCPlugin(1.0)
+    plugin.normalize = "mean"
+    model = mlp()
+    plugin.consolidate(model, {name: torch.rand_like(p) for name, p in model.named_parameters()})
+    (total,) = {float(sum(q.fisher.sum() for _, q in plugin.penalty.pairs(model)))}
+    assert total == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-5)
 
 
 def test_a_type_that_does_not_fit_the_options_is_refused():
@@ -155,3 +166,12 @@ def test_consolidate_refuses_samples_and_an_empty_fisher():
         DiagonalEWCPlugin(1.0).consolidate(model, samples)
     with pytest.raises(ValueError, match="`fisher` has no entries"):
         DiagonalEWCPlugin(1.0).consolidate(model, {})
+
+
+@pytest.mark.parametrize("state", [None, {}, QuadraticPenalty().state_dict()], ids=type)
+@pytest.mark.parametrize("make", [lambda: DiagonalEWCPlugin(1.0), QuadraticPenalty])
+def test_what_is_no_state_of_its_kind_is_refused_in_words(make, state):
+    if state and make is QuadraticPenalty:
+        state = DiagonalEWCPlugin(1.0).state_dict()
+    with pytest.raises(ValueError, match=r"`state` (has no \[|must be what `state_dict\(\)`)"):
+        make().load_state_dict(state)
