@@ -80,11 +80,16 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
 
 
 def check_has_values(what: str, tensor: Tensor) -> None:
-    """Raise a ValueError if a tensor, named `what` in it, is on the meta device."""
+    """Raise a ValueError if not all values of a tensor, named `what` in it, are here."""
     if tensor.is_meta:
         raise ValueError(
             f"{what} is on the meta device and has no values: load the weights first "
             "(`model.to_empty(device=...)`, then `load_state_dict`)."
+        )
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{what} is a {type(tensor).__name__}, split over processes, as FSDP does: use "
+            "`DistributedDataParallel`, or a model that is whole."
         )
 
 
