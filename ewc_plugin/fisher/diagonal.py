@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -19,7 +18,7 @@ from ewc_plugin.fisher.class_mean import ClassMeans
 from ewc_plugin.fisher.dense import default_positions
 from ewc_plugin.fisher.hugging_face import check_labels_are_shifted
 from ewc_plugin.fisher.label_scores import IGNORE_INDEX, LabelScores
-from ewc_plugin.fisher.mini_batch import batched_importances
+from ewc_plugin.fisher.mini_batch import batched_importances, mean_cross_entropy
 from ewc_plugin.fisher.model_call import Forward, ModelCall
 from ewc_plugin.fisher.options import EngineName, check_options
 from ewc_plugin.fisher.outputs import default_forward, default_targets
@@ -105,9 +104,9 @@ def diagonal_fisher(
             whose removal gives the labels' shape.
         ignore_index: The label of a sample, token or pixel without a score. Where labels are read
             it has none, and a sample without any is not counted in N.
-        positions: Maps a batch to the positions of dense outputs that have a score, nonzero or
-            True, in the labels' shape; or to None: all. Default: "attention_mask" of a
-            mapping; of a model with a decoder "decoder_attention_mask".
+        positions: Not for batched types. Maps a batch to the positions of dense outputs that have
+            a score, nonzero or True, in the labels' shape; or to None: all. Default:
+            "attention_mask" of a mapping; of a model with a decoder "decoder_attention_mask".
 
     Returns:
         One tensor per trainable parameter, by name: its shape and device, in float32 or the
@@ -158,7 +157,7 @@ def diagonal_fisher(
                 call,
                 not_empty(batches),
                 targets or default_targets,
-                criterion or F.cross_entropy,
+                criterion or mean_cross_entropy(class_dim, ignore_index),
                 reverse=fisher_type in REVERSED_LOGITS,
             )
             return Fisher(tensors, fisher_type=type_name(fisher_type))

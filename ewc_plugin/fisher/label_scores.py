@@ -132,11 +132,11 @@ class LabelScores:
     def _needed_labels(self, batch: Batch) -> Tensor | None:
         """The same; raise where a batch of the default form has none."""
         needed = default_targets if self.targets is found_targets else self.targets
-        return _wide(needed(batch))
+        return wide(needed(batch))
 
     def labels(self, batch: Batch) -> Tensor | None:
         """The data's labels, in int64 if they are integers; None where there are none."""
-        return _wide(self.targets(batch))
+        return wide(self.targets(batch))
 
     def sample_labels(self, batch: Batch) -> Tensor:
         """The data's labels, one per sample.
@@ -183,7 +183,7 @@ class LabelScores:
             )
 
 
-def _wide(y: Tensor | None) -> Tensor | None:
+def wide(y: Tensor | None) -> Tensor | None:
     """Integers as int64: in uint8, -100 equals 156."""
     if isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
         return y.long()

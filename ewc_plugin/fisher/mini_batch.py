@@ -5,9 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ewc_plugin.batches import Batch
+from ewc_plugin.fisher.dense import find_class_dim
+from ewc_plugin.fisher.label_scores import wide
 from ewc_plugin.fisher.model_call import ModelCall
 from ewc_plugin.fisher.per_sample import gradients_of
 from ewc_plugin.fisher.scores import reversed_logits
@@ -64,3 +67,36 @@ def batched_importances(
                 f"its square overflows {importance.dtype}. Did the training diverge?"
             )
     return importances
+
+
+def mean_cross_entropy(
+    class_dim: int | None, ignore_index: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The default criterion: of labels of any integer type, or of rows of probabilities.
+
+    Args:
+        class_dim: Axis of the classes in dense outputs; None: what the labels' shape says.
+        ignore_index: The label that has no loss.
+
+    Returns:
+        A function of (outputs, y).
+    """
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        y = wide(targets)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"`targets` must return a tensor for the default criterion, got {targets!r}. Pass "
+                "a `criterion` that takes it."
+            )
+        if outputs.dim() > 2 and not y.is_floating_point():
+            outputs = outputs.movedim(find_class_dim(outputs.shape, y.shape, class_dim), 1)
+        try:
+            return F.cross_entropy(outputs, y, ignore_index=ignore_index)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"The default `criterion`, cross entropy, takes no outputs {tuple(outputs.shape)} "
+                f"with targets {tuple(y.shape)} of {y.dtype}: {error} Pass a `criterion`."
+            ) from error
+
+    return criterion

@@ -39,9 +39,9 @@ def check_options(
         chunk_size: None, or at least 1; not for batched types.
         engine: One of `EngineName`.
         progress: A bool.
-        class_dim: None, or a whole number.
-        ignore_index: A whole number.
-        positions: None, or a function.
+        class_dim: None, or a whole number; not beside a `criterion`.
+        ignore_index: A whole number; -100 beside a `criterion`.
+        positions: None, or a function; not for batched types.
 
     Raises:
         ValueError: A value is out of its range, or does not fit `fisher_type`.
@@ -90,6 +90,16 @@ def check_options(
         raise ValueError(
             f"`max_samples` and `chunk_size` would change what fisher_type {kind} computes. "
             "Leave them out."
+        )
+    if batched and positions is not None:
+        raise ValueError(
+            f"`positions` does not enter fisher_type {kind}: pass a `criterion` that leaves out "
+            "the others, or give them the label `ignore_index`."
+        )
+    if criterion is not None and (class_dim is not None or ignore_index != -100):
+        raise ValueError(
+            "`class_dim` and `ignore_index` do not enter a `criterion` of your own: leave them "
+            "out, and let it do what they say."
         )
 
 

@@ -141,6 +141,26 @@ def test_avalanche_multi_head(kind, tasks, float64_by_default):
     assert not got["classifier.classifiers.2.classifier.weight"].any()
 
 
+@pytest.mark.parametrize("kind", ["batched", "batched_reversed"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("class_dim", [1, 2])
+def test_batched_reads_labels_as_the_other_types_do(class_dim, dtype, kind):
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(5, 3).double(), torch.randn(4, 3, 5).double()
+    y = torch.randint(3, (4, 3))  # as many positions as classes: `class_dim` is needed
+    outputs = model(x).transpose(1, class_dim)
+    sign = -1 if kind == "batched_reversed" else 1
+    log_p = (sign * outputs).movedim(class_dim, -1).log_softmax(-1)
+    loss = -log_p.gather(-1, y[..., None])[y != 0].mean()
+    weight, bias = torch.autograd.grad(loss, list(model.parameters()))
+    options = {"ignore_index": 0, "forward": lambda m, b: m(b[0]).transpose(1, class_dim)}
+    batches = [(x, y.to(dtype))]
+    got = diagonal_fisher(model, batches, kind, class_dim=class_dim, **options)
+    assert relative_error(got, {"weight": weight.square(), "bias": bias.square()}) < 1e-12
+    with pytest.raises(ValueError, match="`class_dim` is needed: axes"):
+        diagonal_fisher(model, batches, kind, **options)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("size", [4, 11])
 def test_batched_is_avalanches_to_the_bit(reduction, size):

@@ -329,6 +329,12 @@ def test_non_finite_logit_names_the_sample():
         ({"chunk_size": -1}, "`chunk_size` must be >= 1, got -1"),
         ({"criterion": F.cross_entropy}, "`criterion` enters the batched fisher types alone"),
         ({"fisher_type": "batched", "max_samples": 5}, "would change what fisher_type 'batched'"),
+        ({"fisher_type": "batched", "positions": len}, "`positions` does not enter"),
+        (
+            {"fisher_type": "batched", "criterion": F.cross_entropy, "ignore_index": 0},
+            "`class_dim` and `ignore_index` do not enter a `criterion`",
+        ),
+        ({"fisher_type": "batched", "targets": lambda b: b[1] + 9}, "takes no outputs .* of torch"),
         ({"fisher_type": "empirical", "targets": lambda b: b[1] + 9}, r"must be in \[0, 4\)"),
         ({"fisher_type": "empirical", "targets": lambda b: b[0]}, "must be class indices"),
     ],
