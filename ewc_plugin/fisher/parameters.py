@@ -30,6 +30,7 @@ def check_model(model: object) -> None:
     for kind, found, remedy in (
         ("not initialised", lazy, "Run the model once"),
         ("complex", [n for n, p in params.items() if p.is_complex()], "Use its real view"),
+        ("sparse", [n for n, p in params.items() if p.layout != torch.strided], "Make it dense"),
         ("on the meta device", [n for n, p in params.items() if p.is_meta], "Give it values"),
         (
             "an inference tensor",
@@ -52,10 +53,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def warn_of_parameters_without_effect(
     call: ModelCall, batch: Batch, fisher: dict[str, Tensor], reached: frozenset[str]
 ) -> None:
-    """Warn of parameters that affect the outputs only in train mode: their Fisher is zero.
+    """Warn where all parameters, or some in eval mode alone, do not affect the outputs: F is zero.
 
-    Layers that merge their weights in `eval()`, as LoRA's do, have such parameters. One of which
-    the outputs do not depend in either mode, such as another task's head, is no matter.
+    Layers that merge their weights in `eval()`, as LoRA's do, have such parameters. Some of which
+    the outputs do not depend in either mode, such as another task's head, are no matter.
 
     Args:
         call: The model, in eval mode.
@@ -84,5 +85,12 @@ def warn_of_parameters_without_effect(
             f"The outputs depend on {', '.join(names)} in train mode, but not in eval mode, in "
             "which the Fisher is computed: it is zero there, so nothing protects these parameters. "
             "Layers that merge their weights in eval() are a usual reason; switch that off.",
+            stacklevel=3,
+        )
+    elif len(zero) == len(call.params) and not {id(p) for p in zero.values()} & in_eval_mode:
+        warnings.warn(
+            "The outputs depend on no parameter with requires_grad=True, so the Fisher is zero. "
+            "Does `forward` run under torch.no_grad(), detach its outputs, or take other weights "
+            "than the model's?",
             stacklevel=3,
         )

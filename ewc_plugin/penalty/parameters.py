@@ -80,7 +80,7 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
 
 
 def check_has_values(what: str, tensor: Tensor) -> None:
-    """Raise a ValueError if not all values of a tensor, named `what` in it, are here."""
+    """Raise a ValueError if not all values of a tensor, named `what` in it, are here and dense."""
     if tensor.is_meta:
         raise ValueError(
             f"{what} is on the meta device and has no values: load the weights first "
@@ -91,6 +91,8 @@ def check_has_values(what: str, tensor: Tensor) -> None:
             f"{what} is a {type(tensor).__name__}, split over processes, as FSDP does: use "
             "`DistributedDataParallel`, or a model that is whole."
         )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} is sparse ({tensor.layout}): make it dense, `.to_dense()`.")
 
 
 def _is_wrapper(module: nn.Module) -> bool:

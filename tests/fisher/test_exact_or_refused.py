@@ -977,8 +977,27 @@ def test_complex_and_other_parameters_without_a_fisher_are_refused_at_once():
         diagonal_fisher(model, iter(()))
     with pytest.raises(ValueError, match="on the meta device"):
         diagonal_fisher(nn.Linear(6, 4, device="meta"), iter(()))
+    model = nn.Linear(6, 4)
+    model.weight = nn.Parameter(model.weight.detach().to_sparse())
+    with pytest.raises(ValueError, match=r"sparse \(weight\).* Make it dense"):
+        diagonal_fisher(model, iter(()))
     with pytest.raises(TypeError, match=r"`model` must be an nn.Module, got NoneType"):
         diagonal_fisher(None, iter(()))
+
+
+@pytest.mark.parametrize("kind", ["predicted", "exact", "class_mean"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        torch.no_grad()(lambda model, batch: model(batch[0])),
+        lambda model, batch: model(batch[0]).detach(),
+        lambda model, batch, other=nn.Linear(6, 4).double(): other(batch[0]),
+    ],
+)
+def test_outputs_that_depend_on_no_parameter_are_told(forward, kind):
+    with pytest.warns(UserWarning, match="depend on no parameter with requires_grad"):
+        fisher = diagonal_fisher(built(mlp), [(normal(7, 6),)], kind, forward=forward)
+    assert not any(bool(f.any()) for f in fisher.values())
 
 
 class Merging(nn.Module):

@@ -88,6 +88,8 @@ def spoilt(net, kind):
         fisher["2.bias"] = [1.0, 1.0, 1.0]
     elif kind == "complex":
         fisher["2.bias"] = torch.ones(3, dtype=torch.complex64)
+    elif kind == "sparse weight":
+        net[2].bias = torch.nn.Parameter(net[2].bias.detach().to_sparse())
     elif kind == "sparse":
         fisher["2.bias"] = torch.ones(3).to_sparse()
     else:
@@ -106,6 +108,7 @@ def spoilt(net, kind):
         ("overflow of the sum", "`2.bias` overflows torch.float32"),
         ("not a tensor", "must be a dense tensor of real numbers"),
         ("complex", "must be a dense tensor of real numbers"),
+        ("sparse weight", "`2.bias` is sparse .*: make it dense"),
         ("sparse", "must be a dense tensor of real numbers"),
     ],
 )
