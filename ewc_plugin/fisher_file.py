@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 import ewc_plugin
 from ewc_plugin.fisher.result import Fisher
-from ewc_plugin.penalty.parameters import canonical_parameters
+from ewc_plugin.penalty.options import checked_device
+from ewc_plugin.penalty.parameters import (
+    canonical_names,
+    canonical_parameters,
+    check_has_values,
+)
 
 _FORMAT = "ewc-plugin fisher 1"
 
@@ -56,14 +61,14 @@ def save_fisher(
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: The folder of `path` does not exist.
-        TypeError: `about` is no mapping, or cannot be written as JSON.
+        TypeError: `about` or `anchor` is of another type, or `about` cannot be written as JSON.
         ValueError: `fisher` has no entries, or one that is negative or not finite; or `anchor` has
             other names or shapes.
     """
     safetensors = _safetensors()
     tensors = _checked(fisher)
-    if not isinstance(about or {}, Mapping):
-        raise TypeError(f"`about` must be a mapping, such as {{'task': 1}}, got {about!r}.")
+    if isinstance(anchor, nn.Module):
+        tensors = _canonical(tensors, anchor)
     metadata = {
         "format": _FORMAT,
         "parameters": _shapes_hash(tensors),
@@ -72,7 +77,7 @@ def save_fisher(
         "n_samples": json.dumps(getattr(fisher, "n_samples", None)),
         "versions": json.dumps({"ewc_plugin": ewc_plugin.__version__, "torch": torch.__version__}),
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "about": json.dumps(dict(about or {})),
+        "about": _as_json(about or {}),
     }
     entries = {f"fisher/{name}": tensor for name, tensor in tensors.items()}
     if anchor is not None:
@@ -117,11 +122,16 @@ def load_fisher(
     Raises:
         ImportError: safetensors is not installed.
         ValueError: The file is of another kind, damaged, or of another model; or `check_weights`
-            without a model, or without weights in the file.
+            without a model, or without weights in the file; or `device` cannot be used.
+        TypeError: `model` or `check_weights` has another type.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module or None, got {model!r}.")
+    if check_weights not in (True, False, None):
+        raise TypeError(f"`check_weights` must be True, False or None, got {check_weights!r}.")
     if check_weights and model is None:
         raise ValueError("`check_weights=True` compares with a model; pass `model` too.")
-    metadata, entries = _read(Path(path), str(device))
+    metadata, entries = _read(Path(path), str(checked_device("device", device)))
     fisher = {n.removeprefix("fisher/"): t for n, t in entries.items() if n.startswith("fisher/")}
     anchor = {n.removeprefix("anchor/"): t for n, t in entries.items() if n.startswith("anchor/")}
     recorded = {"parameters": _shapes_hash(fisher), "fisher": _hash(fisher)}
@@ -135,6 +145,7 @@ def load_fisher(
     except (KeyError, ValueError):
         raise ValueError(f"`path` {path} is damaged: its record cannot be read.") from None
     if model is not None:
+        fisher, anchor = _canonical(fisher, model), _canonical(anchor, model)
         _check_model(path, model, fisher)
         if check_weights is not False:
             _check_weights(path, model, anchor, must_be_equal=check_weights is True)
@@ -178,6 +189,23 @@ def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     )
 
 
+def _canonical(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Map names of a wrapped model's parameters to those of the model."""
+    names = canonical_names(model)
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _as_json(about: object) -> str:
+    if not isinstance(about, Mapping):
+        raise TypeError(f"`about` must be a mapping, such as {{'task': 1}}, got {about!r}.")
+    try:
+        return json.dumps(dict(about))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`about` must hold what JSON can: strings, numbers, lists and mappings ({error})."
+        ) from error
+
+
 def _check_model(path: Any, model: nn.Module, fisher: dict[str, Tensor]) -> None:
     parameters = canonical_parameters(model)
     trainable = {name for name, p in parameters.items() if p.requires_grad}
@@ -201,6 +229,8 @@ def _check_weights(
     if must_be_equal and not anchor:
         raise ValueError(f"`path` {path} has no weights; save it with `anchor=model`.")
     parameters = canonical_parameters(model)
+    for name in anchor:
+        check_has_values(f"The model's `{name}`", parameters[name])
     others = [
         repr(name)
         for name, weight in anchor.items()
@@ -224,17 +254,23 @@ def _check_weights(
 
 
 def _checked(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not isinstance(fisher, Mapping) or not fisher:
+    if not isinstance(fisher, Mapping) or not fisher or not all(isinstance(n, str) for n in fisher):
         raise ValueError("`fisher` must map parameter names to tensors, and not be empty.")
     for name, tensor in fisher.items():
-        if not isinstance(tensor, Tensor) or not bool(
-            (torch.isfinite(tensor) & (tensor >= 0)).all()
-        ):
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"`fisher[{name!r}]` must be a tensor of real numbers, got {kind}.")
+        check_has_values(f"`fisher[{name!r}]`", tensor)
+        if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise ValueError(f"`fisher[{name!r}]` must be a tensor, finite and >= 0.")
     return {name: _own(tensor) for name, tensor in fisher.items()}
 
 
 def _weights(anchor: nn.Module | Mapping[str, Tensor], fisher: Any) -> dict[str, Tensor]:
+    if not isinstance(anchor, nn.Module | Mapping):
+        raise TypeError(
+            f"`anchor` must be a model, or its parameters by name, got {type(anchor).__name__}."
+        )
     weights = canonical_parameters(anchor) if isinstance(anchor, nn.Module) else anchor
     for name, tensor in fisher.items():
         if name not in weights or weights[name].shape != tensor.shape:
@@ -242,6 +278,10 @@ def _weights(anchor: nn.Module | Mapping[str, Tensor], fisher: Any) -> dict[str,
                 f"`anchor` must have the parameters of `fisher`, and lacks {name!r} of shape "
                 f"{tuple(tensor.shape)}."
             )
+        if not isinstance(weights[name], Tensor):
+            kind = type(weights[name]).__name__
+            raise TypeError(f"`anchor[{name!r}]` must be a tensor, got {kind}.")
+        check_has_values(f"`anchor[{name!r}]`", weights[name])
     return {name: _own(weights[name]) for name in fisher}
 
 

@@ -91,6 +91,20 @@ def test_a_wrapped_model_is_the_same_model(saved):
     assert load_fisher(path, compiled, check_weights=True).n_samples == N
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.parametrize("with_anchor", [True, False])
+def test_the_fisher_of_a_wrapped_model_is_that_of_the_model(tmp_path, wrap, with_anchor):
+    wrapped, path = wrap(network()), tmp_path / "f"
+    fisher = diagonal_fisher(wrapped, batches(), "exact")
+    save_fisher(path, fisher, anchor=wrapped if with_anchor else None)
+    models = [network(), wrapped] if with_anchor else [wrapped]
+    for model in models:
+        loaded = load_fisher(path, model, check_weights=with_anchor)
+        expected = dict(zip(dict(network().named_parameters()), fisher.values(), strict=True))
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], f) for name, f in expected.items())
+
+
 def changed(model):
     with torch.no_grad():
         model[2].bias += 1e-7
@@ -189,7 +203,14 @@ def test_no_file_is_a_clear_error(tmp_path):
     ("fisher", "message"),
     [
         ({}, "not be empty"),
+        ({1: torch.ones(2)}, "must map parameter names to tensors"),
         ({"w": torch.tensor([-1.0])}, r"`fisher\['w'\]` must be a tensor, finite and >= 0"),
+        (
+            {"w": torch.ones(2, dtype=torch.complex64)},
+            "must be a tensor of real numbers, got torch",
+        ),
+        ({"w": torch.ones(2).to_sparse()}, r"`fisher\['w'\]` is sparse .* make it dense"),
+        ({"w": torch.ones(2, device="meta")}, r"`fisher\['w'\]` is on the meta device"),
         ({"w": torch.tensor([torch.nan])}, r"`fisher\['w'\]` must"),
         ({"w": [1.0]}, r"`fisher\['w'\]` must"),
         ({"w": torch.ones(2)}, "`anchor` must have .* lacks 'w'"),
@@ -199,7 +220,7 @@ def test_what_is_no_fisher_is_not_saved(tmp_path, fisher, message):
     path = tmp_path / "f"
     with pytest.raises(ValueError, match=message):
         save_fisher(path, fisher, anchor={"v": torch.ones(2)})
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="`about` must hold what JSON can"):
         save_fisher(path, {"w": torch.ones(2)}, about={"a": object()})
     assert not list(tmp_path.iterdir())
 
@@ -224,3 +245,33 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path):
 def test_about_must_be_a_mapping(tmp_path):
     with pytest.raises(TypeError, match="`about` must be a mapping"):
         save_fisher(tmp_path / "f.safetensors", {"w": torch.ones(2)}, about="a word")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": nn.Linear}, "`model` must be an nn.Module or None, got <class"),
+        ({"model": {}}, "`model` must be an nn.Module or None"),
+        ({"check_weights": "no"}, "`check_weights` must be True, False or None, got 'no'"),
+        ({"model": network().to("meta")}, "The model's `0.bias` is on the meta device"),
+        ({"device": "meta"}, "`device` is 'meta', which cannot hold a tensor here"),
+        ({"device": "nowhere"}, "`device` is 'nowhere', which cannot hold a tensor here"),
+        ({"device": "cuda:999"}, "`device` is 'cuda:999', which cannot hold a tensor here"),
+    ],
+)
+def test_what_cannot_be_loaded_for_is_named(saved, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        load_fisher(saved[0], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "message"),
+    [
+        ([torch.ones(2)], "`anchor` must be a model, or its parameters by name, got list"),
+        ({"w": torch.ones(2).numpy()}, r"`anchor\['w'\]` must be a tensor, got ndarray"),
+        ({"w": torch.ones(2, device="meta")}, r"`anchor\['w'\]` is on the meta device"),
+    ],
+)
+def test_what_is_no_anchor_is_not_saved(tmp_path, anchor, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        save_fisher(tmp_path / "f", {"w": torch.ones(2)}, anchor=anchor)

@@ -182,17 +182,20 @@ def checked_storage(
             f"`storage_dtype` must be None or one of {allowed}, got {dtype!r}: other types do not "
             "have the range of float32, so that a Fisher would become 0 or infinite."
         )
-    if device is None:
-        return dtype, None
+    return dtype, None if device is None else checked_device("storage_device", device)
+
+
+def checked_device(name: str, device: torch.device | str) -> torch.device:
+    """Return a device, the value of the argument `name`; raise if it cannot hold a tensor."""
     try:
-        checked_device = torch.device(device)
-        works = float(torch.ones(1, device=checked_device)) == 1
+        checked = torch.device(device)
+        works = float(torch.ones(1, device=checked)) == 1
         reason = "it does not keep numbers"
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         works, reason = False, str(error).strip().splitlines()[0]
     if not works:
         raise ValueError(
-            f"`storage_device` is {device!r}, which cannot hold a tensor here ({reason}). Use "
-            "'cpu', a device that is there, or None for that of each parameter."
+            f"`{name}` is {device!r}, which cannot hold a tensor here ({reason}). Use 'cpu', or a "
+            "device that is there."
         )
-    return dtype, checked_device
+    return checked
