@@ -170,7 +170,11 @@ def _own(run: RunSettings, source: DataSource) -> Stream:
     if found != expected:
         got = f", got {found} for seed {run.seed} and {expected} for the first"
         raise function.error("have the same experiences and scenario with each seed", got)
-    shape = tuple(getattr(made.test[0].dataset[0][0], "shape", ()))
+    try:
+        x = made.test[0].dataset[0][0]
+    except Exception as error:  # the user's code may raise any
+        raise function.error("return experiences whose `dataset` gives samples", error) from error
+    shape = tuple(getattr(x, "shape", ()))
     return Stream(made.benchmark, None, shape, made.n_classes, made)
 
 

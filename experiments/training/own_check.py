@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from experiments.data.sources import DataSource
 from experiments.data.streams import Stream, shared_stream
-from experiments.settings.own import function_of
+from experiments.settings.own import OwnFunction, function_of
 from experiments.settings.run import OWN, RunSettings
 from experiments.training.methods import own_method
 from experiments.training.networks import make_model
@@ -49,13 +49,33 @@ def _try(cell: RunSettings, source: DataSource) -> None:
     stream = shared_stream(cell, source)
     model = make_model(cell, stream, source.files)
     if cell.method_sha256:
-        own_method(cell, stream, source.files)
+        made = [own_method(cell, stream, source.files) for _ in range(2)]
+        function = function_of("method", cell.method, cell.method_sha256, source.files)
+        _check_new(function, *([*one.early, one.criterion] for one in made))
     logits = _logits(cell, source, stream, model)
-    if cell.model_sha256 and not _are_logits(logits, stream.n_outputs):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not cell.model_sha256:
+        return
+    function = function_of("model", cell.model, cell.model_sha256, source.files)
+    if not _are_logits(logits, stream.n_outputs):
+        is_tensor = isinstance(logits, Tensor)
+        got = f"{tuple(logits.shape)} {logits.dtype}" if is_tensor else type(logits).__name__
         rule = f"return logits [N, {stream.n_outputs} or more] for a batch of N"
-        function = function_of("model", cell.model, cell.model_sha256, source.files)
         raise function.error(rule, f", got {got} for N = 2")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise function.error("have a parameter with requires_grad=True, to be trained")
+    again = make_model(cell, stream, source.files)
+    _check_new(
+        function, *([p for p in one.parameters() if p.requires_grad] for one in (model, again))
+    )
+
+
+def _check_new(function: OwnFunction, first: Iterable[Any], second: Iterable[Any]) -> None:
+    """Raise if two calls of a function share an object: a run would begin with another's state."""
+    known = {id(one) for one in first if one is not None}
+    for other in second:
+        if id(other) in known:
+            rule = "make new plugins or parameters in each call, since each run begins anew"
+            raise function.error(rule, f", got a {type(other).__name__} twice")
 
 
 def _logits(cell: RunSettings, source: DataSource, stream: Stream, model: nn.Module) -> Any:
@@ -76,4 +96,6 @@ def _logits(cell: RunSettings, source: DataSource, stream: Stream, model: nn.Mod
 
 
 def _are_logits(found: Any, n_outputs: int) -> bool:
-    return isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] >= n_outputs
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        return False
+    return found.ndim == 2 and found.shape[1] >= n_outputs

@@ -364,11 +364,19 @@ def test_a_wrong_file_or_function_is_refused_in_one_line(folder, capsys, setting
             {"--model": "two.py:few"},
             "must return logits [N, 4 or more] for a batch of N, got",
         ),
+        ({"--model": "two.py:whole_numbers"}, "for a batch of N, got (2, 4) torch.int64 for N = 2"),
+        ({"--model": "two.py:frozen"}, "must have a parameter with requires_grad=True"),
         ({"--model": "cnn"}, "`model` must be mlp for samples of the shape (6,), got cnn"),
         (
             {"--method": "two.py:not_plugins"},
             "a list of Avalanche plugins, got one of int",
         ),
+        (
+            {"--method": "two.py:same_plugin"},
+            "must make new plugins or parameters in each call, since each run begins anew, got a "
+            "DiagonalEWCPlugin twice",
+        ),
+        ({"--model": "two.py:same_body"}, "since each run begins anew, got a Parameter twice"),
         ({"--method": "two.py:losses"}, "must return one loss at most"),
         ({"--method": "two.py:default"}, "must have no default for `ewc_lambda`"),
         (
@@ -378,6 +386,8 @@ def test_a_wrong_file_or_function_is_refused_in_one_line(folder, capsys, setting
         ({"--method": "ewc"}, "`ewc_lambda` must be given for ewc on own.py:by_class"),
         ({"--benchmark": "two.py:unequal"}, "as many experiences to train on as to test on"),
         ({"--benchmark": "two.py:regression"}, "whose `dataset` has classes as its `targets`"),
+        ({"--benchmark": "two.py:broken"}, "has classes as its `targets`: KeyError: 'lost'."),
+        ({"--benchmark": "two.py:unread"}, "whose `dataset` gives samples: OSError: disk gone."),
         ({"--experiences": "3"}, "must have an argument `n_experiences`"),
         ({"--validation": None}, "must have an argument `validation`"),
         ({"--pixels": "unit"}, "`pixels` must be normalized on an own benchmark"),
@@ -390,6 +400,18 @@ def test_what_does_not_fit_together_is_refused_before_training(folder, capsys, o
         + """
 def few():
     return torch.nn.Linear(6, 3)
+PLUGIN, BODY = DiagonalEWCPlugin(1.0), torch.nn.Linear(6, 4)
+def same_plugin():
+    return [PLUGIN]
+def same_body(n_classes):
+    return torch.nn.Sequential(BODY, torch.nn.Linear(4, n_classes))
+class whole_numbers(torch.nn.Linear):
+    def __init__(self, n_classes):
+        super().__init__(6, n_classes)
+    def forward(self, x):
+        return super().forward(x).long()
+def frozen(n_classes):
+    return torch.nn.Linear(6, n_classes).requires_grad_(False)
 def not_plugins():
     return [1]
 def losses():
@@ -399,6 +421,22 @@ def default(ewc_lambda=1.0):
 def unequal(seed):
     benchmark = by_class(seed)
     return CLScenario([benchmark.train_stream, benchmark.test_stream[:1]])
+class Unread(torch.utils.data.Dataset):
+    targets = [0, 1]
+    def __len__(self):
+        return 2
+    def __getitem__(self, i):
+        raise OSError("disk gone")
+def unread(seed):
+    return nc_benchmark(Unread(), Unread(), 1, task_labels=False)
+class Broken:
+    task_labels = [0]
+    @property
+    def dataset(self):
+        raise KeyError("lost")
+class broken:
+    def __init__(self, seed):
+        self.train_stream = self.test_stream = [Broken()]
 def regression(seed):
     dataset = make_avalanche_dataset(TensorDataset(torch.zeros(9, 6), torch.zeros(9)))
     return benchmark_from_datasets(train=[dataset], test=[dataset])
