@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
+
 from ewc_plugin.fisher.diagonal import diagonal_fisher
 from ewc_plugin.fisher.options import check_options
-from ewc_plugin.fisher.scores import FisherType, Score, parsed_type
+from ewc_plugin.fisher.scores import BATCHED, FisherType, Score, parsed_type
 from ewc_plugin.penalty.options import (
     Normalization,
     checked_decay,
@@ -97,7 +99,7 @@ def function_or_none(plugin: Any, name: str, value: Any) -> Any:
 def fisher_type(plugin: Any, name: str, value: Any) -> FisherType | Score:
     """Return a Fisher type or a score that fits the plugin's `fisher_options`."""
     kind = parsed_type(value)
-    check_options(kind, **vars(plugin).get("fisher_options", {}))
+    _check_options(kind, vars(plugin).get("fisher_options", {}))
     return kind
 
 
@@ -122,5 +124,11 @@ def fisher_options(plugin: Any, name: str, value: Any) -> dict[str, Any]:
     allowed = [p.name for p in inspect.signature(diagonal_fisher).parameters.values()][3:]
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"`{name}` may have {allowed}, got {unknown}.")
-    check_options(plugin.fisher_type, **options)
+    _check_options(plugin.fisher_type, options)
     return options
+
+
+def _check_options(kind: FisherType | Score, options: Mapping[str, Any]) -> None:
+    """Check the options beside the strategy's criterion, which the batched types are given."""
+    of_strategy = {"criterion": F.cross_entropy} if kind in BATCHED else {}
+    check_options(kind, **of_strategy | options)

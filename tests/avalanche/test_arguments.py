@@ -28,6 +28,7 @@ REFUSED = {
     "no forward": {"fisher_options": {"forward": "model"}},
     "no mapping": {"fisher_options": 5},
     "an unknown option": {"fisher_options": {"max_sample": 5}},
+    "labels of batched": {"fisher_type": "batched", "fisher_options": {"ignore_index": 0}},
     "samples of batched": {"fisher_type": "batched", "fisher_options": {"max_samples": 5}},
     "no batches": {"fisher_batches": 3},
     "batches, not a function of them": {"fisher_batches": [(torch.zeros(2, 6), torch.zeros(2))]},

@@ -985,13 +985,16 @@ def test_complex_and_other_parameters_without_a_fisher_are_refused_at_once():
         diagonal_fisher(None, iter(()))
 
 
+OTHER = nn.Linear(6, 4).double()
+
+
 @pytest.mark.parametrize("kind", ["predicted", "exact", "class_mean"])
 @pytest.mark.parametrize(
     "forward",
     [
         torch.no_grad()(lambda model, batch: model(batch[0])),
         lambda model, batch: model(batch[0]).detach(),
-        lambda model, batch, other=nn.Linear(6, 4).double(): other(batch[0]),
+        lambda model, batch: OTHER(batch[0]),
     ],
 )
 def test_outputs_that_depend_on_no_parameter_are_told(forward, kind):
