@@ -80,10 +80,9 @@ def _check_new(function: OwnFunction, first: Iterable[Any], second: Iterable[Any
 
 def _logits(cell: RunSettings, source: DataSource, stream: Stream, model: nn.Module) -> Any:
     """What the model gives for two samples of the stream, after it has got heads for all of it."""
-    experience = stream.test_stream[-1]
     try:
-        for one in stream.test_stream:
-            avalanche_model_adaptation(model, one)
+        for experience in stream.test_stream:  # Avalanche's take no negative index
+            avalanche_model_adaptation(model, experience)
         x, *_, task = default_collate([experience.dataset[0]] * 2)
         with torch.no_grad():
             return avalanche_forward(model.eval(), x, task)

@@ -14,6 +14,7 @@ from experiments.results import tables
 from experiments.settings.grids import Sweep
 from experiments.settings.own import changed_file, find_function
 from experiments.settings.run import RunSettings
+from experiments.training.own_check import check_own
 from experiments.training.run import run
 from support.paths import ROOT
 
@@ -213,6 +214,13 @@ def test_own_methods_on_a_stream_by_name_take_the_fast_data_path(folder):
         assert settings == expected.get(cell.method, settings)
     assert (found["own.py:builtin"] == found["avalanche-ewc"]).all()
     assert abs(found["own.py:ours"] - found["ewc"]).max() < 0.02  # other mini-batches of F
+
+
+@pytest.mark.parametrize("benchmark", ["split", "permuted", "rotated"])
+def test_own_methods_are_tried_on_every_stream_by_name(folder, benchmark):
+    options = {"methods": ("own.py:nothing",), "benchmark": (benchmark,), "experiences": (2,)}
+    files = (find_function("method", "own.py:nothing").file,)
+    check_own(cells(**options), replace(find_data("digits", None), files=files))
 
 
 def test_a_method_that_is_a_loss_is_what_the_strategy_trains_on(folder):
