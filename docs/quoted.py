@@ -27,6 +27,7 @@ from experiments.studies.factorial import ALL, WORDS
 from experiments.studies.factorial import TYPES as TYPES_BY_PARTS
 from experiments.timing.fisher_engines import OURS, UNIT
 from experiments.timing.fisher_speed import KINDS, WRONG
+from experiments.timing.sweep_speed import OURS_CLASSIC, PLAIN
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -570,6 +571,11 @@ def _kirkpatrick_search() -> dict[str, str]:
 
 
 @cache
+def _benchmarks() -> dict[str, Any]:
+    ratio = _csv("sweep_speed/sweep_speed").set_index("run")["ratio"]
+    return {"classic": f"{ratio[OURS_CLASSIC]:.1f}", "of_plain": f"{1 / ratio[PLAIN]:.2f}"}
+
+
 def _avalanche_threads() -> dict[str, Any]:
     rows = pd.concat([_csv(f"reproduce/{n}/reproduce") for n in ("baselines", "kirkpatrick2017")])
     named = rows.set_index(["protocol", "arm"])
@@ -594,6 +600,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "avalanche-threads": _avalanche_threads,
+    "benchmarks": _benchmarks,
     "results": _results,
     "choose-fisher": _choose_fisher,
     "choose-lambda": _choose_lambda,

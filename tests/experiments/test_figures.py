@@ -76,7 +76,10 @@ KINDS = ["curves", "matrices", "lambda", "trade-off", "differences", "methods"]
 def test_names_lie_inside_legends_off_the_data_and_no_axes_collapse(kind, size):
     figure = drawn(kind, *grid(*size))
     if figure is None:
-        none = {"lambda": [(1, 1), (5, 1, 3)], "differences": [(1, 5), (5, 5), (4, 2, 6)]}
+        none = {
+            "lambda": [(1, 1), (5, 1, 3), (4, 2, 6)],
+            "differences": [(1, 5), (5, 5), (4, 2, 6)],
+        }
         none["methods"] = [(1, 1), (1, 5), (5, 5), (4, 2, 6)]  # few, or at several lambdas
         assert size in none[kind]
         return

@@ -78,9 +78,9 @@ def shaded(lines: Sequence[Line]) -> list[Line]:
 
 
 def draw_over_lambda(runs: pd.DataFrame, title: str) -> Figure | None:
-    """Average accuracy and forgetting over lambda; None where no lambda varies."""
+    """Average accuracy and forgetting over lambda; None where no line has three of them."""
     lines = lines_of(runs)
-    lines = [line for line in lines if line.is_level or line.runs["ewc_lambda"].nunique() > 1]
+    lines = [line for line in lines if line.is_level or line.runs["ewc_lambda"].nunique() > 2]
     if all(line.is_level for line in lines):
         return None
     if len(lines) > style.MOST_LINES:
