@@ -130,5 +130,5 @@ def fisher_options(plugin: Any, name: str, value: Any) -> dict[str, Any]:
 
 def _check_options(kind: FisherType | Score, options: Mapping[str, Any]) -> None:
     """Check the options beside the strategy's criterion, which the batched types are given."""
-    of_strategy = {"criterion": F.cross_entropy} if kind in BATCHED else {}
-    check_options(kind, **of_strategy | options)
+    of_strategy: dict[str, Any] = {"criterion": F.cross_entropy} if kind in BATCHED else {}
+    check_options(kind, **{**of_strategy, **options})
