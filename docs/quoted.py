@@ -88,6 +88,7 @@ def _choose_fisher() -> dict[str, Any]:
     traces = _csv("lambda_translation/lambda_translation")
     tanh = _identities("tanh network")
     return {
+        **_modes(),
         "trace_table": _markdown(_by_benchmark(traces, "trace_of_exact", "{:.2g}")),
         "n_networks": traces["seed"].nunique(),
         "speed_table": _markdown(_speeds()),
@@ -96,6 +97,17 @@ def _choose_fisher() -> dict[str, Any]:
         "sampled_low": f"{_end('tanh network', 'sampled')['mean_square_of_own'].min():.2g}",
         "sampled_high": f"{_end('tanh network', 'sampled')['mean_square_of_own'].max():.2g}",
     }
+
+
+def _modes() -> dict[str, str]:
+    """One quadratic for all experiences less one for each, by scenario."""
+    runs = _csv("reproduce/vandeven2022/runs")
+    ours = runs[(runs["method"] == "ewc") & (runs["pixels"] == "unit")]
+    cells = ours.drop_duplicates("config_hash").set_index(["scenario", "mode"])["config_hash"]
+    pairs = [(cells[s, "online"], cells[s, "separate"]) for s in ("task", "domain", "class")]
+    rows = differences(runs, pairs)
+    rows = rows[rows["metric"] == "average_accuracy"]
+    return {f"online_{row['scenario']}": difference_of(row) for row in rows.to_dict("records")}
 
 
 def _class_incremental() -> dict[str, Any]:
