@@ -14,7 +14,6 @@ from experiments.studies.demonstration.fisher import FISHER
 from experiments.studies.demonstration.study import CURVES
 from experiments.studies.fisher_definitions import IDENTITIES
 from experiments.studies.laplace.study import LAPLACE
-from experiments.studies.reproduce.protocol import load_protocol
 from experiments.timing.sweep_speed import BUILTIN, OURS_CLASSIC, PLAIN
 from experiments.training.run import run
 from support.paths import RESULTS
@@ -190,18 +189,10 @@ def test_the_readmes_words_on_the_three_scenarios_are_those_of_the_committed_tab
     loaded = tables.load(folder)
     table = loaded["reproduce"].set_index("arm")
     assert (table["reproduced"].drop(table.index[table["reference"].isna()]) == "yes").all()
-    assert list(table.loc[["Naive, task", "EWC, task"], "n"]) == [15, 15]
-    protocol = load_protocol("vandeven2022")
-    arms = {arm.label: arm for arm in protocol.arms}
-    domain = arms["EWC, domain"].reference
-    assert domain.value == 0.6395
-    assert not domain.is_met(table.loc["EWC, domain, pixels normalised", "mean"])
-    runs = loaded["runs"]
-    config = protocol.run_of(arms["EWC, task"], "mnist", 0).config_hash
-    three = runs[(runs["config_hash"] == config) & (runs["seed"] < 3)]["average_accuracy"]
-    found = statistics.interval(three.to_numpy(float))
-    assert round(found["mean"], 3) == 0.973
-    assert round(found["ci_high"] - found["mean"], 3) == 0.052
+    normalised = table.index.str.endswith("normalised")
+    assert list(table["n"]) == [3 if few else 10 for few in normalised]
+    assert table.loc["EWC, domain", "ci_high"] < 0.6395
+    assert table.loc["EWC, domain, pixels normalised", "mean"] < table.loc["EWC, domain", "mean"]
 
 
 def test_the_readmes_words_on_the_baselines_are_those_of_the_committed_table():
