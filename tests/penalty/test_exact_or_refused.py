@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from ewc_plugin.penalty.implicit_step import implicit_step_
 from ewc_plugin.penalty.penalty import QuadraticPenalty
@@ -518,15 +519,12 @@ def test_models_on_the_meta_device_are_refused_in_our_own_words():
 
 
 def test_parameters_that_are_split_over_processes_are_refused():
-    fully_shard = pytest.importorskip("torch.distributed.fsdp").__dict__.get("fully_shard")
-    if fully_shard is None:
-        pytest.skip("this torch has no fully_shard")
-    net, penalty = model(), QuadraticPenalty()
+    net, penalty = nn.Sequential(nn.Linear(3, 2)), QuadraticPenalty()
     penalty.consolidate(net, ones(net))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        split = copy.deepcopy(net)
-        fully_shard(split, mesh=init_device_mesh("cpu", (1,)))
+        mesh = init_device_mesh("cpu", (1,))
+        split = parallelize_module(copy.deepcopy(net), mesh, {"0": ColwiseParallel()})
         for call in (penalty, lambda split: penalty.consolidate(split, ones(net))):
             with pytest.raises(
                 ValueError, match="DTensor, split over processes, as FSDP does: use"
