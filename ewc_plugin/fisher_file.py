@@ -19,7 +19,7 @@ import ewc_plugin
 from ewc_plugin.fisher.result import Fisher
 from ewc_plugin.penalty.options import checked_device
 from ewc_plugin.penalty.parameters import (
-    canonical_names,
+    by_canonical_name,
     canonical_parameters,
     check_has_values,
 )
@@ -68,7 +68,7 @@ def save_fisher(
     safetensors = _safetensors()
     tensors = _checked(fisher)
     if isinstance(anchor, nn.Module):
-        tensors = _canonical(tensors, anchor)
+        tensors = by_canonical_name(anchor, tensors)
     metadata = {
         "format": _FORMAT,
         "parameters": _shapes_hash(tensors),
@@ -145,7 +145,7 @@ def load_fisher(
     except (KeyError, ValueError):
         raise ValueError(f"`path` {path} is damaged: its record cannot be read.") from None
     if model is not None:
-        fisher, anchor = _canonical(fisher, model), _canonical(anchor, model)
+        fisher, anchor = (by_canonical_name(model, tensors) for tensors in (fisher, anchor))
         _check_model(path, model, fisher)
         if check_weights is not False:
             _check_weights(path, model, anchor, must_be_equal=check_weights is True)
@@ -187,12 +187,6 @@ def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         f"`path` must be a file of `save_fisher`, and {path} is a safetensors file of something "
         "else, or of a later version."
     )
-
-
-def _canonical(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Map names of a wrapped model's parameters to those of the model."""
-    names = canonical_names(model)
-    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _as_json(about: object) -> str:

@@ -2,11 +2,12 @@
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 _WRAPPER_NAMES = (["module"], ["_orig_mod"])  # data parallel and the like; torch.compile
 
 
@@ -35,8 +36,13 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter of `model`, trainable or not, by canonical name."""
+    return by_canonical_name(model, dict(model.named_parameters()))
+
+
+def by_canonical_name(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Replace the names of `model.named_parameters()` by canonical ones; leave others alone."""
     names = canonical_names(model)
-    return {names[name]: parameter for name, parameter in model.named_parameters()}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,11 +59,9 @@ def checked_fisher(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, 
         ValueError: A name or shape is not the model's, F is not real, finite and >= 0, or it or its
             parameter is on the meta device.
     """
-    canonical = canonical_names(model)
     parameters = canonical_parameters(model)
     checked = {}
-    for given, tensor in fisher.items():
-        name = canonical.get(given, given)
+    for name, tensor in by_canonical_name(model, fisher).items():
         if name not in parameters:
             raise ValueError(f"`fisher` has {name!r}; the model has {sorted(parameters)}.")
         if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
