@@ -51,8 +51,8 @@ _CALL_NOISE, _MODEL_NOISE, _MOST_NOISE = 1024, 16, 2.0**-5
 
 _CHUNK_ENTRIES = {"cpu": 2**22, "other": 2**23}  # of the layers' outputs in one forward pass
 # Every layer call also costs a CPU tenths of a millisecond of Python per chunk. Where one vector
-# goes back and frees the outputs on its way, many small calls are worth up to twice the entries.
-_ENTRIES_PER_CALL = 2**19
+# goes back and frees the outputs on its way, many small calls are worth up to four times as much.
+_ENTRIES_PER_CALL, _MOST_TIMES = 500_000, 4
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 1024
 
 
@@ -198,7 +198,7 @@ class Probe:
         device = device_kind(self.v)
         room = _CHUNK_ENTRIES[device]
         if device == "cpu" and one_vector:
-            room = min(2 * room, max(room, _ENTRIES_PER_CALL * len(self.traced)))
+            room = min(_MOST_TIMES * room, max(room, _ENTRIES_PER_CALL * len(self.traced)))
         fitting = max(room, 2 * weights) * SAMPLES // max(1, entries)
         power_of_two = 1 << (fitting.bit_length() - 1) if fitting else 1
         return min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, power_of_two))
