@@ -100,7 +100,9 @@ def add_gradients_(pairs: Pairs, scale: float) -> Tensor:
     for group in pairs.small:
         e = group.distance()
         torch.mul(group.S, e, out=group.change)
-        _add(group.pairs, group.changes, 2 * scale)
+        for (theta, q), change in zip(group.pairs, group.changes, strict=True):
+            if (grad := _gradient(theta, q)) is not None:
+                grad.add_(change, alpha=2 * scale)
         values.append(_sum_of_squares(e, group.S))
     distances, weights = _distances(others)
     _add(others, _products(distances, weights), 2 * scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ewc_plugin.penalty.options import checked_non_negative
-from ewc_plugin.penalty.pairs import Blocks, Pair, Pairs, SideBySide
+from ewc_plugin.penalty.pairs import Pair, Pairs
 from ewc_plugin.penalty.quadratic import Quadratic, as_real
 
 
@@ -18,7 +18,8 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
     """Move theta to argmin_x lambda penalty(x) + |x - theta|^2 / (2 lr), after `optimizer.step()`.
 
     With c = 2 lr lambda that is theta - e S / (1 / c + S), e = theta - anchor + offset: a weighted
-    mean of theta and the penalty's minimum, which neither overshoots nor grows for any c. lr is
+    mean of theta and the penalty's minimum, which neither overshoots nor grows for any c. The
+    minimum and its weight are kept for the next step, 2 numbers a parameter on a CPU. lr is
     each parameter group's own; the scaling of an adaptive optimizer is not taken into account.
 
     On permuted MNIST (results/implicit_step): with SGD it is as good as the penalty in the gradient
@@ -60,12 +61,14 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
     pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
     for blocks in pairs.large:
         if blocks.theta in stiffness:
-            _step_in_blocks(blocks, stiffness[blocks.theta])
+            pull = blocks.pull
+            blocks.theta.lerp_(pull.minimum, pull.weight(stiffness[blocks.theta]))
     others = pairs.others
     for small in pairs.small:
         first, *more = (stiffness.get(theta) for theta, _ in small.pairs)
         if first is not None and all(value == first for value in more):
-            _step_together(small, first)
+            weights, minima = small.views(small.pull.weight(first)), small.views(small.pull.minimum)
+            torch._foreach_lerp_([theta for theta, _ in small.pairs], minima, weights)
         else:
             others += small.pairs
     for theta, q in others:
@@ -73,23 +76,8 @@ def implicit_step_(optimizer: Optimizer, pairs: Sequence[Pair], ewc_lambda: floa
             _step(theta, q, stiffness[theta])
 
 
-def _step_in_blocks(blocks: Blocks, stiffness: float) -> None:
-    """Theta -= e S / (stiffness + S), block by block."""
-    weight = torch.empty(0, dtype=blocks.theta.dtype)
-    for theta, (e, S) in zip(blocks.split(blocks.theta), blocks.distances(), strict=True):
-        torch.add(S, stiffness, out=weight.resize_(len(S)))
-        theta.addcmul_(e, torch.div(S, weight, out=weight), value=-1)
-
-
-def _step_together(small: SideBySide, stiffness: float) -> None:
-    """Take the step of `_step_in_blocks` for small parameters, side by side."""
-    e, weight = small.distance(), torch.add(small.S, stiffness, out=small.change)
-    torch.div(small.S, weight, out=weight).mul_(e)
-    torch._foreach_sub_([theta for theta, _ in small.pairs], small.changes)
-
-
 def _step(parameter: Tensor, q: Quadratic, stiffness: float) -> None:
-    """Take the step of `_step_in_blocks` for a parameter that is not prepared."""
+    """Theta -= e S / (stiffness + S), for a parameter that is not prepared."""
     S, offset, anchor = q.loaded(parameter)
     theta = as_real(parameter)
     e = theta.to(S.dtype) - anchor

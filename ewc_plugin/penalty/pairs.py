@@ -18,7 +18,7 @@ from ewc_plugin.penalty.quadratic import Quadratic, compute_dtype
 Pair = tuple[Tensor, Quadratic]
 """A parameter and its part of the penalty, in the same shape."""
 
-BLOCK = 1 << 17  # entries that go through the cache together
+BLOCK = 1 << 19  # entries that go through a core's share of the cache together
 _LARGE = 1 << 14  # smaller parameters: call overhead exceeds memory traffic
 
 
@@ -66,6 +66,33 @@ def _is_plain(theta: Tensor, q: Quadratic) -> bool:
     )
 
 
+class Pull:
+    """What an implicit step moves parameters towards, and how far: made once for a learning rate.
+
+    Attributes:
+        minimum: Of the penalty. It is rounded as the parameters themselves are, which a step that
+            ends there may, and a gradient may not (see `Quadratic`).
+
+    Args:
+        S: As in `Quadratic`, like the others.
+        offset: Anchor less minimum, or None where it is zero.
+        anchor: The last theta*.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, S: Tensor, offset: Tensor | None, anchor: Tensor) -> None:
+        self.minimum = anchor if offset is None else anchor - offset
+        self._S, self._weight, self._stiffness = S, torch.empty_like(S), -1.0
+
+    def weight(self, stiffness: float) -> Tensor:
+        """S / (stiffness + S), of the minimum in its mean with the parameter. Memory is reused."""
+        if stiffness != self._stiffness:
+            torch.add(self._S, stiffness, out=self._weight)
+            torch.div(self._S, self._weight, out=self._weight)
+            self._stiffness = stiffness
+        return self._weight
+
+
 class Blocks:
     """A large parameter in blocks of about equal size.
 
@@ -84,6 +111,11 @@ class Blocks:
         offsets = [None] * len(anchors) if q.offset is None else q.offset.view(-1).split(size)
         e = [scratch[theta.dtype][: len(anchor)] for anchor in anchors]
         self._kept = list(zip(anchors, fishers, offsets, e, strict=True))
+
+    @cached_property
+    def pull(self) -> Pull:
+        """Of the whole parameter."""
+        return Pull(*self.quadratic.loaded(self.theta))
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views of a contiguous tensor of the parameter's shape, a block each."""
@@ -118,14 +150,20 @@ class SideBySide:
             self._offset = torch.cat([offset.view(-1) for offset in offsets])
         self._e, self.change = torch.empty_like(self.S), torch.empty_like(self.S)
         self._thetas = [theta for theta, _ in pairs]
-        self._e_views, self.changes = self._views(self._e), self._views(self.change)
+        self.changes = self.views(self.change)
 
-    def _views(self, vector: Tensor) -> list[Tensor]:
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The parameters' parts of a vector [P], in their shapes."""
         parts = vector.split([theta.numel() for theta in self._thetas])
         return [part.view_as(theta) for part, theta in zip(parts, self._thetas, strict=True)]
 
+    @cached_property
+    def pull(self) -> Pull:
+        """Of the vector [P]."""
+        return Pull(self.S, self._offset, self._anchor)
+
     def distance(self) -> Tensor:
         """Return e [P]. Its memory is used again."""
-        torch._foreach_copy_(self._e_views, self._thetas)
+        torch.cat([theta.detach().reshape(-1) for theta in self._thetas], out=self._e)
         e = self._e.sub_(self._anchor)
         return e if self._offset is None else e.add_(self._offset)

@@ -97,3 +97,28 @@ def test_implicit_step_leaves_a_parameter_at_its_anchor_alone():
         model[0].fill_(0)
     implicit_step_(torch.optim.SGD(model.parameters(), lr=0.1), penalty.pairs(model), 10.0)
     assert torch.equal(model[0], torch.zeros(1, dtype=torch.float64))
+
+
+def test_implicit_step_follows_the_learning_rate_to_the_last_digit():
+    """Large and small parameters, after two experiences, beside float64."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(20_000), torch.randn(3, 2), torch.randn(5)])
+    penalty = QuadraticPenalty()
+    S, pull = ([torch.zeros_like(p, dtype=torch.float64) for p in model] for _ in range(2))
+    for _ in range(2):
+        fisher = {str(i): 10 ** (9 * torch.rand_like(p) - 6) for i, p in enumerate(model)}
+        penalty.consolidate(model, fisher)
+        for i, p in enumerate(model):
+            S[i] += fisher[str(i)].double()
+            pull[i] += (fisher[str(i)].double() * p).detach()
+            p.data += torch.randn_like(p)
+    optimizer = torch.optim.SGD(model.parameters())
+    for lr in (0.1, 0.1, 0.003, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        before = [p.detach().double() for p in model]
+        implicit_step_(optimizer, penalty.pairs(model), ewc_lambda=5.0)
+        for p, x, s, sm in zip(model, before, S, pull, strict=True):
+            expected = (x + 10 * lr * sm) / (1 + 10 * lr * s)
+            tolerance = torch.finfo(torch.float32).eps * (2 + x.abs() + (sm / s).abs())
+            assert bool(((p.detach().double() - expected).abs() <= tolerance).all())
+            p.data += 0.1 * torch.randn_like(p)
