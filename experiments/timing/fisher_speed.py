@@ -132,6 +132,12 @@ def run(settings: FisherSpeedSettings) -> pd.DataFrame:
     _check(settings)
     torch.set_num_threads(1)
     output = study_output(settings)
+    if absent := [name for name in settings.engines if ENGINES[name].version() is None]:
+        output.console.print(
+            f"Not installed, so that the table has no times of them: {', '.join(absent)}. "
+            "`pip install -e '.[peers]'` has them all.",
+            markup=False,
+        )
     held = tables.read(output.folder, FISHER_SPEED)
     rows = []
     for network in settings.networks:

@@ -1,6 +1,7 @@
 """The Fisher benchmark's table: what its columns hold; and that rules serve its networks."""
 
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from ewc_plugin import explain
 from experiments.results import tables
 from experiments.timing import fisher_speed
 from experiments.timing.fisher_engines import (
+    ENGINES,
     NETWORKS,
     OURS,
     UNIT,
@@ -72,6 +74,18 @@ def test_the_loop_and_ours_are_right_on_attention(network):
     for engine in (OURS, "sample loop"):
         got = fisher_speed.ENGINES[engine].prepare(problem)()
         assert relative_error(got, reference) < 1e-4
+
+
+def test_an_engine_that_is_not_installed_is_said_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    absent = replace(ENGINES["Opacus"], package="no-such-package")
+    monkeypatch.setitem(ENGINES, "Opacus", absent)
+    monkeypatch.setattr(fisher_speed, "_measure", lambda *_: 1 / 0)
+    settings = FisherSpeedSettings(engines=("sample loop", "Opacus"), out=str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        run(settings)
+    assert "no times of them: Opacus." in " ".join(capsys.readouterr().out.split())
 
 
 def test_network_whose_library_is_missing_is_absent(tmp_path, monkeypatch):
