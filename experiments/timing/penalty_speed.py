@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty
 from ewc_plugin.avalanche.placement import InLoss
+from ewc_plugin.penalty.pairs import BLOCK
+from ewc_plugin.penalty.quadratic import Quadratic
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
@@ -45,6 +47,7 @@ KEY = ["model", "optimizer", "batch_size", "past_experiences"]
 LAMBDA = 1e-3
 ONE_KERNEL = "one compiled kernel"
 KERNEL_WITH_VALUE = "one compiled kernel, with the value"
+CALLS_ALONE = "the plugin's calls alone"
 COMPILERS = ("c++", "g++", "clang++")  # torch.compile needs one of them on the CPU
 _POSITIVE = pa.Check.gt(0)
 PENALTY_SPEED = pa.DataFrameSchema(
@@ -137,6 +140,42 @@ class _OneKernel(SupervisedPlugin):
             strategy.loss = strategy.loss.detach() + penalty
 
 
+class _CallsAlone(SupervisedPlugin):
+    """What our plugin asks of PyTorch, with views made beforehand: the least without a compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalty = QuadraticPenalty()
+        self._blocks: list[tuple[Any, list[tuple[Any, ...]]]] = []
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add 2 lambda S e to each gradient, and the penalty to the loss."""
+        with torch.no_grad():
+            if not self._blocks:
+                pairs = self.penalty.pairs(strategy.model)
+                self._blocks = [(p, _blocks(p.view(-1), q)) for p, q in pairs]
+            values = []
+            for theta, blocks in self._blocks:
+                grads = theta.grad.view(-1).split(BLOCK)
+                for (x, S, offset, anchor, e), grad in zip(blocks, grads, strict=True):
+                    torch.sub(x, anchor, out=e)
+                    if offset is not None:
+                        e.add_(offset)
+                    grad.addcmul_(S, e, value=2 * LAMBDA)
+                    values.append(e.square_().mul_(S).sum())
+            strategy.loss = strategy.loss.detach() + LAMBDA * torch.stack(values).sum()
+
+
+def _blocks(theta: Tensor, q: Quadratic) -> list[tuple[Any, ...]]:
+    """Views of a parameter [P], its S, offset and anchor, and memory for e, block by block."""
+    vectors = [None if t is None else t.view(-1) for t in (q.fisher, q.offset, q.anchor)]
+    columns = [
+        [None] * -(-len(theta) // BLOCK) if v is None else v.split(BLOCK) for v in (theta, *vectors)
+    ]
+    e = torch.empty(min(BLOCK, len(theta)))
+    return [(x, *rest, e[: len(x)]) for x, *rest in zip(*columns, strict=True)]
+
+
 def _add_gradients(
     thetas: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -164,6 +203,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "implicit step": lambda: DiagonalEWCPlugin(LAMBDA, implicit=True),
     ONE_KERNEL: _OneKernel,
     KERNEL_WITH_VALUE: lambda: _OneKernel(with_value=True),
+    CALLS_ALONE: _CallsAlone,
     "Avalanche": lambda: EWCPlugin(LAMBDA),
 }
 
@@ -256,7 +296,11 @@ def _quartiles(column: str, times: list[float], others: list[float]) -> dict[str
 
 
 def _state_bytes(plugin: Any) -> int:
-    return plugin.penalty.nbytes if isinstance(plugin, _OneKernel) else state_bytes(plugin)
+    return (
+        plugin.penalty.nbytes
+        if isinstance(plugin, (_OneKernel, _CallsAlone))
+        else state_bytes(plugin)
+    )
 
 
 def model_and_batch(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:

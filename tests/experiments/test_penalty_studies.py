@@ -1,9 +1,12 @@
 """The studies of the penalty: what they compute, and that they run on the digits."""
 
+from copy import deepcopy
+
 import pandas as pd
 import pytest
 import torch
 
+from ewc_plugin import DiagonalEWCPlugin
 from experiments.data.sources import find_data
 from experiments.results.statistics import by_lambda
 from experiments.settings.run import RunSettings
@@ -11,7 +14,19 @@ from experiments.studies.implicit_step import ImplicitStep
 from experiments.studies.implicit_step import run as run_implicit_step
 from experiments.studies.lambda_translation import LambdaTranslation, statistics, translate
 from experiments.studies.normalized_lambda import NormalizedLambda
-from experiments.timing.penalty_speed import PenaltySpeed, measure
+from experiments.timing.penalty_speed import (
+    CALLS_ALONE,
+    LAMBDA,
+    METHODS,
+    PenaltySpeed,
+    make_strategy,
+    measure,
+    model_and_batch,
+    remember,
+    step_seconds,
+    with_past,
+)
+from experiments.training.run import OPTIMIZERS
 from experiments.training.trained import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning")
@@ -89,6 +104,24 @@ def test_penalty_speed_has_a_row_per_method_and_counts_the_memory():
     assert rows["in the gradient"]["state_mib"] == pytest.approx(3 * mib)
     assert rows["Avalanche"]["state_mib"] == pytest.approx(6 * mib)
     assert all(row["ratio"] > 0 for row in rows.values())
+
+
+def test_the_calls_alone_make_the_plugins_step():
+    model, x = model_and_batch("mlp-2x256", 4)
+    past = remember(DiagonalEWCPlugin(LAMBDA), model, 3).penalty.state_dict()
+    ends = []
+    for method in ("in the gradient", CALLS_ALONE):
+        plugin = with_past(METHODS[method](), past, model, 3)
+        strategy = make_strategy(deepcopy(model), OPTIMIZERS["sgd"], plugin, 3)
+        strategy.optimizer.param_groups[0]["lr"] = 0.1
+        with torch.no_grad():
+            for p in strategy.model.parameters():
+                p.add_(0.05)
+        torch.manual_seed(1)  # of the dropout
+        step_seconds(strategy, [x, torch.randint(0, 10, (4,))], 2)
+        ends.append([*strategy.model.parameters(), strategy.loss])
+    for ours, alone in zip(*ends, strict=True):
+        assert torch.allclose(ours, alone, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
