@@ -99,6 +99,7 @@ class Blocks:
     Attributes:
         theta: The parameter.
         quadratic: Its quadratic.
+        kept: Of each block its anchor, S, offset and memory for e.
     """
 
     def __init__(self, theta: Tensor, q: Quadratic, scratch: dict[torch.dtype, Tensor]) -> None:
@@ -110,7 +111,7 @@ class Blocks:
         anchors, fishers = (t.view(-1).split(size) for t in (q.anchor, q.fisher))
         offsets = [None] * len(anchors) if q.offset is None else q.offset.view(-1).split(size)
         e = [scratch[theta.dtype][: len(anchor)] for anchor in anchors]
-        self._kept = list(zip(anchors, fishers, offsets, e, strict=True))
+        self.kept = list(zip(anchors, fishers, offsets, e, strict=True))
 
     @cached_property
     def pull(self) -> Pull:
@@ -123,7 +124,7 @@ class Blocks:
 
     def distances(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield e and S of each block. The memory of e is used again."""
-        for x, (anchor, S, offset, e) in zip(self.split(self.theta), self._kept, strict=True):
+        for x, (anchor, S, offset, e) in zip(self.split(self.theta), self.kept, strict=True):
             torch.sub(x, anchor, out=e)
             yield (e if offset is None else e.add_(offset)), S
 

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from ewc_plugin import DiagonalEWCPlugin, QuadraticPenalty
 from ewc_plugin.avalanche.placement import InLoss
-from ewc_plugin.penalty.pairs import BLOCK
-from ewc_plugin.penalty.quadratic import Quadratic
+from ewc_plugin.penalty.pairs import Blocks
 from experiments.reporting.figures import style
 from experiments.reporting.study_output import columns, study_output
 from experiments.results import tables
@@ -146,34 +145,27 @@ class _CallsAlone(SupervisedPlugin):
     def __init__(self) -> None:
         super().__init__()
         self.penalty = QuadraticPenalty()
-        self._blocks: list[tuple[Any, list[tuple[Any, ...]]]] = []
+        self._prepared: list[tuple[Blocks, list[Any]]] = []
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add 2 lambda S e to each gradient, and the penalty to the loss."""
+        if not self._prepared:
+            scratch: dict[torch.dtype, Tensor] = {}
+            for theta, q in self.penalty.pairs(strategy.model):
+                blocks = Blocks(theta, q, scratch)
+                made = list(zip(blocks.split(theta), blocks.kept, strict=True))
+                self._prepared.append((blocks, made))
+        values = []
         with torch.no_grad():
-            if not self._blocks:
-                pairs = self.penalty.pairs(strategy.model)
-                self._blocks = [(p, _blocks(p.view(-1), q)) for p, q in pairs]
-            values = []
-            for theta, blocks in self._blocks:
-                grads = theta.grad.view(-1).split(BLOCK)
-                for (x, S, offset, anchor, e), grad in zip(blocks, grads, strict=True):
+            for blocks, views in self._prepared:
+                grads = blocks.split(blocks.theta.grad)
+                for (x, (anchor, S, offset, e)), grad in zip(views, grads, strict=True):
                     torch.sub(x, anchor, out=e)
                     if offset is not None:
                         e.add_(offset)
                     grad.addcmul_(S, e, value=2 * LAMBDA)
                     values.append(e.square_().mul_(S).sum())
             strategy.loss = strategy.loss.detach() + LAMBDA * torch.stack(values).sum()
-
-
-def _blocks(theta: Tensor, q: Quadratic) -> list[tuple[Any, ...]]:
-    """Views of a parameter [P], its S, offset and anchor, and memory for e, block by block."""
-    vectors = [None if t is None else t.view(-1) for t in (q.fisher, q.offset, q.anchor)]
-    columns = [
-        [None] * -(-len(theta) // BLOCK) if v is None else v.split(BLOCK) for v in (theta, *vectors)
-    ]
-    e = torch.empty(min(BLOCK, len(theta)))
-    return [(x, *rest, e[: len(x)]) for x, *rest in zip(*columns, strict=True)]
 
 
 def _add_gradients(
@@ -296,11 +288,7 @@ def _quartiles(column: str, times: list[float], others: list[float]) -> dict[str
 
 
 def _state_bytes(plugin: Any) -> int:
-    return (
-        plugin.penalty.nbytes
-        if isinstance(plugin, (_OneKernel, _CallsAlone))
-        else state_bytes(plugin)
-    )
+    return plugin.penalty.nbytes if hasattr(plugin, "penalty") else state_bytes(plugin)
 
 
 def model_and_batch(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
