@@ -84,7 +84,7 @@ PENALTY_COLOURS = {
     "implicit step": _light("wine"),
     "one compiled kernel": _light("grey"),
     "one compiled kernel, with the value": _light("brown"),
-    "the plugin's calls alone": _light("olive"),
+    "the plugin's calls alone": _light("orange"),
     "Avalanche": _light("blue"),
 }
 STYLE: dict[str, Any] = {
